@@ -1,0 +1,57 @@
+"""Train any LightningModule towards micro-structured weights: many times smaller, at the accuracy it had.
+
+Add one callback to a Trainer, change nothing else:
+
+    >>> import lightning as L
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> from lightning_muws import MicroStructure, Phases, WeightUnificationCallback
+    >>> callback = WeightUnificationCallback(MicroStructure(block_shape=(2, 4), prune_ratio=0.5, unify_ratio=0.25))
+    >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    >>> trainer = L.Trainer(max_epochs=5, limit_train_batches=4, limit_val_batches=1, callbacks=[callback], **quiet)
+    >>> trainer.fit(BoringModel())  # doctest: +ELLIPSIS +NORMALIZE_WHITESPACE
+    Micro-structured weights
+    ...
+    >>> callback.phase
+    'retraining'
+    >>> callback.report.sparsity
+    0.5
+    >>> callback.verify()  # every covered weight is inside its structure, to the bit, or this raises
+
+Names are imported when they are first used, so that a machine without Lightning can use what needs none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_muws.errors import MuwsError
+    from lightning_muws.structure.plan import LayerRule
+    from lightning_muws.structure.sets import MicroStructure
+    from lightning_muws.training.callback import WeightUnificationCallback
+    from lightning_muws.training.phases import Phases, Retraining
+
+__version__ = "0.1.0"
+__all__ = ["LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback"]
+
+_HOMES = {
+    "LayerRule": "lightning_muws.structure.plan",
+    "MicroStructure": "lightning_muws.structure.sets",
+    "MuwsError": "lightning_muws.errors",
+    "Phases": "lightning_muws.training.phases",
+    "Retraining": "lightning_muws.training.phases",
+    "WeightUnificationCallback": "lightning_muws.training.callback",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
