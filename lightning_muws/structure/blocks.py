@@ -1,0 +1,146 @@
+"""Geometry: how a weight is cut into blocks. Knows nothing of what becomes of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_muws.errors import SettingError
+
+CHUNK_NUMEL = 1 << 18  # weights a pass works on at a time: with its temporaries this stays in a core's cache
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Blocks of ``block_shape = (rows, cols)`` on the matrix view ``(out, in * kernel)`` of a weight.
+
+    Rows and columns at the far edges that fill no block belong to none and stay dense. Sums run over each block by
+    halving, one elementwise addition at a time, so that every device and every rank gets the same bits.
+
+    Args:
+        block_shape: Outputs and inputs of a block; each at least 1.
+        out_axis: Axis of the weight that runs over the outputs: 0, or 1 for a transposed convolution.
+        groups: Groups of a transposed convolution, whose outputs are spread over both axes; else 1.
+
+    Example:
+        >>> grid = BlockGrid((2, 2))
+        >>> grid.split(torch.arange(8).view(2, 4))
+        tensor([[0, 1, 4, 5],
+                [2, 3, 6, 7]])
+    """
+
+    block_shape: tuple[int, int] = (4, 4)
+    out_axis: int = 0
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        shape: object = self.block_shape  # a configuration file may have put anything there
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(type(n) is int and n >= 1 for n in shape):
+            raise SettingError(f"block_shape={shape!r} is not allowed: give two whole numbers >= 1, such as (4, 4)")
+
+    @property
+    def block_numel(self) -> int:
+        """Weights in a block."""
+        return self.block_shape[0] * self.block_shape[1]
+
+    def matrix_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """Return the ``(out, in * kernel)`` of a weight of this shape; ``(1, n)`` for a vector."""
+        if len(shape) < 2:
+            return 1, int(torch.Size(shape).numel())
+        n_out = shape[0] if self.out_axis == 0 else shape[1] * self.groups
+        return n_out, torch.Size(shape).numel() // n_out if n_out else 0
+
+    def counts(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """Return how many whole blocks a weight of this shape holds, ``(down, across)`` its matrix."""
+        n_out, n_in = self.matrix_shape(shape)
+        return n_out // self.block_shape[0], n_in // self.block_shape[1]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight as ``(out, in * kernel)``: a view where its strides allow, a copy elsewhere."""
+        if self.out_axis == 1:
+            grouped = weight.reshape(self.groups, len(weight) // self.groups, *weight.shape[1:])
+            return grouped.transpose(1, 2).reshape(self.matrix_shape(weight.shape))
+        return weight.reshape(self.matrix_shape(weight.shape))
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """Undo :meth:`matrix` for a weight of this shape."""
+        if self.out_axis == 0:
+            return matrix.reshape(shape)
+        n_in, n_out = shape[:2]
+        grouped = matrix.reshape(self.groups, n_out, n_in // self.groups, *shape[2:])
+        return grouped.transpose(1, 2).reshape(shape)
+
+    def covered(self, matrix: Tensor) -> Tensor:
+        """Return the view of the matrix that whole blocks fill."""
+        (rows, cols), (n_out, n_in) = self.block_shape, matrix.shape
+        return matrix[: n_out // rows * rows, : n_in // cols * cols]
+
+    def edges(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two views of the matrix that no block covers: below the blocks, and right of them."""
+        rows, cols = self.covered(matrix).shape
+        return matrix[rows:], matrix[:rows, cols:]
+
+    def chunks(self, covered: Tensor) -> Iterator[slice]:
+        """Yield slices of block rows, so that a pass over a slice of :meth:`tall` stays in the cache."""
+        down = len(covered) // self.block_shape[0] if covered.numel() else 0
+        step = max(1, CHUNK_NUMEL // max(1, self.block_shape[0] * covered.shape[1]))
+        if covered.device.type != "cpu":
+            step = max(1, down)
+        for start in range(0, down, step):
+            yield slice(start, min(start + step, down))
+
+    def tall(self, covered: Tensor) -> Tensor:
+        """Return the covered matrix as ``(down, rows, across * cols)``, always a view."""
+        rows = self.block_shape[0]
+        return covered.view(len(covered) // rows, rows, covered.shape[1])
+
+    def sum(self, tall: Tensor) -> Tensor:
+        """Return the sum over each block of a :meth:`tall` tensor, ``(down, across)``."""
+        cols = self.block_shape[1]
+        return fold(fold(tall, 1).view(len(tall), tall.shape[2] // cols, cols), 2).squeeze(2)
+
+    def first(self, tall: Tensor) -> Tensor:
+        """Return the first entry of each block of a :meth:`tall` tensor, ``(down, across)``."""
+        return tall[:, 0, :: self.block_shape[1]]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values ``(down, across)``, one a block, as ``(down, 1, across * cols)``, to broadcast over blocks."""
+        (down, across), cols = values.shape, self.block_shape[1]
+        return values.unsqueeze(2).expand(down, across, cols).reshape(down, 1, across * cols)
+
+    def mean(self, tall: Tensor) -> Tensor:
+        """Return the mean over each block, ``(down, across)``; of equal entries exactly that entry.
+
+        It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
+        """
+        first = self.first(tall)
+        return first + self.sum(tall - self.spread(first)) / self.block_numel
+
+    def split(self, weight: Tensor) -> Tensor:
+        """Cut ``weight`` into rows ``(n_blocks, block_numel)``, block row by block row; same dtype."""
+        (rows, cols), covered = self.block_shape, self.covered(self.matrix(weight))
+        down, across = covered.shape[0] // rows, covered.shape[1] // cols
+        return covered.reshape(down, rows, across, cols).transpose(1, 2).reshape(down * across, rows * cols)
+
+    def merge(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """Put blocks back into the shape of ``like``, which also fills what no block covers: undoes :meth:`split`."""
+        matrix = self.matrix(like).clone()
+        (rows, cols), covered = self.block_shape, self.covered(matrix)
+        down, across = covered.shape[0] // rows, covered.shape[1] // cols
+        covered.copy_(blocks.reshape(down, across, rows, cols).transpose(1, 2).reshape(covered.shape))
+        return self.weight(matrix, like.shape)
+
+
+def fold(x: Tensor, dim: int) -> Tensor:
+    """Return the sum over ``dim``, kept as an axis of length 1, by halving: the same bits on every device.
+
+    The error grows with the logarithm of the length (Higham 2002, section 4.2, pairwise summation).
+    """
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        total = x.narrow(dim, 0, half) + x.narrow(dim, size - half, half)
+        x = torch.cat([total, x.narrow(dim, half, 1)], dim) if size % 2 else total
+    return x

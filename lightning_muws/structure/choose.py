@@ -1,0 +1,154 @@
+"""Selection: which blocks are pruned and which unified, given what each would cost. Knows no weights, only costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE_ABOVE = 1 << 15  # from this many blocks on, a sample of them brackets the answer first
+SAMPLE_STRIDE = 17  # prime, or the sample would see the same columns of every row
+
+
+def smallest(costs: Tensor, k: int) -> Tensor:
+    """Return the mask of the ``k`` smallest costs; among equal ones the earliest, on every device and rerun.
+
+    Args:
+        costs: ``(n,)``, any dtype without NaN.
+        k: How many, from 0 to n.
+
+    Returns:
+        ``(n,)`` bool with exactly ``k`` times True.
+
+    Example:
+        >>> smallest(torch.tensor([2.0, 1.0, 2.0, 2.0]), 2)
+        tensor([ True,  True, False, False])
+    """
+    if k <= 0 or k >= len(costs):
+        return torch.full_like(costs, k > 0, dtype=torch.bool)
+    # A stable sort would do as well and cost ten times more; topk may break ties as it likes.
+    threshold = costs.kthvalue(k).values
+    mask = costs <= threshold
+    if (excess := int(mask.sum()) - k) > 0:
+        ties = costs == threshold
+        mask &= ~ties | (ties.cumsum(0) <= ties.sum() - excess)
+    return mask
+
+
+def cheapest(unify_cost: Tensor, gain: Tensor, n_pruned: int, n_unified: int) -> tuple[Tensor, Tensor]:
+    """Return which blocks to prune and which to unify so that the sum of their costs is least.
+
+    Unifying block b costs ``unify_cost[b]``, pruning it ``unify_cost[b] + gain[b]``, with ``gain >= 0``. With both
+    counts given this is an assignment problem. Its Lagrangian in the number of pruned blocks has one multiplier d: a
+    block costs ``unify_cost + min(gain - d, 0)``, the cheapest ones are taken, those with ``gain < d`` are pruned; d is
+    bisected until the count is right. If it jumps over the count at one d, both sides are optimal and they are mixed.
+
+    Args:
+        unify_cost: ``(n,)`` floating, finite.
+        gain: ``(n,)``, same dtype: what pruning costs more than unifying.
+        n_pruned: How many blocks to prune.
+        n_unified: How many other blocks to unify.
+
+    Returns:
+        Two bool masks ``(n,)``, disjoint, with exactly ``n_pruned`` and ``n_unified`` times True.
+    """
+    if n_pruned == 0:
+        return torch.zeros_like(gain, dtype=torch.bool), smallest(unify_cost, n_unified)
+    if n_unified == 0:
+        return smallest(unify_cost + gain, n_pruned), torch.zeros_like(gain, dtype=torch.bool)
+    if n_pruned + n_unified == len(gain):
+        pruned = smallest(gain, n_pruned)
+        return pruned, ~pruned
+    return _joint(unify_cost, gain, n_pruned, n_pruned + n_unified)
+
+
+def _joint(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tuple[Tensor, Tensor]:
+    low, high = _bracket(unify_cost, gain, n_pruned, total)
+    # A block's discounted cost falls as d grows, and so does the dearest one taken. Hence blocks that are in, or out,
+    # whatever d is, and whose kind does not depend on d either: the question is left to the others, which are few.
+    cheap, dear = gain < low.d, gain >= high.d
+    settled_in = (low.costs < high.dearest) & (cheap | dear)
+    unsettled = ~(settled_in | (high.costs > low.dearest))
+    pruned, unified = settled_in & cheap, settled_in & dear
+    some_costs, some_gain = unify_cost[unsettled], gain[unsettled]
+    n_pruned, total = n_pruned - int(pruned.sum()), total - int(settled_in.sum())
+    lowest, highest = _bisect(some_costs, some_gain, n_pruned, total, low.d, high.d)
+    taken = _mixed(some_costs, some_gain, n_pruned, total, lowest, highest)
+    some_pruned = smallest(torch.where(taken, some_gain, torch.inf), n_pruned)
+    pruned[unsettled], unified[unsettled] = some_pruned, taken & ~some_pruned
+    return pruned, unified
+
+
+class _Level(NamedTuple):
+    """The costs of all blocks at one multiplier d, and the dearest one that is taken."""
+
+    d: Tensor
+    costs: Tensor
+    dearest: Tensor
+
+
+def _level(unify_cost: Tensor, gain: Tensor, total: int, d: Tensor) -> _Level:
+    costs = _discounted(unify_cost, gain, d)
+    return _Level(d, costs, costs.kthvalue(total).values)
+
+
+def _discounted(unify_cost: Tensor, gain: Tensor, d: Tensor) -> Tensor:
+    return unify_cost + (gain - d).clamp_max_(0)
+
+
+def _count(unify_cost: Tensor, gain: Tensor, total: int, d: Tensor) -> tuple[int, Tensor]:
+    """Return how many of the ``total`` blocks that are cheapest at multiplier d would be pruned, and their mask."""
+    taken = smallest(_discounted(unify_cost, gain, d), total)
+    return int((taken & (gain < d)).sum()), taken
+
+
+def _bisect(
+    unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Narrow ``low <= d <= high`` to two neighbouring floats, or to one d (twice) whose count is right."""
+    while low < (middle := low + (high - low) / 2) < high:
+        count, _ = _count(unify_cost, gain, total, middle)
+        if count == n_pruned:
+            return middle, middle
+        low, high = (middle, high) if count < n_pruned else (low, middle)
+    return low, high
+
+
+def _bracket(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tuple[_Level, _Level]:
+    """Return the levels of two multipliers that prune at most, and at least, ``n_pruned`` blocks."""
+    bottom, top = gain.new_zeros(()), gain.max() * 2 + torch.finfo(gain.dtype).tiny
+    lows, highs = [], []  # candidates, the best last
+    if len(gain) >= SAMPLE_ABOVE:
+        some_cost, some_gain = unify_cost[::SAMPLE_STRIDE].contiguous(), gain[::SAMPLE_STRIDE].contiguous()
+        some = round(n_pruned / SAMPLE_STRIDE), min(round(total / SAMPLE_STRIDE), len(some_gain))
+        bracket = [level.d for level in _bracket(some_cost, some_gain, *some)] if some[1] else [bottom, top]
+        guess = _bisect(some_cost, some_gain, *some, *bracket)[0]
+        widths = (0.32, 0.08, 0.02)  # the sample's answer is off by its own noise
+        lows, highs = [guess * (1 - w) for w in widths], [guess * (1 + w) for w in widths if guess * (1 + w) < top]
+    while lows:
+        low = _level(unify_cost, gain, total, lows.pop())
+        if int(((low.costs <= low.dearest) & (gain < low.d)).sum()) <= n_pruned:
+            break
+    else:
+        low = _level(unify_cost, gain, total, bottom)
+    while highs:
+        high = _level(unify_cost, gain, total, highs.pop())
+        if int(((high.costs < high.dearest) & (gain < high.d)).sum()) >= n_pruned:
+            break
+    else:
+        high = _level(unify_cost, gain, total, top)
+    return low, high
+
+
+def _mixed(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Tensor, high: Tensor) -> Tensor:
+    """Return the blocks taken at ``low``, as many of them swapped for those taken at ``high`` as the count asks."""
+    _, at_low = _count(unify_cost, gain, total, low)
+    _, at_high = _count(unify_cost, gain, total, high)
+    cheap = gain < high  # pruning these costs nothing extra at this multiplier
+    short = n_pruned - int((at_low & cheap).sum())
+    if short <= 0:
+        return at_low
+    comes, goes = (at_high & ~at_low & cheap).nonzero()[:short], (at_low & ~at_high & ~cheap).nonzero()[:short]
+    at_low[comes], at_low[goes] = True, False
+    return at_low

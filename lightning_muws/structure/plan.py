@@ -1,0 +1,213 @@
+"""The plan: which parameter of a model gets which structure, and why each other one is left out."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_muws.errors import PlanError, SettingError
+from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.sets import MicroStructure
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Gives the parameters that it matches a structure of their own, or leaves them out; the last matching rule wins.
+
+    Args:
+        name: Pattern on the parameter's name: a glob (``encoder.*``), or a regular expression after ``re:``, which
+            must match the whole name.
+        module_type: Glob on the class name of the module that owns the parameter, or of a class it inherits from
+            (``Linear``, ``*Conv?d``). An embedding is covered only by a rule that names its type here.
+        structure: The structure of the matching weights.
+        skip: Leave the matching parameters out, dense.
+
+    Raises:
+        SettingError: The regular expression is wrong.
+    """
+
+    name: str = "*"
+    module_type: str = "*"
+    structure: MicroStructure = field(default_factory=MicroStructure)
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name.startswith("re:"):
+            try:
+                re.compile(self.name[3:])
+            except re.error as error:
+                raise SettingError(
+                    f"name={self.name!r} is no regular expression: {error}; mend it or use a glob"
+                ) from None
+
+    def matches(self, name: str, owner: nn.Module) -> bool:
+        """Return whether the rule speaks of the parameter ``name`` owned by the module ``owner``."""
+        by_name = (
+            re.fullmatch(self.name[3:], name) if self.name.startswith("re:") else fnmatch.fnmatchcase(name, self.name)
+        )
+        return bool(by_name) and any(
+            fnmatch.fnmatchcase(kind.__name__, self.module_type) for kind in type(owner).__mro__
+        )
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What is planned for one parameter.
+
+    Args:
+        name: Its name in the model, without the ``_orig_mod.`` of compiled modules.
+        shape: Its shape.
+        module_type: Class name of the module that owns it.
+        structure: The structure it gets; without meaning where it is left out.
+        grid: How it is cut into blocks.
+        reason: Why it is left out; empty where it is covered.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    module_type: str
+    structure: MicroStructure
+    grid: BlockGrid
+    reason: str = ""
+
+    @property
+    def n_blocks(self) -> int:
+        """Whole blocks of the weight."""
+        down, across = self.grid.counts(self.shape)
+        return down * across
+
+    @property
+    def n_edge(self) -> int:
+        """Weights at the edges that fill no block and stay dense."""
+        return torch.Size(self.shape).numel() - self.n_blocks * self.grid.block_numel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An entry for each parameter of a model, in the model's order; printing it shows a table."""
+
+    entries: tuple[PlanEntry, ...]
+
+    @property
+    def covered(self) -> dict[str, PlanEntry]:
+        """The entries that get a structure, by name."""
+        return {entry.name: entry for entry in self.entries if not entry.reason}
+
+    @property
+    def left_out(self) -> dict[str, PlanEntry]:
+        """The entries that stay dense, by name."""
+        return {entry.name: entry for entry in self.entries if entry.reason}
+
+    def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the covered parameters of the module, by name."""
+        covered = self.covered
+        return {name: p for name, p, _ in named_weights(module) if name in covered}
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "module", "block", "pruned", "unified", "blocks", "edge", "left out because")
+        rows = [header, *(self._row(entry) for entry in self.entries)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    @staticmethod
+    def _row(entry: PlanEntry) -> tuple[str, ...]:
+        shape, s = "x".join(map(str, entry.shape)), entry.structure
+        if entry.reason:
+            return entry.name, shape, entry.module_type, "", "", "", "", "", entry.reason
+        numbers = (*s.quotas(entry.n_blocks), entry.n_blocks, entry.n_edge)
+        return entry.name, shape, entry.module_type, "x".join(map(str, s.block_shape)), *map(str, numbers), ""
+
+
+def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[LayerRule] = ()) -> Plan:
+    """Return what becomes of each parameter of a model.
+
+    A weight of two or more axes gets ``structure``, or that of the last rule that matches it. Left out, each with its
+    reason: what a rule skips, biases, norms, embeddings that no rule names by type, what is not trained, what is not
+    real floating point, and weights too small for one block. A shared weight appears once, under its first name.
+
+    Args:
+        module: Any module, its parameters initialised.
+        structure: For all weights that no rule speaks of.
+        rules: Exceptions, the last matching one wins.
+
+    Raises:
+        PlanError: A rule matches no parameter, or nothing is covered, or a parameter is not initialised yet.
+    """
+    entries, used = [], [False] * len(rules)
+    for name, parameter, owner in named_weights(module):
+        matching = [i for i, rule in enumerate(rules) if rule.matches(name, owner)]
+        for i in matching:
+            used[i] = True
+        rule = rules[matching[-1]] if matching else LayerRule(structure=structure)
+        if isinstance(parameter, UninitializedParameter):
+            raise PlanError(f"{name} is not initialised yet: run one batch through the lazy module before fit")
+        grid = BlockGrid(rule.structure.block_shape, *_outputs(parameter, owner))
+        entry = PlanEntry(name, tuple(parameter.shape), type(owner).__name__, rule.structure, grid)
+        entries.append(replace(entry, reason=_reason(entry, parameter, owner, rule)))
+    for rule, was_used in zip(rules, used, strict=True):
+        if not was_used:
+            raise PlanError(_no_match(rule, entries))
+    plan = Plan(tuple(entries))
+    if not plan.covered:
+        reasons = "; ".join(f"{e.name}: {e.reason}" for e in entries[:5]) or "it has no parameters"
+        raise PlanError(
+            f"no parameter of {type(module).__name__} is covered ({reasons}): change the ratios or the rules"
+        )
+    return plan
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yield each parameter once: its name without the marks of compiled modules, itself, and its owner."""
+    for name, parameter in module.named_parameters():
+        yield clean_name(name), parameter, module.get_submodule(name.rpartition(".")[0])
+
+
+def clean_name(name: str) -> str:
+    """Return a parameter's name without the marks that torch.compile leaves in it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _outputs(parameter: nn.Parameter, owner: nn.Module) -> tuple[int, int]:
+    """Return the axis of a weight that runs over its outputs, and its groups; see :class:`BlockGrid`."""
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return 1, owner.groups
+    # The linear layer of GPT-2 in the transformers library is stored input first.
+    return int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2), 1
+
+
+def _reason(entry: PlanEntry, parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> str:
+    """Return why a parameter stays dense; empty if it does not."""
+    kinds, attribute = [kind.__name__ for kind in type(owner).__mro__], entry.name.rpartition(".")[2]
+    asked = rule.structure.quotas(entry.n_blocks)
+    checks = {
+        "a rule skips it": rule.skip,
+        "fewer than 2 axes": parameter.ndim < 2,
+        "a bias": attribute.startswith("bias"),
+        "a normalisation": any("Norm" in kind for kind in kinds),
+        "an embedding": rule.module_type == "*"
+        and (any("Embedding" in kind for kind in kinds) or "embed" in attribute),
+        "computed from other parameters": any(kind == "ParametrizationList" for kind in kinds),
+        "not trained (requires_grad=False)": not parameter.requires_grad,
+        f"of dtype {parameter.dtype}": not parameter.dtype.is_floating_point,
+        "prune_ratio and unify_ratio are 0": rule.structure.prune_ratio == rule.structure.unify_ratio == 0,
+        f"smaller than one block of {entry.grid.block_shape}": entry.n_blocks == 0,
+        f"the ratios of {entry.n_blocks} blocks round to none": sum(asked) == 0,
+    }
+    return next((reason for reason, holds in checks.items() if holds), "")
+
+
+def _no_match(rule: LayerRule, entries: Sequence[PlanEntry]) -> str:
+    """Return the message on a rule that matches nothing, with the names that are nearest to what was meant."""
+    names, types = [e.name for e in entries], sorted({e.module_type for e in entries})
+    near = difflib.get_close_matches(rule.name.removeprefix("re:"), names, n=5, cutoff=0.3) or names[:5]
+    meant = f"name={rule.name!r}" + (f", module_type={rule.module_type!r}" if rule.module_type != "*" else "")
+    return f"no parameter matches the rule {meant}; near names are {', '.join(near)} (module types: {', '.join(types)})"
