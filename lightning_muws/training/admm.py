@@ -1,0 +1,194 @@
+"""Scaled ADMM of named weights, ``min f(W) + g(Z) s.t. W = Z`` (Boyd et al. 2011, section 3.1.1). Plain torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muws.errors import StateError
+from lightning_muws.structure.blocks import CHUNK_NUMEL
+from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.structure.sets import Support
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """How far from done, of one weight or over all: both fall towards 0 and neither has a unit.
+
+    Args:
+        primal: ``|W - Z| / |W|``, how far the weights are from their structure.
+        dual: ``|Z - Z_old| / |W|``, how far the structured copy moved in the update.
+    """
+
+    primal: float
+    dual: float
+
+
+@dataclass
+class _Split:
+    """The state of one weight: V = Z - U is all that the penalty needs, and Z and U come back from it.
+
+    On a dense block U = 0 and Z = V, on a pruned one Z = 0, on a unified one Z = sign * magnitude.
+    """
+
+    v: Tensor
+    magnitudes: Tensor
+    packed: dict[str, Tensor]  # the support of Z
+
+
+class Admm:
+    """The split W/Z/U of a set of named weights, with one penalty factor rho for all.
+
+    The caller owns the loop: :meth:`start` once, :meth:`add_penalty_gradient` before each optimizer step,
+    :meth:`update` now and then. It keeps one dense tensor a weight, V = Z - U, in float32 (float64 for float64
+    weights), and a few bits a block.
+
+    Args:
+        entries: What each weight becomes, by name: a plan's ``covered``.
+        rho: The penalty factor at the start, in units of the loss per squared weight.
+        rho_growth: Factor on rho after each update.
+        rho_max: Where rho stops growing.
+
+    Example:
+        >>> from lightning_muws.structure.plan import MicroStructure, make_plan
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
+        >>> admm = Admm(plan.covered, rho=0.1)
+        >>> admm.start({"weight": layer.weight})
+    """
+
+    def __init__(
+        self, entries: Mapping[str, PlanEntry], rho: float, rho_growth: float = 1.0, rho_max: float = math.inf
+    ) -> None:
+        self.entries, self.rho, self.rho_growth, self.rho_max = dict(entries), min(rho, rho_max), rho_growth, rho_max
+        self._splits: dict[str, _Split] = {}
+
+    def start(self, weights: Mapping[str, Tensor]) -> None:
+        """Split each weight where it stands: Z its projection, U zero.
+
+        Raises:
+            StateError: A weight has NaN or Inf.
+        """
+        for name in self.entries:
+            _, self._splits[name] = self._project(name, _exact(weights[name]))
+
+    @torch.no_grad()
+    def add_penalty_gradient(self, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add ``scale * rho * (W - Z + U)`` to the gradient of each of these weights, which gets one if it has none.
+
+        W - V is taken first: added one after the other, rho * W and -rho * V would cancel in half precision.
+        """
+        for name, weight in weights.items():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            gradient, v = weight.grad, self._splits[name].v
+            parts = [(gradient, weight.detach(), v)]
+            if weight.device.type == "cpu" and all(x.is_contiguous() for x in parts[0]):
+                # temporaries stay in the cache
+                parts = list(zip(*(torch.split(x.view(-1), CHUNK_NUMEL) for x in parts[0]), strict=True))
+            for g, w, part in parts:
+                if g.dtype == part.dtype:
+                    g.add_(w - part, alpha=self.rho * scale)
+                else:  # half precision: one rounding
+                    g.copy_(g.to(part.dtype).add_(w.to(part.dtype) - part, alpha=self.rho * scale))
+
+    @torch.no_grad()
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
+        squares = [(w.detach() - self._splits[name].v).square().sum() for name, w in weights.items()]
+        return self.rho / 2 * torch.stack(squares).sum()
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> dict[str, Residuals]:
+        """Set ``Z = project(W + U)``, ``U += W - Z``, then let rho grow, which keeps the unscaled dual rho * U.
+
+        Returns:
+            The residuals of each weight.
+
+        Raises:
+            StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
+        """
+        rho = min(self.rho * self.rho_growth, self.rho_max)
+        residuals = {}
+        for name in self.entries:
+            weight, z_old = _exact(weights[name]), self.z(name)
+            total = weight + (z_old - self._splits[name].v)
+            z, split = self._project(name, total)
+            split.v = z - (total - z) * (self.rho / rho)
+            self._splits[name] = split
+            norm = max(float(weight.norm()), torch.finfo(weight.dtype).tiny)
+            residuals[name] = Residuals(float(torch.dist(weight, z)) / norm, float(torch.dist(z, z_old)) / norm)
+        self.rho = rho
+        return residuals
+
+    def _project(self, name: str, total: Tensor) -> tuple[Tensor, _Split]:
+        """Return ``Z = project(total)`` and its split with U = 0."""
+        entry = self.entries[name]
+        support, magnitudes = entry.structure.nearest(total, entry.grid, name)
+        z = support.place(total, magnitudes)
+        return z, _Split(z, magnitudes, support.state_dict())
+
+    def support(self, name: str) -> Support:
+        """Return the support of a weight's Z."""
+        return Support.from_state_dict(self._splits[name].packed, self.entries[name].grid)
+
+    def z(self, name: str) -> Tensor:
+        """Return a weight's structured copy Z, of its shape."""
+        return self.support(name).place(self._splits[name].v, self._splits[name].magnitudes)
+
+    def u(self, name: str) -> Tensor:
+        """Return a weight's scaled dual U, of its shape."""
+        return self.z(name) - self._splits[name].v
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rho and each weight's tensors, as plain dicts, floats and tensors."""
+        weights = {n: {"v": s.v, "magnitudes": s.magnitudes, **s.packed} for n, s in self._splits.items()}
+        return {"rho": self.rho, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Take up a state, on the devices of these weights.
+
+        Raises:
+            StateError: The state is of other weights.
+        """
+        for name, split in on_device(state["weights"], weights, self.entries).items():
+            self._splits[name] = _Split(split.pop("v"), split.pop("magnitudes"), split)
+        self.rho = state["rho"]
+
+
+def total(residuals: Mapping[str, Residuals], weights: Mapping[str, Tensor]) -> Residuals:
+    """Return the residuals over all weights together, from each one's, by name."""
+    squares = {name: float(weights[name].detach().norm()) ** 2 for name in residuals}
+    norm = max(sum(squares.values()), torch.finfo(torch.float32).tiny)
+    primal = sum(squares[name] * r.primal**2 for name, r in residuals.items())
+    dual = sum(squares[name] * r.dual**2 for name, r in residuals.items())
+    return Residuals(math.sqrt(primal / norm), math.sqrt(dual / norm))
+
+
+def on_device(
+    state: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]
+) -> dict[str, dict[str, Tensor]]:
+    """Return a copy of each weight's saved tensors on that weight's device.
+
+    Raises:
+        StateError: Names or shapes are not those of the plan.
+    """
+    wrong = sorted(set(state) ^ set(entries)) or [
+        name
+        for name, saved in state.items()
+        if tuple(saved["kinds"].shape) != entries[name].grid.counts(entries[name].shape)
+    ]
+    if wrong:
+        raise StateError(
+            f"the state does not fit the plan at {', '.join(wrong[:5])}: resume with the rules it was saved with"
+        )
+    return {name: {k: x.to(weights[name].device, copy=True) for k, x in saved.items()} for name, saved in state.items()}
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,134 @@
+"""Retraining inside the structure: weights held to their supports, to the bit, by any optimizer. Plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_muws.errors import StateError
+from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.structure.sets import Support
+from lightning_muws.training.admm import on_device
+
+# States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
+UNSIGNED = {"sum", "exp_inf", "acc_delta", "step_size"}
+
+
+class Constraint:
+    """The subspaces that named weights may move in, once their structure is chosen.
+
+    Each step: :meth:`project_gradients` before it, so that clipping and moments see free directions only, and
+    :meth:`enforce` after it; at the start :meth:`project_moments`, or old momentum leads out of the subspace.
+
+    Args:
+        supports: The support of each weight, by name.
+        magnitudes: The magnitude of each block, ``(down, across)`` a weight; unified blocks keep it where they are
+            frozen.
+        unified: ``tied``: the magnitude of a unified block trains; ``frozen``: it does not.
+    """
+
+    def __init__(
+        self,
+        supports: Mapping[str, Support],
+        magnitudes: Mapping[str, Tensor],
+        unified: Literal["tied", "frozen"] = "tied",
+    ) -> None:
+        self.supports, self.magnitudes, self.unified = dict(supports), dict(magnitudes), unified
+        self.primal: dict[str, float] = {}  # |W - project(W)| / |W| of each weight when it was chosen
+        self._directions = {name: s if unified == "tied" else s.fixed for name, s in self.supports.items()}
+
+    @classmethod
+    @torch.no_grad()
+    def freeze(
+        cls,
+        weights: Mapping[str, Tensor],
+        entries: Mapping[str, PlanEntry],
+        unified: Literal["tied", "frozen"] = "tied",
+    ) -> Constraint:
+        """Choose each weight's support, move it to its nearest point in place, and hold it there.
+
+        Raises:
+            StateError: A weight has NaN or Inf; no weight is changed then.
+        """
+        chosen = {name: entry.structure.nearest(weights[name], entry.grid, name) for name, entry in entries.items()}
+        constraint = cls({n: s for n, (s, _) in chosen.items()}, {n: m for n, (_, m) in chosen.items()}, unified)
+        for name, (support, magnitudes) in chosen.items():
+            before = weights[name].detach().clone()
+            support.place_(weights[name].detach(), magnitudes)
+            norm = max(float(before.norm()), torch.finfo(before.dtype).tiny)
+            constraint.primal[name] = float(torch.dist(before, weights[name].detach())) / norm
+        return constraint
+
+    def project_gradients(self, weights: Mapping[str, Tensor]) -> None:
+        """Project the gradients of these weights on the directions they may move in."""
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                self._directions[name].project_(weight.grad)
+
+    def project_moments(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Project what an optimizer remembers of these weights, like gradients, or like squared ones."""
+        for name, weight in weights.items():
+            directions = self._directions[name]
+            for key, moment in optimizer.state.get(weight, {}).items():
+                if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype.is_floating_point:
+                    has_sign = "sq" not in key and key not in UNSIGNED
+                    (directions if has_sign else directions.unsigned).project_(moment)
+
+    def enforce(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the constraint back into these weights; a weight that fulfils it keeps every bit."""
+        for name, weight in weights.items():
+            support = self.supports[name]
+            # The first weight of a tied block speaks for it: a mean would wobble in the last bit.
+            tied = self.unified == "tied"
+            support.place_(weight.detach(), support.first(weight.detach()) if tied else self.magnitudes[name])
+
+    def verify(self, weights: Mapping[str, Tensor]) -> None:
+        """Check that each of these weights fulfils its constraint with ``==``.
+
+        Raises:
+            StateError: One does not; says which, and how far it is away.
+        """
+        for name, weight in weights.items():
+            support = self.supports[name]
+            error = support.error(weight)
+            if self.unified == "frozen" and not torch.equal(support.first(weight.detach()), self.magnitudes[name]):
+                raise StateError(f"{name} has unified blocks that moved, though they are frozen: {_ADVICE}")
+            if error != 0:
+                raise StateError(f"{name} is {error:.1e} away from its structure, and must be 0 away: {_ADVICE}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the supports as plain dicts, strings and tensors."""
+        tensors = {n: {"magnitudes": self.magnitudes[n], **s.state_dict()} for n, s in self.supports.items()}
+        return {"unified": self.unified, "primal": dict(self.primal), "weights": tensors}
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]
+    ) -> Constraint:
+        """Return the constraint of a state, on the devices of these weights.
+
+        Raises:
+            StateError: The state is of other weights.
+        """
+        saved = on_device(state["weights"], weights, entries)
+        supports = {name: Support.from_state_dict(tensors, entries[name].grid) for name, tensors in saved.items()}
+        magnitudes = {name: tensors["magnitudes"] for name, tensors in saved.items()}
+        constraint = cls(supports, magnitudes, state["unified"])
+        constraint.primal = dict(state["primal"])
+        return constraint
+
+    def follow(self, weights: Mapping[str, Tensor]) -> None:
+        """Move to the devices of these weights, where a Trainer has moved them."""
+        for name, support in self.supports.items():
+            device = weights[name].device
+            self.supports[name] = replace(support, kinds=support.kinds.to(device), negative=support.negative.to(device))
+            self.magnitudes[name] = self.magnitudes[name].to(device)
+        self._directions = {n: s if self.unified == "tied" else s.fixed for n, s in self.supports.items()}
+
+
+_ADVICE = "something changed it after the optimizer's step; remove that, or let the callback come after it"

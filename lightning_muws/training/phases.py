@@ -1,0 +1,130 @@
+"""When: the phases of a run as settings, and their places on the Trainer's clock."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_muws.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Phases:
+    """When ADMM starts, updates and ends, and how hard it pulls. The Trainer owns the length of the run.
+
+    A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is written as a float:
+    ``3`` is the fourth epoch, ``0.3`` that after three tenths. Before ``admm_start`` the network trains dense, from
+    ``admm_end`` on it retrains inside its structure. Equal times mean one projection without ADMM.
+
+    Args:
+        interval: What times count: ``epoch`` or ``step`` (batches in which an optimizer stepped).
+        admm_start: When ADMM starts; 0 is right for training from scratch and from a pretrained network.
+        admm_end: When the weights are projected and retraining starts.
+        update_every: Time between two Z/U updates.
+        rho: Penalty factor at the start, in units of the loss per squared weight.
+        rho_growth: Factor on rho after each update.
+        rho_max: Where rho stops growing.
+
+    Raises:
+        SettingError: A value is not allowed.
+    """
+
+    interval: Literal["epoch", "step"] = "epoch"
+    admm_start: int | float = 0
+    admm_end: int | float = 0.4
+    update_every: int | float = 1
+    rho: float = 1e-2
+    rho_growth: float = 1.5
+    rho_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.interval not in ("epoch", "step"):
+            raise SettingError(f"interval={self.interval!r} is not allowed: give 'epoch' or 'step'")
+        for name in ("admm_start", "admm_end", "update_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise SettingError(
+                    f"{name}={value!r} is not allowed: give a count of {self.interval}s >= 0 or a share of the run"
+                )
+            if isinstance(value, float) and value > 1:
+                raise SettingError(f"{name}={value!r} is not allowed: a float is a share of the run, from 0.0 to 1.0")
+        if self.update_every == 0:
+            raise SettingError(f"update_every={self.update_every!r} is not allowed: give at least 1")
+        if type(self.admm_start) is type(self.admm_end) and self.admm_end < self.admm_start:
+            raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
+        if not 0 < self.rho <= self.rho_max < math.inf:
+            raise SettingError(f"rho={self.rho!r} is not allowed: give 0 < rho <= rho_max={self.rho_max!r}")
+        if not 1 <= self.rho_growth < math.inf:
+            raise SettingError(f"rho_growth={self.rho_growth!r} is not allowed: give a factor >= 1")
+
+    def on(self, length: int | None, clip: bool = False) -> Timeline:
+        """Return the phases as counts, on a run of ``length`` epochs (or steps); None is a run without end.
+
+        With ``clip``, times after the end of the run are moved to its end instead of refused.
+
+        Raises:
+            SettingError: The phases are longer than the run, or are shares of a run without end.
+        """
+        start, end, every = (self._count(name, length) for name in ("admm_start", "admm_end", "update_every"))
+        if end == start and self.admm_end != self.admm_start:  # a short run still gets a taste of ADMM
+            start, end = (start, end + 1) if length is None or end < length else (max(0, start - 1), end)
+        if clip and length is not None:
+            start, end = min(start, length), min(end, length)
+        if length is not None and end > length:
+            raise SettingError(
+                f"admm_end={self.admm_end} is after the end of the run, which is {length} {self.interval}s long: "
+                f"lower admm_end or raise the Trainer's length"
+            )
+        if end < start:
+            raise SettingError(
+                f"admm_end={self.admm_end} comes before admm_start={self.admm_start} in a run of {length}"
+            )
+        return Timeline(start, end, max(1, every))
+
+    def _count(self, name: str, length: int | None) -> int:
+        value: int | float = getattr(self, name)
+        if isinstance(value, int):
+            return value
+        if length is None:
+            raise SettingError(
+                f"{name}={value} is a share, and this run has no end to take it of: "
+                f"give {name} as a whole number of {self.interval}s, or give the Trainer a length"
+            )
+        return round(value * length)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The phases as counts of epochs (or steps): ADMM in ``start <= now < end``, updated every ``every``."""
+
+    start: int
+    end: int
+    every: int
+
+    def updates_at(self, now: int) -> bool:
+        """Return whether a Z/U update is due."""
+        return self.start < now < self.end and (now - self.start) % self.every == 0
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """How the network trains on inside its structure.
+
+    Args:
+        unified: ``tied``: the one magnitude of a unified block trains, its signs stay; ``frozen``: it stays too.
+        schedule: ``restart``: the module's learning-rate schedules begin anew over the retraining phase, with fresh
+            optimizers; where there are none, nothing changes. ``module``: schedules and optimizers are left alone.
+
+    Raises:
+        SettingError: A value is not allowed.
+    """
+
+    unified: Literal["tied", "frozen"] = "tied"
+    schedule: Literal["restart", "module"] = "restart"
+
+    def __post_init__(self) -> None:
+        if self.unified not in ("tied", "frozen"):
+            raise SettingError(f"unified={self.unified!r} is not allowed: give 'tied' or 'frozen'")
+        if self.schedule not in ("restart", "module"):
+            raise SettingError(f"schedule={self.schedule!r} is not allowed: give 'restart' or 'module'")

@@ -1,0 +1,208 @@
+"""The life of a compression: dense, then ADMM, then retraining inside the structure. Plain torch, for any loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_muws.errors import StateError
+from lightning_muws.report import Update
+from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.structure.sets import Support
+from lightning_muws.training.admm import Admm, Residuals, total
+from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.phases import Phases, Retraining, Timeline
+
+Phase = Literal["dense", "admm", "retraining"]
+PHASES: tuple[Phase, ...] = ("dense", "admm", "retraining")
+STATE_VERSION = 1
+
+
+class CompressionRun:
+    """What happens to a set of named weights over a training run; the caller owns the loop and says when.
+
+    Call :meth:`tick` at the start of each epoch (or batch), :meth:`before_step` when gradients are complete, and
+    :meth:`after_step` after the optimizer's step.
+
+    Args:
+        weights: The covered parameters, by name.
+        entries: What each becomes: a plan's ``covered``.
+        phases: How hard ADMM pulls.
+        retraining: How to train on inside the structure.
+
+    Example:
+        >>> from lightning_muws.structure.plan import MicroStructure, make_plan
+        >>> layer, phases = nn.Linear(8, 8), Phases(admm_end=2)
+        >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
+        >>> run = CompressionRun(plan.weights(layer), plan.covered, phases, Retraining())
+        >>> optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        >>> for epoch in range(3):
+        ...     run.tick(epoch, phases.on(3), [optimizer])
+        ...     optimizer.zero_grad()
+        ...     layer(torch.ones(8)).square().sum().backward()
+        ...     run.before_step(optimizer)
+        ...     optimizer.step()
+        ...     run.after_step(optimizer)
+        >>> run.phase, int((layer.weight == 0).sum())
+        ('retraining', 32)
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        entries: Mapping[str, PlanEntry],
+        phases: Phases,
+        retraining: Retraining,
+    ) -> None:
+        self.weights, self.entries, self.phases, self.retraining = dict(weights), dict(entries), phases, retraining
+        self.admm: Admm | None = None
+        self.constraint: Constraint | None = None
+        self.history: list[Update] = []
+        self._last_tick = -1
+        self._raw: dict[str, Tensor] = {}
+        self._owned: dict[int, tuple[Optimizer, dict[str, nn.Parameter]]] = {}
+
+    @property
+    def phase(self) -> Phase:
+        """``dense`` before ADMM, ``admm``, or ``retraining`` inside the structure."""
+        return "retraining" if self.constraint else "admm" if self.admm else "dense"
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The frozen structure of each weight, by name; empty before the retraining phase."""
+        return dict(self.constraint.supports) if self.constraint else {}
+
+    def tick(self, now: int, timeline: Timeline, optimizers: Iterable[Optimizer]) -> None:
+        """Do what is due at this epoch (or step), once: start ADMM, update Z and U, or freeze the structure.
+
+        Raises:
+            StateError: A weight has NaN or Inf.
+        """
+        if now <= self._last_tick or self.constraint:
+            return
+        if now >= timeline.end:
+            self.freeze(now, optimizers)
+        elif self.admm is None and now >= timeline.start:
+            self.admm = self._new_admm()
+            self.admm.start(self.weights)
+        elif self.admm and timeline.updates_at(now):
+            rho, residuals = self.admm.rho, self.admm.update(self.weights)
+            overall = total(residuals, self.weights)
+            self.history.append(Update(now, rho, overall.primal, overall.dual))
+        else:
+            return
+        self._last_tick = now
+
+    def freeze(self, now: int, optimizers: Iterable[Optimizer]) -> None:
+        """Choose the structure, project the weights, and the moments that these optimizers keep of them.
+
+        Raises:
+            StateError: A weight has NaN or Inf; nothing is changed then.
+        """
+        rho = self.admm.rho if self.admm else 0.0
+        self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
+        self.admm = None
+        overall = total({n: Residuals(r, 0.0) for n, r in self.constraint.primal.items()}, self.weights)
+        self.history.append(Update(now, rho, overall.primal, overall.dual))
+        for optimizer in optimizers:
+            self.constraint.project_moments(self.owned(optimizer), optimizer)
+
+    def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
+        """Add the penalty's gradient, ``scale`` times, or project the gradients; of the weights of this optimizer."""
+        if self.constraint:
+            self.constraint.project_gradients(self.owned(optimizer))
+        elif self.admm and scale:
+            self.admm.add_penalty_gradient(self.owned(optimizer), scale)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Hold the weights of this optimizer to their structure, to the bit."""
+        if self.constraint:
+            self.constraint.enforce(self.owned(optimizer))
+
+    def owned(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """Return the covered weights that an optimizer steps."""
+        known, owned = self._owned.get(id(optimizer), (None, {}))
+        if known is not optimizer:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            owned = {name: p for name, p in self.weights.items() if id(p) in ids and p.requires_grad}
+            self._owned[id(optimizer)] = optimizer, owned
+        return owned
+
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Return what there is to log: phase (0, 1, 2), rho, penalty, and the residuals of the last update."""
+        metrics: dict[str, float | Tensor] = {"phase": float(PHASES.index(self.phase))}
+        if self.admm:
+            metrics |= {"rho": self.admm.rho, "penalty": self.admm.penalty(self.weights)}
+        if self.history:
+            metrics |= {"primal_residual": self.history[-1].primal, "dual_residual": self.history[-1].dual}
+        return metrics
+
+    @torch.no_grad()
+    def show_projected(self) -> None:
+        """Swap the weights for their projections, until :meth:`show_raw`.
+
+        Raises:
+            StateError: A weight has NaN or Inf; nothing is changed then.
+        """
+        projected = {n: e.structure.project(self.weights[n], e.grid, n) for n, e in self.entries.items()}
+        self._raw = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        for name, value in projected.items():
+            self.weights[name].copy_(value)
+
+    @torch.no_grad()
+    def show_raw(self) -> None:
+        """Bring the weights back that :meth:`show_projected` put aside, if it did."""
+        for name, value in self._raw.items():
+            self.weights[name].copy_(value)
+        self._raw = {}
+
+    @property
+    def raw(self) -> dict[str, Tensor]:
+        """The weights put aside while projected ones are shown, by name; else empty."""
+        return self._raw
+
+    def verify(self) -> None:
+        """Check that every weight is inside its structure, with ``==``.
+
+        Raises:
+            StateError: A weight is not, or the structure is not frozen yet.
+        """
+        if self.constraint is None:
+            raise StateError(
+                f"no structure is frozen yet, the run is in its {self.phase} phase: train past admm_end first"
+            )
+        self.constraint.follow(self.weights)
+        self.constraint.verify(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain dicts, lists, strings, numbers and tensors."""
+        state: dict[str, Any] = {"version": STATE_VERSION, "phase": self.phase, "last_tick": self._last_tick}
+        state["history"] = [dict(vars(update)) for update in self.history]
+        engine = self.constraint or self.admm
+        return state | ({"engine": engine.state_dict()} if engine else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state, on the devices of the weights, which the caller restores himself.
+
+        Raises:
+            StateError: The state is of another version, or of other weights.
+        """
+        if state["version"] != STATE_VERSION:
+            raise StateError(
+                f"the state has version {state['version']}, this package reads {STATE_VERSION}: install its own"
+            )
+        self.admm = self.constraint = None
+        if state["phase"] == "admm":
+            self.admm = self._new_admm()
+            self.admm.load_state_dict(state["engine"], self.weights)
+        elif state["phase"] == "retraining":
+            self.constraint = Constraint.from_state_dict(state["engine"], self.weights, self.entries)
+        self._last_tick = state["last_tick"]
+        self.history = [Update(**update) for update in state["history"]]
+
+    def _new_admm(self) -> Admm:
+        return Admm(self.entries, self.phases.rho, self.phases.rho_growth, self.phases.rho_max)

@@ -1,0 +1,61 @@
+"""Imports go one way. The order of these lists is the architecture."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_muws"
+# A room may import what stands before it; rooms of one line know nothing of each other.
+ORDER = [["errors"], ["structure"], ["report"], ["training"], ["plots"]]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+MAY_IMPORT_LIGHTNING = {"training/callback.py"}
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(file: str) -> str:
+    return file.removesuffix(".py").split("/")[0]
+
+
+def imports(file: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "__init__.py"])
+def test_a_room_imports_only_rooms_before_it(file):
+    room = room_of(file)
+    for name in imports(file):
+        if name.startswith("lightning_muws."):
+            other = name.split(".")[1]
+            assert other == room or LEVEL[other] < LEVEL[room], f"{file} must not import {name}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_the_callback_imports_lightning(file):
+    found = {name.split(".")[0] for name in imports(file)} & {"lightning", "pytorch_lightning", "lightning_fabric"}
+    typing_only = file == "__init__.py"
+    assert not found or file in MAY_IMPORT_LIGHTNING or typing_only
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_passes_300_lines(file):
+    assert len((PACKAGE / file).read_text().splitlines()) <= 300
+
+
+def test_structures_and_runs_work_without_lightning():
+    code = (
+        "import sys, torch, lightning_muws as m\n"
+        "from lightning_muws.training.run import CompressionRun\n"
+        "m.MicroStructure(prune_ratio=0.5).project(torch.ones(8, 8)); m.Phases(); m.LayerRule()\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  our own code
