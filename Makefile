@@ -1,0 +1,44 @@
+# Each target sets up what it needs, and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread: two on a busy machine can be ten times slower.
+ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help demo test check bench sweep clean
+
+help:
+	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (3 minutes)"
+	@echo "make test    run the test suite"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   measure the projection, and ADMM against one-shot projection (long)"
+	@echo "make sweep   the trials that chose the defaults of Phases (long)"
+
+# torch first and pinned, so that nothing else brings another build of it
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev]"
+	@touch $@
+
+demo: $(READY)
+	$(ENV) $(BIN)/python examples/01_fashion_mnist.py $(ARGS)
+
+test: $(READY)
+	$(ENV) $(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(ENV) $(BIN)/python examples/benchmarks/projection.py
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
+
+sweep: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) output .mypy_cache .ruff_cache .pytest_cache .hypothesis

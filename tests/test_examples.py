@@ -1,0 +1,100 @@
+"""The examples run as they stand, and their data is checked or refused."""
+
+import gzip
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The module of the examples' data, without a network, with tiny files in the place of the real ones."""
+    spec = importlib.util.spec_from_file_location("example_datasets", EXAMPLES / "datasets.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "example_datasets", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "INSTALLED", tmp_path / "installed")
+    for name in module.SHA256:
+        monkeypatch.setitem(module.SHA256, name, hashlib.sha256(idx(name)).hexdigest())
+
+    def unreachable(scratch):
+        raise OSError("no network")
+
+    unreachable.__doc__ = "from nowhere"
+    monkeypatch.setattr(module, "_from_distribution", unreachable)
+    monkeypatch.setattr(module, "_from_mirror", unreachable)
+    return module
+
+
+def idx(name: str) -> bytes:
+    shape = (6, 28, 28) if "images" in name else (6,)
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    return header + bytes(range(6)) * (torch.Size(shape).numel() // 6)
+
+
+def put(folder: Path, datasets) -> None:
+    folder.mkdir(parents=True)
+    for name in datasets.SHA256:
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(name)))
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_digits(tmp_path):
+    command = [sys.executable, EXAMPLES / "01_fashion_mnist.py", "--data", "digits", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own script
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d)", last)
+    assert found, last
+    dense, compressed, sparsity = map(float, found.groups())
+    assert dense > 0.9
+    assert compressed > 0.5
+    assert 0.7 < sparsity < 0.9
+    assert "ADMM residuals" in done.stdout
+    assert {"blocks.png", "residuals.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_installed_data_is_taken_first(datasets, tmp_path):
+    put(tmp_path / "installed", datasets)
+    put(tmp_path / "cache", datasets)
+    assert datasets.fashion_mnist(tmp_path / "cache") == tmp_path / "installed"
+
+
+def test_fetched_data_is_kept_in_the_cache(datasets, tmp_path, monkeypatch):
+    def fetch(scratch):
+        """From a test."""
+        put(scratch / "files", datasets)
+        return scratch / "files"
+
+    monkeypatch.setattr(datasets, "_from_mirror", fetch)
+    assert datasets.fashion_mnist(tmp_path / "cache") == tmp_path / "cache"
+    monkeypatch.setenv("MUWS_CACHE", str(tmp_path / "elsewhere"))
+    put(tmp_path / "elsewhere" / "fashion-mnist", datasets)
+    data = datasets.load(n_train=4, batch_size=3)
+    assert data.train.images.shape == (4, 1, 28, 28)
+    assert data.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert [len(labels) for _, labels in data.train_dataloader()] == [3, 1]
+
+
+def test_without_data_one_sentence_says_how_to_get_it(datasets, tmp_path):
+    with pytest.raises(datasets.DataError, match=r"no network.*install Debian's package dataset-fashion-mnist, or put"):
+        datasets.fashion_mnist(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_data_is_refused_by_its_digest(datasets, tmp_path):
+    put(tmp_path / "installed", datasets)
+    (tmp_path / "installed" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    with pytest.raises(datasets.DataError, match=r"t10k-labels-idx1-ubyte\.gz has SHA-256"):
+        datasets.load()
+    (tmp_path / "installed" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(datasets.DataError, match=r"t10k-labels-idx1-ubyte\.gz cannot be read"):
+        datasets.load()
