@@ -1,6 +1,7 @@
 """The callback in real Trainers: exact in ADMM, exact in retraining, quiet elsewhere."""
 
 import csv
+import math
 import re
 from pathlib import Path
 
@@ -358,6 +359,18 @@ def test_an_error_in_a_projected_validation_brings_the_raw_weights_back():
     assert same_bits(module.get_parameter(COVERED[0]).detach(), raw.weights[COVERED[0]])
 
 
+def test_weights_that_another_callback_moved_are_brought_back_with_a_warning():
+    class Move(Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.get_parameter(COVERED[0]).add_(0.1)
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    with pytest.warns(UserWarning, match=r"layer\.0\.weight is .* away from its structure.*projected back"):
+        fit(TwoLayers(), callback, Move(), max_epochs=5)
+    callback.verify()
+
+
 # ---- refusals
 
 
@@ -457,11 +470,12 @@ class Rates(Callback):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
+def cosine(i, n, lr=0.05):
+    return lr * (1 + math.cos(math.pi * i / n)) / 2
+
+
 @pytest.mark.parametrize("length", [{"max_epochs": 6}, {"max_steps": 48}])
 def test_schedules_restart_over_the_retraining_phase(length):
-    def cosine(i, n):
-        return 0.05 * (1 + torch.cos(torch.tensor(torch.pi * i / n, dtype=torch.float64)).item()) / 2
-
     rates, phases = (
         Rates(),
         Phases("epoch" if "max_epochs" in length else "step", 0, 3 if "max_epochs" in length else 24, 1),
@@ -469,6 +483,40 @@ def test_schedules_restart_over_the_retraining_phase(length):
     fit(Decaying(), WeightUnificationCallback(STRUCTURE, phases=phases), rates, **length)
     expected = [cosine(i, 48) for i in range(24)] + [cosine(i, 24) for i in range(24)]
     assert rates.seen == pytest.approx(expected)
+
+
+def test_an_own_rate_scales_groups_and_schedules():
+    rates = Rates()
+    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=3), retraining=Retraining(lr=0.01))
+    fit(Decaying(), callback, rates, max_epochs=6)
+    assert rates.seen[24:] == pytest.approx([cosine(i, 24, 0.01) for i in range(24)])
+
+
+@pytest.mark.parametrize("kind", [TwoLayers, Decaying])
+def test_constant_and_cosine_take_the_place_of_the_module_s_schedules(kind):
+    for schedule, lr, expected in (
+        ("constant", 0.0, [0.05] * 24),
+        ("constant", 0.02, [0.02] * 24),
+        ("cosine", 0.0, [cosine(i, 24) for i in range(24)]),
+        ("cosine", 0.02, [cosine(i, 24, 0.02) for i in range(24)]),
+    ):
+        rates = Rates()
+        retraining = Retraining(schedule=schedule, lr=lr)
+        fit(
+            kind(),
+            WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=3), retraining=retraining),
+            rates,
+            max_epochs=6,
+        )
+        assert rates.seen[24:] == pytest.approx(expected), (schedule, lr)
+
+
+def test_our_schedules_are_refused_in_manual_optimization():
+    module = TwoLayers()
+    module.automatic_optimization = False
+    callback = WeightUnificationCallback(STRUCTURE, retraining=Retraining(schedule="cosine"))
+    with pytest.raises(SettingError, match="schedule='cosine' needs a Trainer that steps schedules"):
+        fit(module, callback, max_epochs=5)
 
 
 def test_schedules_can_be_left_alone():

@@ -305,6 +305,10 @@ def test_phases_longer_than_the_run_are_refused():
 def test_wrong_retraining_is_refused():
     with pytest.raises(SettingError, match="unified='loose' is not allowed"):
         Retraining(unified="loose")
+    with pytest.raises(SettingError, match="schedule='linear' is not allowed"):
+        Retraining(schedule="linear")
+    with pytest.raises(SettingError, match=r"lr=-0\.1 is not allowed"):
+        Retraining(lr=-0.1)
 
 
 def test_settings_are_frozen_and_can_be_made_without_arguments():

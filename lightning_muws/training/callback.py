@@ -103,6 +103,7 @@ class WeightUnificationCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainers.refuse(*trainer.optimizers)
+        rates.refuse_manual(trainer, self.retraining)
         now = {id(p) for p in pl_module.parameters()}
         if self._run is None or any(
             id(p) not in now for p in self._run.weights.values()
@@ -120,7 +121,8 @@ class WeightUnificationCallback(Callback):
         if self._pending:
             self._take_up(self._pending)
             if self._run.constraint:
-                self._restart(trainer)  # now, so that the schedulers are there whose states will be restored
+                # now, so that the schedulers are there whose states will be restored
+                rates.begin(trainer, self.retraining, *self._began)
 
     # ---- phases: always at the start of an epoch or batch, so that each checkpoint belongs to one phase
 
@@ -145,14 +147,10 @@ class WeightUnificationCallback(Callback):
 
     def _begin_retraining(self, trainer: Trainer) -> None:
         self._began = trainer.current_epoch, trainer.global_step
-        self._restart(trainer)
+        rates.begin(trainer, self.retraining, *self._began)
         left = trainers.reset_monitors(trainer)
         files = f"; checkpoints of earlier phases stay on disk: {', '.join(left)}" if left else ""
         rank_zero_info(f"muws: the structure is frozen, retraining begins{files}")
-
-    def _restart(self, trainer: Trainer) -> None:
-        if self.retraining.schedule == "restart":
-            rates.restart(trainer, *self._began)
 
     def _now(self, trainer: Trainer) -> int:
         return trainer.current_epoch if self.phases.interval == "epoch" else self._stepped_batches
@@ -226,12 +224,21 @@ class WeightUnificationCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unhook()
         if self._run and self._run.constraint and self.plan:
-            self.verify()
+            self._hold()
             self.report = make_report(
                 pl_module, self.plan, self.supports, self._run.constraint.primal, self._run.history
             )
             if trainer.is_global_zero:
                 self.report.print()
+
+    def _hold(self) -> None:
+        """Bring weights back that another callback moved out of the structure after the last step."""
+        try:
+            self.verify()
+        except StateError as error:
+            rank_zero_warn(f"at the end of fit {error}; it was projected back")
+            if self._run and self._run.constraint:
+                self._run.constraint.enforce(self._run.weights)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

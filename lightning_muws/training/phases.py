@@ -113,18 +113,27 @@ class Retraining:
 
     Args:
         unified: ``tied``: the one magnitude of a unified block trains, its signs stay; ``frozen``: it stays too.
-        schedule: ``restart``: the module's learning-rate schedules begin anew over the retraining phase, with fresh
-            optimizers; where there are none, nothing changes. ``module``: schedules and optimizers are left alone.
+        schedule: Of the learning rate. ``restart``: the module's own schedules begin anew over the retraining phase,
+            with fresh optimizers; where there are none, nothing changes. ``module``: all is left alone. ``constant``,
+            ``cosine``: in the place of the module's schedules, from its initial rate on.
+        lr: Learning rate at the beginning of the retraining phase, of the first parameter group, the others and the
+            schedules in proportion; 0 takes the module's.
 
     Raises:
         SettingError: A value is not allowed.
     """
 
     unified: Literal["tied", "frozen"] = "tied"
-    schedule: Literal["restart", "module"] = "restart"
+    schedule: Literal["restart", "module", "constant", "cosine"] = "restart"
+    lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.unified not in ("tied", "frozen"):
             raise SettingError(f"unified={self.unified!r} is not allowed: give 'tied' or 'frozen'")
-        if self.schedule not in ("restart", "module"):
-            raise SettingError(f"schedule={self.schedule!r} is not allowed: give 'restart' or 'module'")
+        if self.schedule not in ("restart", "module", "constant", "cosine"):
+            raise SettingError(
+                f"schedule={self.schedule!r} is not allowed: give 'restart', 'module', 'constant' or 'cosine'"
+            )
+        lr: object = self.lr  # a configuration file may have put anything there
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
+            raise SettingError(f"lr={self.lr!r} is not allowed: give a learning rate > 0, or 0 for the module's")

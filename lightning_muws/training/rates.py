@@ -1,35 +1,87 @@
-"""The learning rate of the retraining phase. Reads and writes a Trainer, and imports no Lightning."""
+"""The learning rate of the retraining phase. Reads and writes a Trainer, and imports no Lightning by name."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-def restart(trainer: Any, epoch: int, step: int) -> None:
-    """Let the module's learning-rate schedules begin anew, over what is left of the run.
+from lightning_muws.errors import SettingError
+from lightning_muws.training.phases import Retraining
 
-    The module configures its optimizers once more, and sees as the Trainer's length what follows epoch ``epoch`` and
-    step ``step``, where retraining began. Nothing happens where the Trainer steps no schedule: without schedulers, and
-    in manual optimization.
+OF_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")  # what schedulers keep of rates in an optimizer's groups
+
+
+def refuse_manual(trainer: Any, retraining: Retraining) -> None:
+    """Refuse schedules of ours where Lightning would not step them.
+
+    Raises:
+        SettingError: The module optimizes manually, and the schedule is one of ours.
+    """
+    if retraining.schedule in ("constant", "cosine") and not trainer.lightning_module.automatic_optimization:
+        raise SettingError(
+            f"schedule={retraining.schedule!r} needs a Trainer that steps schedules, and in manual optimization the "
+            "module does: give schedule='module' or 'restart', with an lr if you like"
+        )
+
+
+def begin(trainer: Any, retraining: Retraining, epoch: int, step: int) -> None:
+    """Set the learning rate up for the retraining phase, and again when a run is resumed in it.
+
+    ``restart``: the module configures its optimizers once more, and sees as the Trainer's length what follows epoch
+    ``epoch`` and step ``step``; nothing happens where the Trainer steps no schedule. ``constant`` and ``cosine`` take
+    the place of the module's schedules, on the optimizers there are. ``module`` leaves all alone.
 
     Args:
         trainer: The Trainer, in fit.
+        retraining: The settings.
         epoch: Epochs that were over when retraining began.
         step: Optimizer steps that were done when retraining began.
     """
-    strategy = trainer.strategy
-    if not strategy.lr_scheduler_configs or not trainer.lightning_module.automatic_optimization:
-        return
-    with _shortened(trainer, epoch, step):
-        strategy.setup_optimizers(trainer)
-        strategy.setup_precision_plugin()
+    strategy, automatic = trainer.strategy, trainer.lightning_module.automatic_optimization
+    if retraining.schedule == "restart" and automatic and strategy.lr_scheduler_configs:
+        with _shortened(trainer, epoch, step):
+            strategy.setup_optimizers(trainer)
+            strategy.setup_precision_plugin()
+    if retraining.schedule in ("constant", "cosine"):
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
+        with _shortened(trainer, epoch, step):
+            length = max(1, trainer.estimated_stepping_batches)
+        cosine = retraining.schedule == "cosine"
+        strategy.lr_scheduler_configs = [_cosine(trainer, o, length) for o in trainer.optimizers] if cosine else []
+    if retraining.lr:
+        _scale(trainer, retraining.lr)
+
+
+def _cosine(trainer: Any, optimizer: Optimizer, length: int) -> Any:
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    # the class of the Trainer's own namespace, lightning.pytorch or pytorch_lightning
+    types = importlib.import_module(type(trainer).__module__.split(".trainer")[0] + ".utilities.types")
+    return types.LRSchedulerConfig(CosineAnnealingLR(optimizer, length), interval="step")
+
+
+def _scale(trainer: Any, lr: float) -> None:
+    """Scale the rates of all groups, and of their schedules, so that the first group begins at ``lr``."""
+    for optimizer in trainer.optimizers:
+        first = optimizer.param_groups[0]
+        factor = lr / (first.get("initial_lr", first["lr"]) or 1.0)
+        for group in optimizer.param_groups:
+            group |= {key: group[key] * factor for key in OF_GROUP if key in group}
+        for config in trainer.strategy.lr_scheduler_configs:
+            if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
 
 
 @contextmanager
 def _shortened(trainer: Any, epoch: int, step: int) -> Iterator[None]:
-    """Take what is over off the Trainer's length, for as long as optimizers are configured."""
+    """Take what is over off the Trainer's length, for as long as rates are set up."""
     loop = trainer.fit_loop
     epochs, steps = loop.max_epochs, loop.epoch_loop.max_steps
     try:
