@@ -15,46 +15,29 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning_muws import LayerRule, MicroStructure, Phases, Retraining, WeightUnificationCallback
 from lightning_muws.errors import PlanError, SettingError, StateError
 from lightning_muws.structure.sets import Kind
+from tests.explicit import PHASES, Explicit, Snapshot, assert_same_after_admm
 from tests.modules import OPTIMIZERS, QUIET, STRUCTURE, Probe, TwoLayers, fit
 from tests.strategies import same_bits
 
-PHASES = Phases(admm_start=1, admm_end=4, rho=0.1, rho_growth=1.5, rho_max=0.2)
 COVERED = ("layer.0.weight", "layer.2.weight")
 
 
 # ---- ADMM: the same as a module that adds the penalty to its own loss
 
 
-class Explicit(TwoLayers):
-    """Adds ``sum rho / 2 * |W - Z + U|^2`` to its loss and updates Z and U itself; phases as in PHASES."""
-
-    def __init__(self, optimizer: str = "sgd", skip: bool = False) -> None:
-        super().__init__(optimizer)
-        self.skip, self.z, self.u, self.rho = skip, {}, {}, 0.1
-
-    def on_train_epoch_start(self) -> None:
-        for name in COVERED:
-            w = self.get_parameter(name).detach()
-            if self.current_epoch == 1:
-                self.z[name], self.u[name] = STRUCTURE.project(w), torch.zeros_like(w)
-            elif self.current_epoch > 1:
-                self.z[name] = STRUCTURE.project(w + self.u[name])
-                self.u[name] = self.u[name] + w - self.z[name]
-        if self.current_epoch > 1:
-            rho, self.rho = self.rho, min(self.rho * 1.5, 0.2)
-            self.u = {name: u * (rho / self.rho) for name, u in self.u.items()}
-
+class ExplicitLayers(Explicit, TwoLayers):
     def training_step(self, batch, batch_idx):
-        if self.skip and batch_idx % 3 == 1:
-            return None
-        loss = super().training_step(batch, batch_idx)["loss"]
-        squares = [(self.get_parameter(n) - self.z[n] + self.u[n]).square().sum() for n in self.z]
-        return loss + self.rho / 2 * sum(squares)
+        loss = super().training_step(batch, batch_idx)
+        return loss and loss["loss"] + self.penalty()
 
 
 class Skipping(TwoLayers):
     def training_step(self, batch, batch_idx):
         return None if batch_idx % 3 == 1 else super().training_step(batch, batch_idx)
+
+
+class ExplicitSkipping(ExplicitLayers, Skipping):
+    pass
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -71,36 +54,16 @@ class Skipping(TwoLayers):
     ids=str,
 )
 def test_the_injected_penalty_is_the_explicit_one(optimizer, options):
-    assert_same_after_admm(TwoLayers(optimizer), Explicit(optimizer), options)
-
-
-class Snapshot(Callback):
-    """Keeps the weights as the last batch before the epoch ``until`` left them."""
-
-    def __init__(self, until: int = 4):
-        self.until = until
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.current_epoch < self.until:
-            self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+    assert_same_after_admm(
+        TwoLayers(optimizer), ExplicitLayers(optimizer), options=lambda: {"precision": "64-true", **options}
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")
 @pytest.mark.parametrize("accumulate", [1, 3, 4])
 def test_steps_that_return_none_get_their_share(accumulate):
-    assert_same_after_admm(Skipping(), Explicit(skip=True), {"accumulate_grad_batches": accumulate})
-
-
-def assert_same_after_admm(module, explicit, options):
-    module.load_state_dict(explicit.state_dict())
-    last, callback = Snapshot(), WeightUnificationCallback(STRUCTURE, phases=PHASES)
-    fit(module, last, callback, max_epochs=5, precision="64-true", **options)
-    start = {name: p.detach().clone() for name, p in explicit.named_parameters()}
-    fit(explicit, max_epochs=4, precision="64-true", **options)
-    assert len(callback.history) == 3
-    for name, parameter in explicit.named_parameters():
-        assert (last.weights[name] - parameter).abs().max() <= 1e-12, name
-        assert (start[name] - parameter).abs().max() > 1e-3
+    options = {"precision": "64-true", "accumulate_grad_batches": accumulate}
+    assert_same_after_admm(Skipping(), ExplicitSkipping(), options=lambda: options)
 
 
 # ---- retraining: the constraint holds with == after every step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class CompressionRun:
         >>> run = CompressionRun(plan.weights(layer), plan.covered, phases, Retraining())
         >>> optimizer = torch.optim.SGD(layer.parameters(), 0.1)
         >>> for epoch in range(3):
-        ...     run.tick(epoch, phases.on(3), [optimizer])
+        ...     due = run.tick(epoch, phases.on(3), [optimizer])
         ...     optimizer.zero_grad()
         ...     layer(torch.ones(8)).square().sum().backward()
         ...     run.before_step(optimizer)
@@ -76,14 +77,17 @@ class CompressionRun:
         """The frozen structure of each weight, by name; empty before the retraining phase."""
         return dict(self.constraint.supports) if self.constraint else {}
 
-    def tick(self, now: int, timeline: Timeline, optimizers: Iterable[Optimizer]) -> None:
+    def tick(self, now: int, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
         """Do what is due at this epoch (or step), once: start ADMM, update Z and U, or freeze the structure.
+
+        Returns:
+            Whether there was something to do.
 
         Raises:
             StateError: A weight has NaN or Inf.
         """
         if now <= self._last_tick or self.constraint:
-            return
+            return False
         if now >= timeline.end:
             self.freeze(now, optimizers)
         elif self.admm is None and now >= timeline.start:
@@ -94,8 +98,9 @@ class CompressionRun:
             overall = total(residuals, self.weights)
             self.history.append(Update(now, rho, overall.primal, overall.dual))
         else:
-            return
+            return False
         self._last_tick = now
+        return True
 
     def freeze(self, now: int, optimizers: Iterable[Optimizer]) -> None:
         """Choose the structure, project the weights, and the moments that these optimizers keep of them.
@@ -164,6 +169,14 @@ class CompressionRun:
     def raw(self) -> dict[str, Tensor]:
         """The weights put aside while projected ones are shown, by name; else empty."""
         return self._raw
+
+    def fingerprint(self) -> int:
+        """Return a checksum of the choices of blocks and of the magnitudes: the same on each rank, if all is well."""
+        engine, checksum = self.constraint or self.admm, 0
+        for tensors in engine.state_dict()["weights"].values() if engine else ():
+            for name in ("kinds", "negative", "magnitudes"):
+                checksum = zlib.crc32(tensors[name].cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        return checksum
 
     def verify(self) -> None:
         """Check that every weight is inside its structure, with ``==``.

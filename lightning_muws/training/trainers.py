@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_muws.errors import SettingError
+from lightning_muws.errors import SettingError, StateError
 
 REFUSED = {
     "DeepSpeedStrategy": "it keeps gradients where they cannot be changed; use strategy='ddp'",
@@ -46,10 +46,48 @@ def length(trainer: Any, interval: str) -> int | None:
     return None if math.isinf(steps) else int(steps)
 
 
-def gradient_scale(trainer: Any, optimizer: Optimizer) -> float:
-    """Return what the gradients are multiplied with at this moment: 1, but for a fused optimizer with a GradScaler."""
+def refuse_namespace(trainer: Any, namespace: str) -> None:
+    """Refuse a Trainer of the other namespace, in which isinstance checks would fail in silence.
+
+    Raises:
+        SettingError: It is one; says which import to change.
+    """
+    found = next(kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")
+    found = "pytorch_lightning" if found.startswith("pytorch_lightning.") else "lightning.pytorch"
+    if found != namespace:
+        home = "lightning_muws" if found == "lightning.pytorch" else "lightning_muws.pytorch_lightning"
+        raise SettingError(
+            f"this callback is for {namespace}, and the Trainer is of {found}: "
+            f"change the import to 'from {home} import WeightUnificationCallback'"
+        )
+
+
+def refuse_ranks_apart(trainer: Any, fingerprint: int) -> None:
+    """Check that all ranks chose the same structure.
+
+    Raises:
+        StateError: They did not, as their weights differ.
+    """
+    if trainer.world_size == 1:
+        return
+    found = trainer.strategy.all_gather(
+        torch.tensor(fingerprint, dtype=torch.int64, device=trainer.strategy.root_device)
+    )
+    if (found != found.flatten()[0]).any():
+        raise StateError(
+            f"the ranks chose different structures (checksums {found.flatten().tolist()}): their weights differ, so "
+            "find what changes weights on one rank only"
+        )
+
+
+def gradient_scale(trainer: Any, optimizer: Optimizer, scaled: bool = False) -> float:
+    """Return what the gradients are multiplied with: 1, or a GradScaler's scale.
+
+    They bear the scale until the Trainer unscales them just before the step (``scaled``: that is still to come), and
+    into the step where the optimizer is a fused one, which unscales for itself.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is None or not (scaled or getattr(optimizer, "_step_supports_amp_scaling", False)):
         return 1.0
     return float(scaler.get_scale())
 
@@ -72,6 +110,15 @@ def reset_monitors(trainer: Any) -> list[str]:
             callback.best_model_score = callback.current_score = None
             callback.kth_value = _worst(callback.mode)
     return left
+
+
+def reset_averages(trainer: Any) -> None:
+    """Let WeightAveraging begin anew: an average over weights of no and of one structure would have none."""
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None) if is_a(callback, "WeightAveraging") else None
+        if average is not None:
+            average.module.load_state_dict(trainer.lightning_module.state_dict())
+            average.n_averaged.zero_()
 
 
 def _worst(mode: str) -> torch.Tensor:

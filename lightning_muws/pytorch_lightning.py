@@ -1,0 +1,25 @@
+"""WeightUnificationCallback for those who import `pytorch_lightning`; checkpoints of both namespaces are the same."""
+
+from __future__ import annotations
+
+from pytorch_lightning import Callback
+
+from lightning_muws.training.hooks import CompressionHooks
+
+
+class WeightUnificationCallback(CompressionHooks, Callback):
+    """The callback of the package's face, for a Trainer of ``pytorch_lightning``; see there.
+
+    Args:
+        structure: What the weights become, wherever no rule says otherwise.
+        rules: Structures of their own for some layers, or their exemption; the last rule that matches wins.
+        phases: When ADMM starts and ends, and how hard it pulls.
+        retraining: How the network trains on inside its structure.
+        validate_projected: In the ADMM phase, validate the network that a projection would give now.
+
+    Raises:
+        MuwsError: At the start of fit, a setting does not fit the model or the Trainer; in training, a weight is not
+            finite.
+    """
+
+    namespace = "pytorch_lightning"
