@@ -1,0 +1,67 @@
+"""Two real processes under DDP: exact, alike, and refused where they are not."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ddp_worker import CASES
+from tests.strategies import same_bits
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def launch(module: str, folder: Path) -> list[dict]:
+    """Run a worker module in two processes and return what each saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **common, "LOCAL_RANK": str(rank)}, **pipes)  # noqa: S603  our own
+        for rank in range(2)
+    ]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, output[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch("tests.ddp_worker", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_penalty_is_the_explicit_one_on_two_ranks(ranks, case):
+    for rank in ranks:
+        for name, expected in rank[case]["explicit"].items():
+            assert (rank[case]["after admm"][name] - expected).abs().max() <= 1e-12, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_hold_the_same_bits(ranks, case):
+    one, two = (rank[case] for rank in ranks)
+    for name in one["final"]:
+        assert same_bits(one["final"][name], two["final"][name]), name
+    for name in one["kinds"]:
+        assert torch.equal(one["kinds"][name], two["kinds"][name])
+    assert one["history"] == two["history"]
+    assert one["checked"] == two["checked"] > 0
+
+
+def test_a_layer_that_is_never_used_is_compressed_too(ranks):
+    weight = ranks[0]["plain"]["final"]["unused.weight"]
+    assert (weight == 0).sum() >= weight.numel() / 2
+
+
+def test_ranks_that_differ_are_refused(ranks):
+    for rank in ranks:
+        assert rank["apart"].startswith("the ranks chose different structures (checksums [")
