@@ -23,13 +23,13 @@ class Update:
     """One Z/U update of a run, or its hard projection, over all covered weights.
 
     Args:
-        when: The epoch (or step) at whose start it happened.
+        when: The epoch (or step) at whose start it happened; within an epoch with its fraction.
         rho: The penalty factor that led there.
         primal: ``|W - Z| / |W|``.
         dual: ``|Z - Z_old| / |W|``.
     """
 
-    when: int
+    when: float
     rho: float
     primal: float
     dual: float
@@ -151,7 +151,7 @@ def residual_table(history: Sequence[Update]) -> Table:
     for header in ("at", "rho", "primal", "dual"):
         table.add_column(header, justify="right")
     for update in history:
-        table.add_row(str(update.when), f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}")
+        table.add_row(f"{update.when:.6g}", f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}")
     return table
 
 

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_muws import MicroStructure, Phases, WeightUnificationCallback
 from tests.modules import STRUCTURE, fit
 
-PHASES = Phases(admm_start=1, admm_end=4, rho=0.1, rho_growth=1.5, rho_max=0.2)
+PHASES = Phases(admm_start=1, admm_end=4, update_every=1, rho=0.1, rho_growth=1.5, rho_max=0.2)
 
 
 class Explicit:

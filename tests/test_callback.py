@@ -133,7 +133,9 @@ class Journal(Callback):
 
 
 def test_phases_change_at_the_beginning_of_epochs():
-    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6))
+    callback = WeightUnificationCallback(
+        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1, rho=0.01, rho_growth=1.5)
+    )
     journal = Journal(callback)
     fit(TwoLayers(), callback, journal, max_epochs=10)
     assert journal.phases == ["dense"] * 2 + ["admm"] * 4 + ["retraining"] * 4
@@ -499,3 +501,30 @@ def test_without_schedules_the_optimizer_stays():
 
     fit(TwoLayers("adam"), WeightUnificationCallback(STRUCTURE, phases=PHASES), Watch(), max_epochs=6)
     assert all(optimizer is optimizers[0] for optimizer in optimizers)
+
+
+# ---- updates within epochs
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_updates_may_fall_within_epochs_but_not_within_windows(accumulate):
+    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=1, admm_end=3, update_every=0.125))
+    fit(TwoLayers(), callback, max_epochs=4, accumulate_grad_batches=accumulate)
+    when = [update.when for update in callback.history]
+    # windows of 3 begin at the batches 0, 3 and 6 of 8
+    late = {0.25: 0.375, 0.5: 0.75, 0.75: 0.75} if accumulate == 3 else {}
+    times = {1 + epoch + late.get(share, share) for epoch in (0, 1) for share in (0.0, 0.25, 0.5, 0.75)}
+    expected = [*sorted(times - {1.0}), 3]
+    assert when == expected
+
+
+def test_updates_begin_at_epochs_where_an_epoch_has_no_length():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (torch.ones(32) for _ in range(16))
+
+    module = TwoLayers()
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(Endless())
+    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=3, update_every=0.1))
+    fit(module, callback, max_epochs=4, limit_train_batches=1.0)
+    assert [update.when for update in callback.history] == [1, 2, 3]

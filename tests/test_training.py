@@ -262,17 +262,31 @@ def test_old_momentum_does_not_lead_out():
 
 
 def test_times_are_counts_or_shares():
-    assert Phases(admm_start=2, admm_end=5).on(10) == Timeline(2, 5, 1)
-    assert Phases(admm_start=0.2, admm_end=0.6, update_every=0.1).on(20) == Timeline(4, 12, 2)
-    assert Phases(admm_start=2, admm_end=5).on(None) == Timeline(2, 5, 1)
-    assert Phases(admm_end=0.6).on(1) == Timeline(0, 1, 1)
-    assert Phases(admm_start=0.1, admm_end=0.2).on(3) == Timeline(0, 1, 1)
-    assert Phases(admm_end=7).on(3, clip=True) == Timeline(0, 3, 1)
+    assert Phases(admm_start=2, admm_end=5, update_every=1).on(10) == Timeline(2, 5, 1)
+    assert Phases(admm_start=0.2, admm_end=0.6, update_every=0.25).on(20) == Timeline(4, 12, 2)
+    assert Phases(admm_start=2, admm_end=5, update_every=0.5).on(None) == Timeline(2, 5, 1.5)
+    assert Phases(admm_end=0.6, update_every=1).on(1) == Timeline(0, 1, 1)
+    assert Phases(admm_start=0.1, admm_end=0.2, update_every=1).on(3) == Timeline(0, 1, 1)
+    assert Phases(admm_end=7, update_every=1).on(3, clip=True) == Timeline(0, 3, 1)
+    assert Phases("step", 0, 10, update_every=0.25).on(20) == Timeline(0, 10, 2)
+    assert Phases("step", 0, 10, update_every=0.01).on(20) == Timeline(0, 10, 1)
+    assert Phases(admm_start=2, admm_end=2, update_every=0.25).on(20).every > 0
 
 
 def test_updates_fall_on_the_beginnings_between_start_and_end():
     timeline = Timeline(2, 9, 3)
-    assert [now for now in range(12) if timeline.updates_at(now)] == [5, 8]
+    assert [now for now in range(12) if timeline.updates_at(now, now - 1)] == [5, 8]
+
+
+@pytest.mark.parametrize("n_batches", [3, 7, 10])
+def test_shares_of_epochs_fall_on_batches(n_batches):
+    timeline, last, found = Timeline(1, 3, 1 / 3), 1.0, []
+    for batch in range(n_batches, 4 * n_batches):
+        now = batch / n_batches
+        if timeline.updates_at(now, last):
+            last = now
+            found.append(batch)
+    assert found == [math.ceil(n_batches * (1 + k / 3) - 1e-6) for k in range(1, 6)]
 
 
 @pytest.mark.parametrize(

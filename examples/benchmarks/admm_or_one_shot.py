@@ -29,7 +29,7 @@ STRUCTURES = {
     "90 % pruned, 5 % unified": MicroStructure(prune_ratio=0.9, unify_ratio=0.05),
     "95 % pruned, 2.5 % unified": MicroStructure(prune_ratio=0.95, unify_ratio=0.025),
 }
-RULES = (LayerRule("features.0.*", skip=True),)
+RULES = (LayerRule("features.0.*", skip=True), LayerRule("classifier.2.*", skip=True))  # as is customary
 
 
 def be_quiet() -> None:

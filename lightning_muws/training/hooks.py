@@ -14,6 +14,7 @@ from lightning_muws.report import CompressionReport, Update, make_report
 from lightning_muws.structure.plan import LayerRule, Plan, clean_name, make_plan
 from lightning_muws.structure.sets import MicroStructure, Support
 from lightning_muws.training import rates, trainers
+from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.manual import ClipWatch
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.run import CompressionRun, Phase
@@ -45,7 +46,7 @@ class CompressionHooks:
         self._timeline = Timeline(0, 0, 1)
         self._fitting = self._bound = self._stepped = False
         self._backwards = self._stepped_batches = 0
-        self._began = (0, 0)  # the epoch and step at which retraining began
+        self._began = rates.Beginning()
         self._hooks: dict[int, tuple[Optimizer, RemovableHandle]] = {}
         self._clips: ClipWatch | None = None
 
@@ -96,8 +97,8 @@ class CompressionHooks:
             self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining)
             n, of = (sum(p.numel() for p in ps) for ps in (weights.values(), pl_module.parameters()))
             rank_zero_info(f"muws: {len(weights)} parameters with {n:,} of {of:,} weights get a structure")
-        run_length = trainers.length(trainer, self.phases.interval)
-        self._timeline = self.phases.on(run_length, clip=bool(trainer.fast_dev_run))
+        if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):
+            self._set_timeline(trainer)
         if self._run.constraint:
             self._run.constraint.follow(self._run.weights)
         self._bound, self._backwards = True, 0
@@ -107,7 +108,14 @@ class CompressionHooks:
             self._take_up(self._pending)
             if self._run.constraint:
                 # now, so that the schedulers are there whose states will be restored
-                rates.begin(trainer, self.retraining, *self._began)
+                rates.begin(trainer, self.retraining, self._began)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._set_timeline(trainer)  # steps are counted only now: counting earlier loses the state of resumed data
+
+    def _set_timeline(self, trainer: Any) -> None:
+        run_length = trainers.length(trainer, self.phases.interval)
+        self._timeline = self.phases.on(run_length, clip=bool(trainer.fast_dev_run))
 
     # ---- phases: always at the start of an epoch or batch, so that each checkpoint belongs to one phase
 
@@ -118,10 +126,13 @@ class CompressionHooks:
             self._tick(trainer, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        # For epochs again: Lightning skips on_train_epoch_start after resuming from an epoch's last batch.
-        self._tick(trainer, self._now(trainer))
+        # For whole epochs again: Lightning skips on_train_epoch_start after resuming from an epoch's last batch.
+        now: float = self._now(trainer)
+        if self.phases.interval == "epoch" and not self._backwards:  # not in the middle of an accumulation window
+            now += batch_idx / trainer.num_training_batches
+        self._tick(trainer, now)
 
-    def _tick(self, trainer: Any, now: int) -> None:
+    def _tick(self, trainer: Any, now: float) -> None:
         if (run := self._run) is None or run.phase == "retraining":
             return
         if run.tick(now, self._timeline, trainer.optimizers):
@@ -130,8 +141,8 @@ class CompressionHooks:
             self._begin_retraining(trainer)
 
     def _begin_retraining(self, trainer: Any) -> None:
-        self._began = trainer.current_epoch, trainer.global_step
-        rates.begin(trainer, self.retraining, *self._began)
+        self._began = rates.Beginning.now(trainer)
+        rates.begin(trainer, self.retraining, self._began)
         trainers.reset_averages(trainer)
         left = trainers.reset_monitors(trainer)
         files = f"; checkpoints of earlier phases stay on disk: {', '.join(left)}" if left else ""
@@ -201,22 +212,23 @@ class CompressionHooks:
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._unhook()
-        if self._run and self._run.constraint and self.plan:
-            self._hold()
-            self.report = make_report(
-                pl_module, self.plan, self.supports, self._run.constraint.primal, self._run.history
-            )
+        if (run := self._run) and (constraint := run.constraint) and self.plan:
+            averaged = any(trainers.is_a(callback, "WeightAveraging") for callback in trainer.callbacks)
+            self._hold(run, constraint, averaged)
+            self.report = make_report(pl_module, self.plan, self.supports, constraint.primal, run.history)
             if trainer.is_global_zero:
                 self.report.print()
 
-    def _hold(self) -> None:
+    def _hold(self, run: CompressionRun, constraint: Constraint, averaged: bool) -> None:
         """Bring weights back that another callback moved out of the structure after the last step."""
+        constraint.follow(run.weights)
+        if averaged:  # the average of equal frozen magnitudes may differ from them in the last bit
+            constraint.enforce(run.weights)
         try:
-            self.verify()
+            run.verify()
         except StateError as error:
             rank_zero_warn(f"at the end of fit {error}; it was projected back")
-            if self._run and self._run.constraint:
-                self._run.constraint.enforce(self._run.weights)
+            constraint.enforce(run.weights)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.on_validation_end(trainer, pl_module)
@@ -238,7 +250,11 @@ class CompressionHooks:
     def state_dict(self) -> dict[str, Any]:
         if self._run is None:
             return {}
-        return {"stepped_batches": self._stepped_batches, "began": list(self._began), "run": self._run.state_dict()}
+        return {
+            "stepped_batches": self._stepped_batches,
+            "began": dict(vars(self._began)),
+            "run": self._run.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fitting:  # validate, test and predict load a checkpoint's callbacks too
@@ -251,7 +267,7 @@ class CompressionHooks:
         self._pending = None
         if state and self._run:
             self._run.load_state_dict(state["run"])
-            self._stepped_batches, self._began = state["stepped_batches"], tuple(state["began"])
+            self._stepped_batches, self._began = state["stepped_batches"], rates.Beginning(**state["began"])
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         raw = self._run.raw if self._run else {}  # saved in the middle of a projected validation

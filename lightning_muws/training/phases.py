@@ -19,9 +19,10 @@ class Phases:
 
     Args:
         interval: What times count: ``epoch`` or ``step`` (batches in which an optimizer stepped).
-        admm_start: When ADMM starts; 0 is right for training from scratch and from a pretrained network.
+        admm_start: When ADMM starts.
         admm_end: When the weights are projected and retraining starts.
-        update_every: Time between two Z/U updates.
+        update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
+            if it is written as a float; within an epoch where that is shorter.
         rho: Penalty factor at the start, in units of the loss per squared weight.
         rho_growth: Factor on rho after each update.
         rho_max: Where rho stops growing.
@@ -32,10 +33,10 @@ class Phases:
 
     interval: Literal["epoch", "step"] = "epoch"
     admm_start: int | float = 0
-    admm_end: int | float = 0.4
-    update_every: int | float = 1
-    rho: float = 1e-2
-    rho_growth: float = 1.5
+    admm_end: int | float = 0.3
+    update_every: int | float = 0.04
+    rho: float = 3e-3
+    rho_growth: float = 1.15
     rho_max: float = 1.0
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Phases:
         Raises:
             SettingError: The phases are longer than the run, or are shares of a run without end.
         """
-        start, end, every = (self._count(name, length) for name in ("admm_start", "admm_end", "update_every"))
+        start, end = self._count("admm_start", length), self._count("admm_end", length)
         if end == start and self.admm_end != self.admm_start:  # a short run still gets a taste of ADMM
             start, end = (start, end + 1) if length is None or end < length else (max(0, start - 1), end)
         if clip and length is not None:
@@ -80,7 +81,10 @@ class Phases:
             raise SettingError(
                 f"admm_end={self.admm_end} comes before admm_start={self.admm_start} in a run of {length}"
             )
-        return Timeline(start, end, max(1, every))
+        every: int | float = self.update_every
+        if isinstance(every, float):
+            every = every * (end - start) or 1.0
+        return Timeline(start, end, max(1, round(every)) if self.interval == "step" else every)
 
     def _count(self, name: str, length: int | None) -> int:
         value: int | float = getattr(self, name)
@@ -100,11 +104,14 @@ class Timeline:
 
     start: int
     end: int
-    every: int
+    every: int | float
 
-    def updates_at(self, now: int) -> bool:
-        """Return whether a Z/U update is due."""
-        return self.start < now < self.end and (now - self.start) % self.every == 0
+    def updates_at(self, now: float, last: float) -> bool:
+        """Return whether a Z/U update is due that was not at the time ``last``."""
+        return self.start < now < self.end and self._n_due(now) > self._n_due(last)
+
+    def _n_due(self, now: float) -> int:
+        return math.floor((now - self.start) / self.every + 1e-9)  # an epoch's third batch of six is half an epoch
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -29,32 +31,52 @@ def refuse_manual(trainer: Any, retraining: Retraining) -> None:
         )
 
 
-def begin(trainer: Any, retraining: Retraining, epoch: int, step: int) -> None:
-    """Set the learning rate up for the retraining phase, and again when a run is resumed in it.
-
-    ``restart``: the module configures its optimizers once more, and sees as the Trainer's length what follows epoch
-    ``epoch`` and step ``step``; nothing happens where the Trainer steps no schedule. ``constant`` and ``cosine`` take
-    the place of the module's schedules, on the optimizers there are. ``module`` leaves all alone.
+@dataclass(frozen=True)
+class Beginning:
+    """Where in a run retraining began.
 
     Args:
-        trainer: The Trainer, in fit.
+        epoch: Epochs that were over.
+        step: Optimizer steps that were done.
+        length: Optimizer steps that were left.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    length: int = 0
+
+    @classmethod
+    def now(cls, trainer: Any) -> Beginning:
+        """Return the beginning at this moment; a run without end has a length of 1."""
+        epoch, step = trainer.current_epoch, trainer.global_step
+        with _shortened(trainer, epoch, step):
+            length = trainer.estimated_stepping_batches
+        return cls(epoch, step, max(1, length) if math.isfinite(length) else 1)
+
+
+def begin(trainer: Any, retraining: Retraining, began: Beginning) -> None:
+    """Set the learning rate up for the retraining phase, and again when a run is resumed in it.
+
+    ``restart``: the module configures its optimizers once more, and sees as the Trainer's length what was left when
+    retraining began; nothing happens where the Trainer steps no schedule. ``constant`` and ``cosine`` take the place
+    of the module's schedules, on the optimizers there are. ``module`` leaves all alone.
+
+    Args:
+        trainer: The Trainer, in fit. Its data is not looked at, as its state may still have to be restored.
         retraining: The settings.
-        epoch: Epochs that were over when retraining began.
-        step: Optimizer steps that were done when retraining began.
+        began: Where retraining began.
     """
     strategy, automatic = trainer.strategy, trainer.lightning_module.automatic_optimization
     if retraining.schedule == "restart" and automatic and strategy.lr_scheduler_configs:
-        with _shortened(trainer, epoch, step):
+        with _shortened(trainer, began.epoch, began.step):
             strategy.setup_optimizers(trainer)
             strategy.setup_precision_plugin()
     if retraining.schedule in ("constant", "cosine"):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.get("initial_lr", group["lr"])
-        with _shortened(trainer, epoch, step):
-            length = max(1, trainer.estimated_stepping_batches)
-        cosine = retraining.schedule == "cosine"
-        strategy.lr_scheduler_configs = [_cosine(trainer, o, length) for o in trainer.optimizers] if cosine else []
+        cosines = trainer.optimizers if retraining.schedule == "cosine" else []
+        strategy.lr_scheduler_configs = [_cosine(trainer, optimizer, began.length) for optimizer in cosines]
     if retraining.lr:
         _scale(trainer, retraining.lr)
 

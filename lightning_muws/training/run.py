@@ -63,7 +63,7 @@ class CompressionRun:
         self.admm: Admm | None = None
         self.constraint: Constraint | None = None
         self.history: list[Update] = []
-        self._last_tick = -1
+        self._last_tick: float = -1
         self._raw: dict[str, Tensor] = {}
         self._owned: dict[int, tuple[Optimizer, dict[str, nn.Parameter]]] = {}
 
@@ -77,7 +77,7 @@ class CompressionRun:
         """The frozen structure of each weight, by name; empty before the retraining phase."""
         return dict(self.constraint.supports) if self.constraint else {}
 
-    def tick(self, now: int, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
+    def tick(self, now: float, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
         """Do what is due at this epoch (or step), once: start ADMM, update Z and U, or freeze the structure.
 
         Returns:
@@ -93,7 +93,7 @@ class CompressionRun:
         elif self.admm is None and now >= timeline.start:
             self.admm = self._new_admm()
             self.admm.start(self.weights)
-        elif self.admm and timeline.updates_at(now):
+        elif self.admm and timeline.updates_at(now, self._last_tick):
             rho, residuals = self.admm.rho, self.admm.update(self.weights)
             overall = total(residuals, self.weights)
             self.history.append(Update(now, rho, overall.primal, overall.dual))
@@ -102,7 +102,7 @@ class CompressionRun:
         self._last_tick = now
         return True
 
-    def freeze(self, now: int, optimizers: Iterable[Optimizer]) -> None:
+    def freeze(self, now: float, optimizers: Iterable[Optimizer]) -> None:
         """Choose the structure, project the weights, and the moments that these optimizers keep of them.
 
         Raises:
