@@ -275,7 +275,14 @@ def test_times_are_counts_or_shares():
 
 def test_updates_fall_on_the_beginnings_between_start_and_end():
     timeline = Timeline(2, 9, 3)
-    assert [now for now in range(12) if timeline.updates_at(now, now - 1)] == [5, 8]
+    assert [now for now in range(12) if timeline.due(now, now - 1)] == [5, 8]
+
+
+def test_rho_grows_alike_where_batches_are_rare():
+    timeline, last, rho = Timeline(0, 4, 0.25), 0.0, 1.0
+    for now in (0.0, 0.5, 1.0, 2.0, 3.0):
+        rho, last = rho * 2 ** timeline.due(now, last), now
+    assert rho == 2**12
 
 
 @pytest.mark.parametrize("n_batches", [3, 7, 10])
@@ -283,7 +290,7 @@ def test_shares_of_epochs_fall_on_batches(n_batches):
     timeline, last, found = Timeline(1, 3, 1 / 3), 1.0, []
     for batch in range(n_batches, 4 * n_batches):
         now = batch / n_batches
-        if timeline.updates_at(now, last):
+        if timeline.due(now, last):
             last = now
             found.append(batch)
     assert found == [math.ceil(n_batches * (1 + k / 3) - 1e-6) for k in range(1, 6)]

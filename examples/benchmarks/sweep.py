@@ -21,27 +21,30 @@ from rich.table import Table
 from lightning_muws import MicroStructure, Phases, Retraining, WeightUnificationCallback
 
 STRUCTURE = MicroStructure(prune_ratio=0.9, unify_ratio=0.05)
-PRETRAINED = {
+ONE_SHOT = {
     "one-shot": Phases(admm_start=0, admm_end=0),
+    "one-shot, after 3 more dense epochs": Phases(admm_start=0.3, admm_end=0.3),
+}
+PRETRAINED = {
+    **ONE_SHOT,
     "the defaults": Phases(),
-    **{
-        f"updates at epochs, rho {r} growing by {g}": Phases(update_every=1, rho=r, rho_growth=g)
-        for r, g in ((3e-3, 2.0), (1e-2, 1.5), (0.1, 1.3))
-    },
+    "updates at epochs, rho 0.01 growing by 1.5": Phases(update_every=1, rho=1e-2, rho_growth=1.5),
     **{f"{n} updates": Phases(update_every=1 / n, rho_growth=33 ** (1 / n)) for n in (12, 50)},
     **{
-        f"rho from {r} to {end}": Phases(rho=r, rho_growth=(end / r) ** 0.04)
-        for r, end in ((1e-3, 0.1), (1e-2, 0.1), (3e-3, 0.03), (3e-3, 0.3), (3e-2, 1.0))
+        f"rho from {first} to {last}": Phases(rho=first, rho_growth=(last / first) ** 0.04)
+        for first, last in ((1e-3, 0.1), (3e-2, 1.0))
     },
-    **{f"ADMM until {end}": Phases(admm_end=end) for end in (0.2, 0.4, 0.5, 0.6)},
+    **{f"ADMM until {end}": Phases(admm_end=end) for end in (0.2, 0.4, 0.5)},
 }
-ALONE = {
-    "one-shot": Phases(admm_start=0, admm_end=0),
-    **{f"ADMM until {end}": Phases(admm_end=end) for end in (0.2, 0.3, 0.4)},
-}
-SCRATCH = {"dense": None} | {
-    f"dense until {start}, ADMM until {end}": Phases(admm_start=start, admm_end=end)
-    for start, end in ((0.3, 0.3), (0.0, 0.3), (0.0, 0.5), (0.2, 0.4), (0.2, 0.5), (0.3, 0.5), (0.4, 0.6))
+ALONE = {"the defaults": Phases()}
+SCRATCH = {
+    "dense": None,
+    "one-shot, after 0.3 of the run": Phases(admm_start=0.3, admm_end=0.3),
+    "the defaults": Phases(),
+    **{
+        f"ADMM from {start} until {end}": Phases(admm_start=start, admm_end=end)
+        for start, end in ((0, 0.5), (0.3, 0.5))
+    },
 }
 
 

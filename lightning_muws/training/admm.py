@@ -104,8 +104,12 @@ class Admm:
         return self.rho / 2 * torch.stack(squares).sum()
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> dict[str, Residuals]:
+    def update(self, weights: Mapping[str, Tensor], due: int = 1) -> dict[str, Residuals]:
         """Set ``Z = project(W + U)``, ``U += W - Z``, then let rho grow, which keeps the unscaled dual rho * U.
+
+        Args:
+            weights: The weights, by name.
+            due: How many updates this one stands for: rho grows as often.
 
         Returns:
             The residuals of each weight.
@@ -113,7 +117,7 @@ class Admm:
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
         """
-        rho = min(self.rho * self.rho_growth, self.rho_max)
+        rho = min(self.rho * self.rho_growth**due, self.rho_max)
         residuals = {}
         for name in self.entries:
             weight, z_old = _exact(weights[name]), self.z(name)

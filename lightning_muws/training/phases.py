@@ -24,7 +24,7 @@ class Phases:
         update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
             if it is written as a float; within an epoch where that is shorter.
         rho: Penalty factor at the start, in units of the loss per squared weight.
-        rho_growth: Factor on rho after each update.
+        rho_growth: Factor on rho after each update (and for each that was left out where batches are rare).
         rho_max: Where rho stops growing.
 
     Raises:
@@ -106,12 +106,13 @@ class Timeline:
     end: int
     every: int | float
 
-    def updates_at(self, now: float, last: float) -> bool:
-        """Return whether a Z/U update is due that was not at the time ``last``."""
-        return self.start < now < self.end and self._n_due(now) > self._n_due(last)
-
-    def _n_due(self, now: float) -> int:
-        return math.floor((now - self.start) / self.every + 1e-9)  # an epoch's third batch of six is half an epoch
+    def due(self, now: float, last: float) -> int:
+        """Return how many Z/U updates fell due since the time ``last``: several, where batches are rare; often none."""
+        if not self.start < now < self.end:
+            return 0
+        # rounded up a hair: an epoch's third batch of six is half an epoch
+        counts = [math.floor((time - self.start) / self.every + 1e-9) for time in (last, now)]
+        return counts[1] - counts[0]
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class CompressionRun:
         elif self.admm is None and now >= timeline.start:
             self.admm = self._new_admm()
             self.admm.start(self.weights)
-        elif self.admm and timeline.updates_at(now, self._last_tick):
-            rho, residuals = self.admm.rho, self.admm.update(self.weights)
+        elif self.admm and (due := timeline.due(now, self._last_tick)):
+            rho, residuals = self.admm.rho, self.admm.update(self.weights, due)
             overall = total(residuals, self.weights)
             self.history.append(Update(now, rho, overall.primal, overall.dual))
         else:
