@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_muws.structure.plan import Plan, PlanEntry
 from lightning_muws.structure.sets import Kind, Support
+from lightning_muws.structure.shards import whole
 
 WIDE = 150  # columns of a table that is printed to a file
 
@@ -172,7 +173,7 @@ def make_report(
         history: The updates of the run.
     """
     weights, covered = plan.weights(module), plan.covered
-    layers = [_layer(covered[name], w.detach(), supports[name], primal[name]) for name, w in weights.items()]
+    layers = [_layer(covered[name], whole(w.detach()), supports[name], primal[name]) for name, w in weights.items()]
     known = {id(w) for w in weights.values()}
     rest = [p for p in module.parameters() if id(p) not in known]
     bits = sum(p.numel() * 8 * p.element_size() for p in rest)

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
-def launch(module: str, folder: Path) -> list[dict]:
-    """Run a worker module in two processes and return what each saved."""
+def launch(module: str, folder: Path, n_ranks: int = 2, **environment: str) -> list[dict]:
+    """Run a worker module in real processes and return what each saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -25,13 +25,13 @@ def launch(module: str, folder: Path) -> list[dict]:
     command = [sys.executable, "-m", module, str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     workers = [
-        subprocess.Popen(command, env={**os.environ, **common, "LOCAL_RANK": str(rank)}, **pipes)  # noqa: S603  our own
-        for rank in range(2)
+        subprocess.Popen(command, env={**os.environ, **common, **environment, "LOCAL_RANK": str(rank)}, **pipes)  # noqa: S603  our own
+        for rank in range(n_ranks)
     ]
     for worker in workers:
         output, _ = worker.communicate(timeout=300)
         assert worker.returncode == 0, output[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n_ranks)]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from lightning_muws import LayerRule, MicroStructure, Phases, WeightUnificationC
 
 METHODS = {"ADMM": Phases(), "one-shot": Phases(admm_start=0, admm_end=0)}
 STRUCTURES = {
-    "80 % pruned, 10 % unified": MicroStructure(prune_ratio=0.8, unify_ratio=0.1),
     "90 % pruned, 5 % unified": MicroStructure(prune_ratio=0.9, unify_ratio=0.05),
     "95 % pruned, 2.5 % unified": MicroStructure(prune_ratio=0.95, unify_ratio=0.025),
 }

@@ -14,6 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.blocks import CHUNK_NUMEL
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sets import Support
+from lightning_muws.structure.shards import like, local, whole
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Admm:
 
     The caller owns the loop: :meth:`start` once, :meth:`add_penalty_gradient` before each optimizer step,
     :meth:`update` now and then. It keeps one dense tensor a weight, V = Z - U, in float32 (float64 for float64
-    weights), and a few bits a block.
+    weights), and a few bits a block. Sharded weights (DTensor) are gathered one at a time at updates; V stays sharded.
 
     Args:
         entries: What each weight becomes, by name: a plan's ``covered``.
@@ -75,7 +76,8 @@ class Admm:
             StateError: A weight has NaN or Inf.
         """
         for name in self.entries:
-            _, self._splits[name] = self._project(name, _exact(weights[name]))
+            z, self._splits[name] = self._project(name, _exact(weights[name]))
+            self._splits[name].v = like(z, weights[name])
 
     @torch.no_grad()
     def add_penalty_gradient(self, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -86,8 +88,7 @@ class Admm:
         for name, weight in weights.items():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            gradient, v = weight.grad, self._splits[name].v
-            parts = [(gradient, weight.detach(), v)]
+            parts = [(local(weight.grad), local(weight.detach()), local(self._splits[name].v))]
             if weight.device.type == "cpu" and all(x.is_contiguous() for x in parts[0]):
                 # temporaries stay in the cache
                 parts = list(zip(*(torch.split(x.view(-1), CHUNK_NUMEL) for x in parts[0]), strict=True))
@@ -100,7 +101,7 @@ class Admm:
     @torch.no_grad()
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
-        squares = [(w.detach() - self._splits[name].v).square().sum() for name, w in weights.items()]
+        squares = [whole((w.detach() - self._splits[name].v).square().sum()) for name, w in weights.items()]
         return self.rho / 2 * torch.stack(squares).sum()
 
     @torch.no_grad()
@@ -121,9 +122,9 @@ class Admm:
         residuals = {}
         for name in self.entries:
             weight, z_old = _exact(weights[name]), self.z(name)
-            total = weight + (z_old - self._splits[name].v)
+            total = weight + (z_old - whole(self._splits[name].v))
             z, split = self._project(name, total)
-            split.v = z - (total - z) * (self.rho / rho)
+            split.v = like(z - (total - z) * (self.rho / rho), weights[name])
             self._splits[name] = split
             norm = max(float(weight.norm()), torch.finfo(weight.dtype).tiny)
             residuals[name] = Residuals(float(torch.dist(weight, z)) / norm, float(torch.dist(z, z_old)) / norm)
@@ -143,15 +144,19 @@ class Admm:
 
     def z(self, name: str) -> Tensor:
         """Return a weight's structured copy Z, of its shape."""
-        return self.support(name).place(self._splits[name].v, self._splits[name].magnitudes)
+        return self.support(name).place(whole(self._splits[name].v), self._splits[name].magnitudes)
 
     def u(self, name: str) -> Tensor:
         """Return a weight's scaled dual U, of its shape."""
-        return self.z(name) - self._splits[name].v
+        return self.z(name) - whole(self._splits[name].v)
+
+    def choices(self) -> dict[str, dict[str, Tensor]]:
+        """Return the kinds, signs and magnitudes of each Z, by name."""
+        return {name: {"magnitudes": split.magnitudes, **split.packed} for name, split in self._splits.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return rho and each weight's tensors, as plain dicts, floats and tensors."""
-        weights = {n: {"v": s.v, "magnitudes": s.magnitudes, **s.packed} for n, s in self._splits.items()}
+        weights = {name: {"v": whole(self._splits[name].v), **tensors} for name, tensors in self.choices().items()}
         return {"rho": self.rho, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -161,13 +166,14 @@ class Admm:
             StateError: The state is of other weights.
         """
         for name, split in on_device(state["weights"], weights, self.entries).items():
-            self._splits[name] = _Split(split.pop("v"), split.pop("magnitudes"), split)
+            v = like(split.pop("v"), weights[name])
+            self._splits[name] = _Split(v, split.pop("magnitudes"), split)
         self.rho = state["rho"]
 
 
 def total(residuals: Mapping[str, Residuals], weights: Mapping[str, Tensor]) -> Residuals:
     """Return the residuals over all weights together, from each one's, by name."""
-    squares = {name: float(weights[name].detach().norm()) ** 2 for name in residuals}
+    squares = {name: float(whole(weights[name].detach().norm())) ** 2 for name in residuals}
     norm = max(sum(squares.values()), torch.finfo(torch.float32).tiny)
     primal = sum(squares[name] * r.primal**2 for name, r in residuals.items())
     dual = sum(squares[name] * r.dual**2 for name, r in residuals.items())
@@ -195,4 +201,4 @@ def on_device(
 
 
 def _exact(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return whole(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))

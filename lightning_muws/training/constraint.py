@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sets import Support
+from lightning_muws.structure.shards import apply_, like, local, whole
 from lightning_muws.training.admm import on_device
 
 # States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
@@ -55,20 +56,24 @@ class Constraint:
         Raises:
             StateError: A weight has NaN or Inf; no weight is changed then.
         """
-        chosen = {name: entry.structure.nearest(weights[name], entry.grid, name) for name, entry in entries.items()}
+        chosen = {
+            name: entry.structure.nearest(whole(weights[name]), entry.grid, name) for name, entry in entries.items()
+        }
         constraint = cls({n: s for n, (s, _) in chosen.items()}, {n: m for n, (_, m) in chosen.items()}, unified)
         for name, (support, magnitudes) in chosen.items():
-            before = weights[name].detach().clone()
-            support.place_(weights[name].detach(), magnitudes)
+            weight = weights[name].detach()
+            before = whole(weight)
+            after = support.place(before, magnitudes)
             norm = max(float(before.norm()), torch.finfo(before.dtype).tiny)
-            constraint.primal[name] = float(torch.dist(before, weights[name].detach())) / norm
+            constraint.primal[name] = float(torch.dist(before, after)) / norm
+            local(weight).copy_(local(like(after, weight)))
         return constraint
 
     def project_gradients(self, weights: Mapping[str, Tensor]) -> None:
         """Project the gradients of these weights on the directions they may move in."""
         for name, weight in weights.items():
             if weight.grad is not None:
-                self._directions[name].project_(weight.grad)
+                apply_(weight.grad, self._directions[name], _project)
 
     def project_moments(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Project what an optimizer remembers of these weights, like gradients, or like squared ones."""
@@ -77,15 +82,13 @@ class Constraint:
             for key, moment in optimizer.state.get(weight, {}).items():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype.is_floating_point:
                     has_sign = "sq" not in key and key not in UNSIGNED
-                    (directions if has_sign else directions.unsigned).project_(moment)
+                    apply_(moment, directions if has_sign else directions.unsigned, _project)
 
     def enforce(self, weights: Mapping[str, Tensor]) -> None:
         """Write the constraint back into these weights; a weight that fulfils it keeps every bit."""
         for name, weight in weights.items():
-            support = self.supports[name]
-            # The first weight of a tied block speaks for it: a mean would wobble in the last bit.
-            tied = self.unified == "tied"
-            support.place_(weight.detach(), support.first(weight.detach()) if tied else self.magnitudes[name])
+            kept = () if self.unified == "tied" else (self.magnitudes[name],)
+            apply_(weight.detach(), self.supports[name], _place, *kept)
 
     def verify(self, weights: Mapping[str, Tensor]) -> None:
         """Check that each of these weights fulfils its constraint with ``==``.
@@ -94,17 +97,20 @@ class Constraint:
             StateError: One does not; says which, and how far it is away.
         """
         for name, weight in weights.items():
-            support = self.supports[name]
+            support, weight = self.supports[name], whole(weight.detach())
             error = support.error(weight)
-            if self.unified == "frozen" and not torch.equal(support.first(weight.detach()), self.magnitudes[name]):
+            if self.unified == "frozen" and not torch.equal(support.first(weight), self.magnitudes[name]):
                 raise StateError(f"{name} has unified blocks that moved, though they are frozen: {_ADVICE}")
             if error != 0:
                 raise StateError(f"{name} is {error:.1e} away from its structure, and must be 0 away: {_ADVICE}")
 
+    def choices(self) -> dict[str, dict[str, Tensor]]:
+        """Return the kinds, signs and magnitudes of each weight when its structure was chosen, by name."""
+        return {n: {"magnitudes": self.magnitudes[n], **s.state_dict()} for n, s in self.supports.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the supports as plain dicts, strings and tensors."""
-        tensors = {n: {"magnitudes": self.magnitudes[n], **s.state_dict()} for n, s in self.supports.items()}
-        return {"unified": self.unified, "primal": dict(self.primal), "weights": tensors}
+        return {"unified": self.unified, "primal": dict(self.primal), "weights": self.choices()}
 
     @classmethod
     def from_state_dict(
@@ -129,6 +135,15 @@ class Constraint:
             self.supports[name] = replace(support, kinds=support.kinds.to(device), negative=support.negative.to(device))
             self.magnitudes[name] = self.magnitudes[name].to(device)
         self._directions = {n: s if self.unified == "tied" else s.fixed for n, s in self.supports.items()}
+
+
+def _project(x: Tensor, support: Support) -> None:
+    support.project_(x)
+
+
+def _place(x: Tensor, support: Support, magnitudes: Tensor | None = None) -> None:
+    # The first weight of a tied block speaks for it: a mean would wobble in the last bit.
+    support.place_(x, support.first(x) if magnitudes is None else magnitudes)
 
 
 _ADVICE = "something changed it after the optimizer's step; remove that, or let the callback come after it"

@@ -136,6 +136,7 @@ class CompressionHooks:
         if (run := self._run) is None or run.phase == "retraining":
             return
         if run.tick(now, self._timeline, trainer.optimizers):
+            trainers.reshard(trainer.lightning_module)
             trainers.refuse_ranks_apart(trainer, run.fingerprint())
         if run.constraint:
             self._begin_retraining(trainer)
@@ -194,10 +195,12 @@ class CompressionHooks:
         trainers.forgive_early_stopping(trainer)
         if run.phase == "admm" and self.validate_projected and not trainer.sanity_checking:
             run.show_projected()
+            trainers.reshard(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._run:
+        if self._run and self._run.raw:
             self._run.show_raw()
+            trainers.reshard(pl_module)
 
     # ---- the end
 

@@ -14,6 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.report import Update
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sets import Support
+from lightning_muws.structure.shards import like, whole
 from lightning_muws.training.admm import Admm, Residuals, total
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.phases import Phases, Retraining, Timeline
@@ -153,7 +154,10 @@ class CompressionRun:
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
-        projected = {n: e.structure.project(self.weights[n], e.grid, n) for n, e in self.entries.items()}
+        projected = {
+            n: like(e.structure.project(whole(self.weights[n]), e.grid, n), self.weights[n])
+            for n, e in self.entries.items()
+        }
         self._raw = {name: weight.detach().clone() for name, weight in self.weights.items()}
         for name, value in projected.items():
             self.weights[name].copy_(value)
@@ -173,9 +177,9 @@ class CompressionRun:
     def fingerprint(self) -> int:
         """Return a checksum of the choices of blocks and of the magnitudes: the same on each rank, if all is well."""
         engine, checksum = self.constraint or self.admm, 0
-        for tensors in engine.state_dict()["weights"].values() if engine else ():
+        for tensors in engine.choices().values() if engine else ():
             for name in ("kinds", "negative", "magnitudes"):
-                checksum = zlib.crc32(tensors[name].cpu().contiguous().view(torch.uint8).numpy(), checksum)
+                checksum = zlib.crc32(tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
 
     def verify(self) -> None:

@@ -13,7 +13,6 @@ from lightning_muws.errors import SettingError, StateError
 REFUSED = {
     "DeepSpeedStrategy": "it keeps gradients where they cannot be changed; use strategy='ddp'",
     "FSDPStrategy": "it flattens weights, and blocks with them; use strategy='ddp'",
-    "ModelParallelStrategy": "sharded weights are not supported yet; use strategy='ddp'",
     "StochasticWeightAveraging": "it averages weights of different structures; use WeightAveraging",
     "LBFGS": "it evaluates the loss inside its step, without the penalty; use another optimizer",
 }
@@ -110,6 +109,13 @@ def reset_monitors(trainer: Any) -> list[str]:
             callback.best_model_score = callback.current_score = None
             callback.kth_value = _worst(callback.mode)
     return left
+
+
+def reshard(module: Any) -> None:
+    """Drop the gathered weights that FSDP2 may keep after a validation: it would train on with them once more."""
+    for part in module.modules():
+        if is_a(part, "FSDPModule"):
+            part.reshard()
 
 
 def reset_averages(trainer: Any) -> None:
