@@ -12,8 +12,8 @@ help:
 	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (3 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   measure the projection, and ADMM against one-shot projection (long)"
-	@echo "make sweep   the trials that chose the defaults of Phases (long)"
+	@echo "make bench   measure the projection, the cost of a step, and ADMM against one-shot (30 minutes)"
+	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
+	$(ENV) $(BIN)/python examples/benchmarks/cost.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
 
 sweep: $(READY)
