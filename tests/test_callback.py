@@ -525,6 +525,6 @@ def test_updates_begin_at_epochs_where_an_epoch_has_no_length():
 
     module = TwoLayers()
     module.train_dataloader = lambda: torch.utils.data.DataLoader(Endless())
-    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=3, update_every=0.1))
+    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=3, update_every=0.1))
     fit(module, callback, max_epochs=4, limit_train_batches=1.0)
     assert [update.when for update in callback.history] == [1, 2, 3]

@@ -175,10 +175,11 @@ def test_the_configuration_is_saved_beside_the_logs(tmp_path):
     start = [word for word in RUN if "logger" not in word]
     words = [
         "--compress.structure.prune_ratio=0.5",
-        f"--trainer.default_root_dir={tmp_path}",
         "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.log_every_n_steps=1",
     ]
-    MuwsCLI(DemoModel, BoringDataModule, args=[*start, *words, f"--trainer.logger.save_dir={tmp_path}"])
+    MuwsCLI(DemoModel, BoringDataModule, args=[*start, *words])
     (saved,) = tmp_path.rglob("config.yaml")
     assert yaml.safe_load(saved.read_text())["compress"]["structure"]["prune_ratio"] == 0.5
 

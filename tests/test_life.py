@@ -79,7 +79,7 @@ RUNS = {
     "cosine with a rate": (Steady, PHASES, Retraining(schedule="cosine", lr=0.01), {}),
     "constant": (SteadyDecaying, PHASES, Retraining(schedule="constant", lr=0.01), {}),
     "accumulate 2": (SteadyDecaying, PHASES, Retraining(), {"accumulate_grad_batches": 2}),
-    "updates within epochs": (Steady, Phases(admm_end=3, update_every=0.125), Retraining(), {}),
+    "updates within epochs": (Steady, Phases(admm_start=0, admm_end=3, update_every=0.125), Retraining(), {}),
     "share of steps": (Steady, Phases("step", 0.1, 0.5, 5), Retraining(schedule="cosine"), {}),
     "steps": (SteadyDecaying, Phases("step", 6, 26, 5), Retraining(), {}),
 }
@@ -169,7 +169,7 @@ def test_weights_alone_are_taken_up_inside_their_structure(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     first, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), TwoLayers()
     fit(module, first, saver, max_epochs=6, enable_checkpointing=True)
-    again, resumed = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=0)), TwoLayers()
+    again, resumed = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=0)), TwoLayers()
     resumed.load_state_dict(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
     probe = Probe(again)
     fit(resumed, again, probe, max_epochs=3)
@@ -225,8 +225,8 @@ def test_a_run_without_end_wants_counts():
             trainer.should_stop = trainer.current_epoch == 5
 
     with pytest.raises(SettingError, match="this run has no end to take it of"):
-        fit(TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=0.5)), max_epochs=-1)
-    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_end=4))
+        fit(TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=0.5)), max_epochs=-1)
+    callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=4))
     fit(TwoLayers(), callback, Stop(), max_epochs=-1)
     callback.verify()
     assert callback.history[-1].when == 4

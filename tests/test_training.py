@@ -267,7 +267,7 @@ def test_times_are_counts_or_shares():
     assert Phases(admm_start=2, admm_end=5, update_every=0.5).on(None) == Timeline(2, 5, 1.5)
     assert Phases(admm_end=0.6, update_every=1).on(1) == Timeline(0, 1, 1)
     assert Phases(admm_start=0.1, admm_end=0.2, update_every=1).on(3) == Timeline(0, 1, 1)
-    assert Phases(admm_end=7, update_every=1).on(3, clip=True) == Timeline(0, 3, 1)
+    assert Phases(admm_start=0, admm_end=7, update_every=1).on(3, clip=True) == Timeline(0, 3, 1)
     assert Phases("step", 0, 10, update_every=0.25).on(20) == Timeline(0, 10, 2)
     assert Phases("step", 0, 10, update_every=0.01).on(20) == Timeline(0, 10, 1)
     assert Phases(admm_start=2, admm_end=2, update_every=0.25).on(20).every > 0
@@ -320,7 +320,7 @@ def test_phases_longer_than_the_run_are_refused():
     with pytest.raises(SettingError, match=r"admm_end=8 is after the end of the run, which is 5 epochs long"):
         Phases(admm_end=8).on(5)
     with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share, and this run has no end"):
-        Phases(admm_end=0.6).on(None)
+        Phases(admm_start=0, admm_end=0.6).on(None)
 
 
 def test_wrong_retraining_is_refused():

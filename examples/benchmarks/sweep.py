@@ -34,7 +34,10 @@ PRETRAINED = {
         f"rho from {first} to {last}": Phases(rho=first, rho_growth=(last / first) ** 0.04)
         for first, last in ((1e-3, 0.1), (3e-2, 1.0))
     },
-    **{f"ADMM until {end}": Phases(admm_end=end) for end in (0.2, 0.4, 0.5)},
+    **{
+        f"ADMM from {start} until {end}": Phases(admm_start=start, admm_end=end)
+        for start, end in ((0.0, 0.2), (0.0, 0.3), (0.0, 0.4), (0.3, 0.5))
+    },
 }
 ALONE = {"the defaults": Phases()}
 SCRATCH = {
@@ -43,7 +46,7 @@ SCRATCH = {
     "the defaults": Phases(),
     **{
         f"ADMM from {start} until {end}": Phases(admm_start=start, admm_end=end)
-        for start, end in ((0, 0.5), (0.3, 0.5))
+        for start, end in ((0.0, 0.3), (0.0, 0.5), (0.2, 0.4), (0.3, 0.5))
     },
 }
 

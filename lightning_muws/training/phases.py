@@ -32,8 +32,8 @@ class Phases:
     """
 
     interval: Literal["epoch", "step"] = "epoch"
-    admm_start: int | float = 0
-    admm_end: int | float = 0.3
+    admm_start: int | float = 0.2
+    admm_end: int | float = 0.5
     update_every: int | float = 0.04
     rho: float = 3e-3
     rho_growth: float = 1.15
