@@ -43,8 +43,8 @@ def train(module: L.LightningModule, data: Images, epochs: int, *callbacks: L.Ca
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", choices=["fashion", "digits"], default="fashion")
-    options.add_argument("--prune-ratio", type=float, default=0.8, help="share of the blocks that become zero")
-    options.add_argument("--unify-ratio", type=float, default=0.1, help="share of the blocks of one magnitude")
+    options.add_argument("--prune-ratio", type=float, default=0.81, help="share of the blocks that become zero")
+    options.add_argument("--unify-ratio", type=float, default=0.095, help="share of the blocks of one magnitude")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, default=Path("output"), help="folder of the picture")
     chosen = options.parse_args()
