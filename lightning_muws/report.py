@@ -152,7 +152,9 @@ def residual_table(history: Sequence[Update]) -> Table:
     for header in ("at", "rho", "primal", "dual"):
         table.add_column(header, justify="right")
     for update in history:
-        table.add_row(f"{update.when:.2f}".removesuffix(".00"), f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}")
+        table.add_row(
+            f"{update.when:.2f}".removesuffix(".00"), f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}"
+        )
     return table
 
 
