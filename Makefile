@@ -9,10 +9,10 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .PHONY: help demo test check bench sweep clean
 
 help:
-	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (3 minutes)"
+	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   measure the projection, the cost of a step, and ADMM against one-shot (30 minutes)"
+	@echo "make bench   measure the projection, the cost of a step, and ADMM against one-shot (40 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it

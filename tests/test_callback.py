@@ -476,6 +476,12 @@ def test_constant_and_cosine_take_the_place_of_the_module_s_schedules(kind):
         assert rates.seen[24:] == pytest.approx(expected), (schedule, lr)
 
 
+def test_a_cosine_without_an_end_is_refused():
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, retraining=Retraining(schedule="cosine"))
+    with pytest.raises(SettingError, match="schedule='cosine' falls until the end of the run, and this run has none"):
+        fit(TwoLayers(), callback, max_epochs=-1)
+
+
 def test_our_schedules_are_refused_in_manual_optimization():
     module = TwoLayers()
     module.automatic_optimization = False

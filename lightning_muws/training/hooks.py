@@ -87,11 +87,10 @@ class CompressionHooks:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         trainers.refuse(*trainer.optimizers)
-        rates.refuse_manual(trainer, self.retraining)
+        rates.refuse(trainer, self.retraining)
         now = {id(p) for p in pl_module.parameters()}
-        if self._run is None or any(
-            id(p) not in now for p in self._run.weights.values()
-        ):  # or another model: next fold
+        if self._run is None or any(id(p) not in now for p in self._run.weights.values()):
+            # the first fit, or one of another model, such as the next fold
             self.plan = make_plan(pl_module, self.structure, self.rules)
             weights, self._stepped_batches = self.plan.weights(pl_module), 0
             self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining)
@@ -185,7 +184,8 @@ class CompressionHooks:
         if due and self._run and not trainer.barebones:
             by_step = self.phases.interval == "step"
             metrics = {f"muws/{name}": value for name, value in self._run.metrics().items()}
-            self.log_dict(metrics, on_step=by_step, on_epoch=not by_step, batch_size=1)
+            # the same on all ranks; without sync_dist Lightning would warn that they might not be
+            self.log_dict(metrics, on_step=by_step, on_epoch=not by_step, batch_size=1, sync_dist=True)
 
     # ---- validation of the projected network
 

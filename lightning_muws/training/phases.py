@@ -51,7 +51,7 @@ class Phases:
             if isinstance(value, float) and value > 1:
                 raise SettingError(f"{name}={value!r} is not allowed: a float is a share of the run, from 0.0 to 1.0")
         if self.update_every == 0:
-            raise SettingError(f"update_every={self.update_every!r} is not allowed: give at least 1")
+            raise SettingError(f"update_every={self.update_every!r} is not allowed: give a count >= 1 or a share > 0")
         if type(self.admm_start) is type(self.admm_end) and self.admm_end < self.admm_start:
             raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
         if not 0 < self.rho <= self.rho_max < math.inf:
@@ -79,7 +79,8 @@ class Phases:
             )
         if end < start:
             raise SettingError(
-                f"admm_end={self.admm_end} comes before admm_start={self.admm_start} in a run of {length}"
+                f"admm_end={self.admm_end} comes before admm_start={self.admm_start} in a run of {length} "
+                f"{self.interval}s: raise admm_end or lower admm_start"
             )
         every: int | float = self.update_every
         if isinstance(every, float):

@@ -18,12 +18,17 @@ from lightning_muws.training.phases import Retraining
 OF_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")  # what schedulers keep of rates in an optimizer's groups
 
 
-def refuse_manual(trainer: Any, retraining: Retraining) -> None:
-    """Refuse schedules of ours where Lightning would not step them.
+def refuse(trainer: Any, retraining: Retraining) -> None:
+    """Refuse schedules of ours where Lightning would not step them, or where they would have no end to fall to.
 
     Raises:
-        SettingError: The module optimizes manually, and the schedule is one of ours.
+        SettingError: The schedule is one of ours and the module optimizes manually, or it is a cosine without an end.
     """
+    if retraining.schedule == "cosine" and trainer.max_epochs in (None, -1) and trainer.max_steps in (None, -1):
+        raise SettingError(
+            "schedule='cosine' falls until the end of the run, and this run has none: give the Trainer max_epochs or "
+            "max_steps, or give schedule='constant'"
+        )
     if retraining.schedule in ("constant", "cosine") and not trainer.lightning_module.automatic_optimization:
         raise SettingError(
             f"schedule={retraining.schedule!r} needs a Trainer that steps schedules, and in manual optimization the "
@@ -47,7 +52,7 @@ class Beginning:
 
     @classmethod
     def now(cls, trainer: Any) -> Beginning:
-        """Return the beginning at this moment; a run without end has a length of 1."""
+        """Return the beginning at this moment; without an end nothing asks for the length, and it is 1."""
         epoch, step = trainer.current_epoch, trainer.global_step
         with _shortened(trainer, epoch, step):
             length = trainer.estimated_stepping_batches
