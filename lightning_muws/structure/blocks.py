@@ -92,6 +92,12 @@ class BlockGrid:
         for start in range(0, down, step):
             yield slice(start, min(start + step, down))
 
+    def parts(self, n_blocks: int, matrix: Tensor) -> Iterator[slice]:
+        """Yield slices of a list of so many blocks of this matrix, so that a pass over one stays in the cache."""
+        step = max(1, CHUNK_NUMEL // self.block_numel) if matrix.device.type == "cpu" else max(1, n_blocks)
+        for start in range(0, n_blocks, step):
+            yield slice(start, min(start + step, n_blocks))
+
     def tall(self, covered: Tensor) -> Tensor:
         """Return the covered matrix as ``(down, rows, across * cols)``, always a view."""
         rows = self.block_shape[0]
@@ -110,14 +116,6 @@ class BlockGrid:
         """Return values ``(down, across)``, one a block, as ``(down, 1, across * cols)``, to broadcast over blocks."""
         (down, across), cols = values.shape, self.block_shape[1]
         return values.unsqueeze(2).expand(down, across, cols).reshape(down, 1, across * cols)
-
-    def mean(self, tall: Tensor) -> Tensor:
-        """Return the mean over each block, ``(down, across)``; of equal entries exactly that entry.
-
-        It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
-        """
-        first = self.first(tall)
-        return first + self.sum(tall - self.spread(first)) / self.block_numel
 
     def split(self, weight: Tensor) -> Tensor:
         """Cut ``weight`` into rows ``(n_blocks, block_numel)``, block row by block row; same dtype."""

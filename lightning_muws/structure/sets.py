@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_muws.errors import SettingError, StateError
-from lightning_muws.structure.bits import pack, unpack
 from lightning_muws.structure.blocks import BlockGrid
 from lightning_muws.structure.choose import cheapest
+from lightning_muws.structure.support import Kind, Support
+
+__all__ = ["Kind", "MicroStructure", "Support"]
 
 SCALE = 2.0**64  # weights whose squares overflow are ranked divided by it, which is exact
-
-
-class Kind(IntEnum):
-    """What becomes of a block. These numbers are in files: append, never renumber."""
-
-    DENSE = 0
-    UNIFIED = 1
-    PRUNED = 2
 
 
 @dataclass(frozen=True)
@@ -101,11 +93,11 @@ class MicroStructure:
 
     @torch.no_grad()
     def nearest(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> tuple[Support, Tensor]:
-        """Return the support that :meth:`project` chooses, and each block's magnitude.
+        """Return the support that :meth:`project` chooses, and the magnitudes of its unified blocks.
 
         Returns:
-            The support, and ``(down, across)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)`` with shared signs,
-            of each unified block, and 0 of each other.
+            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)`` with shared signs, of
+            each unified block in turn.
 
         Raises:
             StateError: The weight has NaN or Inf.
@@ -113,33 +105,26 @@ class MicroStructure:
         grid = grid or self.grid
         matrix = grid.matrix(weight.detach())
         covered = grid.covered(matrix)
-        magnitudes, unify_cost, gain = self._costs(covered, grid, 1.0)
+        unify_cost, gain = self._costs(covered, grid, 1.0)
         if not torch.isfinite(gain + unify_cost).all() or not all(torch.isfinite(e).all() for e in grid.edges(matrix)):
             if n_bad := int((~torch.isfinite(matrix)).sum()):
                 raise StateError(
                     f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
                     "finite weights only, so lower the learning rate or clip the gradient"
                 )
-            magnitudes, unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
+            unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
         kinds = (unified * int(Kind.UNIFIED) + pruned * int(Kind.PRUNED)).to(torch.uint8).view(gain.shape)
-        negative = (
-            torch.signbit(covered)
-            if self.signs == "free" and n_unified
-            else covered.new_empty((0, 0), dtype=torch.bool)
-        )
-        magnitudes = magnitudes.to(weight.dtype).masked_fill_(kinds != Kind.UNIFIED, 0)
-        return Support(grid, kinds, negative), magnitudes
+        support = Support(grid, kinds, kinds.new_empty(0, dtype=torch.bool))
+        return support.choose_signs(weight, self.signs == "free")
 
-    def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each block's magnitude, the squared distance of unifying it, and what pruning adds to that."""
+    def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the squared distance of unifying each block, and what pruning it adds to that."""
         tall, n = grid.tall(covered), grid.block_numel
         dtype = torch.promote_types(covered.dtype, torch.float32)
-        magnitudes = torch.empty(
-            tall.shape[0], covered.shape[1] // grid.block_shape[1], dtype=dtype, device=covered.device
-        )
-        unify_cost, gain = torch.empty_like(magnitudes), torch.empty_like(magnitudes)
+        shape = tall.shape[0], covered.shape[1] // grid.block_shape[1]
+        unify_cost, gain = (torch.empty(shape, dtype=dtype, device=covered.device) for _ in range(2))
         for rows in grid.chunks(covered):
             x = tall[rows].to(dtype)
             x = x.abs() if self.signs == "free" else x.clone()
@@ -151,134 +136,5 @@ class MicroStructure:
             x.sub_(grid.spread(first))
             shift = grid.sum(x) / n
             unify_cost[rows] = (grid.sum(x.square_()) - n * shift.square()).clamp_min_(0)
-            mean = first + shift
-            gain[rows] = n * mean.square()
-            magnitudes[rows] = mean / scale
-        return magnitudes, unify_cost, gain
-
-
-@dataclass(frozen=True)
-class Support:
-    """A structure with its choices made: what is left is a linear subspace, for weights, gradients and moments alike.
-
-    Args:
-        grid: How the weight is cut.
-        kinds: ``(down, across)`` uint8, a :class:`Kind` a block.
-        negative: ``(down * rows, across * cols)`` bool, the signs of the covered weights; ``(0, 0)`` where unified
-            blocks share their sign or there are none.
-    """
-
-    grid: BlockGrid
-    kinds: Tensor
-    negative: Tensor
-
-    def counts(self) -> dict[Kind, int]:
-        """Return how many blocks there are of each kind."""
-        found = torch.bincount(self.kinds.flatten().to(torch.int64), minlength=len(Kind)).tolist()
-        return {kind: found[kind] for kind in Kind}
-
-    @property
-    def unsigned(self) -> Support:
-        """The support of squared gradients: unified blocks share one value, sign included."""
-        return replace(self, negative=self.negative.new_empty((0, 0)))
-
-    @property
-    def fixed(self) -> Support:
-        """The directions left to a weight whose unified blocks may not move: those blocks count as pruned."""
-        return replace(self, kinds=self.kinds.masked_fill(self.kinds == Kind.UNIFIED, int(Kind.PRUNED)))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the choices as two uint8 tensors, signs eight to a byte."""
-        return {"kinds": self.kinds, "negative": pack(self.negative)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], grid: BlockGrid) -> Support:
-        """Return the support that :meth:`state_dict` described, on the state's device."""
-        kinds, packed = state["kinds"], state["negative"]
-        covered = [n * size for n, size in zip(kinds.shape, grid.block_shape, strict=True)]
-        return cls(grid, kinds, unpack(packed, covered if len(packed) else (0, 0)))
-
-    @torch.no_grad()
-    def project(self, weight: Tensor) -> Tensor:
-        """Return the orthogonal projection on the subspace: linear, and idempotent to the bit.
-
-        A unified block becomes ``s * mean(s * w)`` with its signs s, a pruned one zero (written, never multiplied: NaN
-        and -0.0 go too); all else is returned bit for bit.
-
-        Args:
-            weight: Of the shape that the support was chosen for; a gradient or a moment serves as well.
-
-        Returns:
-            Same shape, dtype and device.
-        """
-        return self.place(weight, self.means(weight))
-
-    @torch.no_grad()
-    def project_(self, weight: Tensor) -> Tensor:
-        """Project in place; see :meth:`project`."""
-        return self.place_(weight, self.means(weight))
-
-    @torch.no_grad()
-    def means(self, weight: Tensor) -> Tensor:
-        """Return ``mean(s * w)`` of each unified block, 0 of each other: ``(down, across)``, the weight's dtype."""
-        covered = self.grid.covered(self.grid.matrix(weight))
-        means = torch.zeros(self.kinds.shape, dtype=weight.dtype, device=weight.device)
-        if not (self.kinds == Kind.UNIFIED).any():
-            return means
-        tall, dtype = self.grid.tall(covered), torch.promote_types(weight.dtype, torch.float32)
-        for rows in self.grid.chunks(covered):
-            means[rows] = self.grid.mean(self._signed(tall[rows], rows).to(dtype))
-        return means.masked_fill_(self.kinds != Kind.UNIFIED, 0)
-
-    @torch.no_grad()
-    def first(self, weight: Tensor) -> Tensor:
-        """Return ``s * w`` of each unified block's first weight, 0 of each other block: ``(down, across)``."""
-        covered = self.grid.covered(self.grid.matrix(weight))
-        first = self.grid.first(self.grid.tall(covered))
-        if self.negative.numel():
-            first = torch.where(self.grid.first(self.grid.tall(self.negative)), -first, first)
-        return first.masked_fill(self.kinds != Kind.UNIFIED, 0)
-
-    def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
-        """Return ``weight`` with unified blocks of these magnitudes ``(down, across)``, and pruned ones zero."""
-        return self.place_(weight.detach().clone(), magnitudes)
-
-    @torch.no_grad()
-    def place_(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
-        """Write unified and pruned blocks in place; see :meth:`place`."""
-        matrix = self.grid.matrix(weight)
-        covered = self.grid.covered(matrix)
-        tall = self.grid.tall(covered)
-        # On the bits: dense weights pass whatever they hold, zeros are written, and no branch is taken for a weight.
-        sign = torch.iinfo(_bits(magnitudes).dtype).min
-        keep = (self.kinds == Kind.DENSE).to(_bits(magnitudes).dtype).neg_()
-        signed = (magnitudes != 0).to(keep.dtype).mul_(sign)  # a sign on zero would make -0.0
-        magnitudes = _bits(magnitudes + 0.0)
-        for rows in self.grid.chunks(covered):
-            values = self.grid.spread(magnitudes[rows])
-            if self.negative.numel():
-                flip = self.grid.tall(self.negative)[rows].to(keep.dtype).neg_()
-                values = flip.bitwise_and_(self.grid.spread(signed[rows])).bitwise_xor_(values)
-            _bits(tall[rows]).bitwise_and_(self.grid.spread(keep[rows])).bitwise_or_(values)
-        if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-            weight.copy_(self.grid.weight(matrix, weight.shape))
-        return weight
-
-    @torch.no_grad()
-    def error(self, weight: Tensor) -> float:
-        """Return the largest ``|weight - project(weight)|``: 0.0 exactly where the constraint holds, NaN stays NaN."""
-        matrix, held = (self.grid.covered(self.grid.matrix(x)) for x in (weight, self.project(weight)))
-        return float((matrix - held).abs().max()) if matrix.numel() else 0.0
-
-    def _signed(self, tall: Tensor, rows: slice) -> Tensor:
-        """Return ``s * w`` for a slice of block rows."""
-        if not self.negative.numel():
-            return tall
-        bits = _bits(tall)
-        flip = self.grid.tall(self.negative)[rows].to(bits.dtype).mul_(torch.iinfo(bits.dtype).min)
-        return flip.bitwise_xor_(bits).view(tall.dtype)
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Return the same memory as integers of the same width."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+            gain[rows] = n * (first + shift).square()
+        return unify_cost, gain

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_muws.errors import StateError
 from lightning_muws.structure.blocks import CHUNK_NUMEL
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.sets import Support
-from lightning_muws.structure.shards import like, local, whole
+from lightning_muws.structure.shards import apply_, choice_state, like, load_choice, local, norm, part, whole
+from lightning_muws.structure.support import Support
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Split:
 
     v: Tensor
     magnitudes: Tensor
-    packed: dict[str, Tensor]  # the support of Z
+    packed: dict[str, Tensor]  # the support of Z; as the magnitudes, this rank's part
 
 
 class Admm:
@@ -47,7 +47,7 @@ class Admm:
 
     The caller owns the loop: :meth:`start` once, :meth:`add_penalty_gradient` before each optimizer step,
     :meth:`update` now and then. It keeps one dense tensor a weight, V = Z - U, in float32 (float64 for float64
-    weights), and a few bits a block. Sharded weights (DTensor) are gathered one at a time at updates; V stays sharded.
+    weights), and a few bits a block. Of a sharded weight (DTensor) each rank keeps its part; one at a time is gathered.
 
     Args:
         entries: What each weight becomes, by name: a plan's ``covered``.
@@ -69,6 +69,7 @@ class Admm:
         self.entries, self.rho, self.rho_growth, self.rho_max = dict(entries), min(rho, rho_max), rho_growth, rho_max
         self._splits: dict[str, _Split] = {}
 
+    @torch.no_grad()
     def start(self, weights: Mapping[str, Tensor]) -> None:
         """Split each weight where it stands: Z its projection, U zero.
 
@@ -76,8 +77,10 @@ class Admm:
             StateError: A weight has NaN or Inf.
         """
         for name in self.entries:
-            z, self._splits[name] = self._project(name, _exact(weights[name]))
-            self._splits[name].v = like(z, weights[name])
+            v = weights[name].detach().to(_exact(weights[name]), copy=True)
+            support, magnitudes = self._choose(name, v)
+            apply_(v, support, Support.place_, magnitudes)
+            self._splits[name] = _Split(v, magnitudes, support.state_dict())
 
     @torch.no_grad()
     def add_penalty_gradient(self, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -92,11 +95,11 @@ class Admm:
             if weight.device.type == "cpu" and all(x.is_contiguous() for x in parts[0]):
                 # temporaries stay in the cache
                 parts = list(zip(*(torch.split(x.view(-1), CHUNK_NUMEL) for x in parts[0]), strict=True))
-            for g, w, part in parts:
-                if g.dtype == part.dtype:
-                    g.add_(w - part, alpha=self.rho * scale)
+            for g, w, v in parts:
+                if g.dtype == v.dtype:
+                    g.add_(w - v, alpha=self.rho * scale)
                 else:  # half precision: one rounding
-                    g.copy_(g.to(part.dtype).add_(w.to(part.dtype) - part, alpha=self.rho * scale))
+                    g.copy_(g.to(v.dtype).add_(w.to(v.dtype) - v, alpha=self.rho * scale))
 
     @torch.no_grad()
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -119,44 +122,52 @@ class Admm:
             StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
         """
         rho = min(self.rho * self.rho_growth**due, self.rho_max)
-        residuals = {}
-        for name in self.entries:
-            weight, z_old = _exact(weights[name]), self.z(name)
-            total = weight + (z_old - whole(self._splits[name].v))
-            z, split = self._project(name, total)
-            split.v = like(z - (total - z) * (self.rho / rho), weights[name])
-            self._splits[name] = split
-            norm = max(float(weight.norm()), torch.finfo(weight.dtype).tiny)
-            residuals[name] = Residuals(float(torch.dist(weight, z)) / norm, float(torch.dist(z, z_old)) / norm)
+        residuals = {name: self._update(name, weights[name].detach(), self.rho / rho) for name in self.entries}
         self.rho = rho
         return residuals
 
-    def _project(self, name: str, total: Tensor) -> tuple[Tensor, _Split]:
-        """Return ``Z = project(total)`` and its split with U = 0."""
-        entry = self.entries[name]
-        support, magnitudes = entry.structure.nearest(total, entry.grid, name)
-        z = support.place(total, magnitudes)
-        return z, _Split(z, magnitudes, support.state_dict())
+    def _update(self, name: str, weight: Tensor, shrink: float) -> Residuals:
+        """Update one weight's split; U is multiplied by ``shrink``, as rho is divided by it."""
+        split, z_old = self._splits[name], self.z(name)
+        total = split.v.clone()
+        local(total).sub_(local(z_old)).neg_().add_(local(weight))
+        support, magnitudes = self._choose(name, total)
+        z = total.clone()
+        apply_(z, support, Support.place_, magnitudes)
+        # V = Z - shrink * (total - Z), which on a dense block is the weight, bit for bit
+        torch.lerp(local(total), local(z), 1 + shrink, out=local(total))
+        self._splits[name] = _Split(total, magnitudes, support.state_dict())
+        size = max(norm(weight), torch.finfo(z.dtype).tiny)
+        local(z_old).sub_(local(z))
+        local(z).sub_(local(weight))
+        return Residuals(norm(z) / size, norm(z_old) / size)
 
-    def support(self, name: str) -> Support:
-        """Return the support of a weight's Z."""
-        return Support.from_state_dict(self._splits[name].packed, self.entries[name].grid)
+    def _choose(self, name: str, total: Tensor) -> tuple[Support, Tensor]:
+        """Return what becomes of a weight's blocks, this rank's: all of the weight is gathered for the moment."""
+        entry = self.entries[name]
+        return part(total, *entry.structure.nearest(whole(total), entry.grid, name))
 
     def z(self, name: str) -> Tensor:
-        """Return a weight's structured copy Z, of its shape."""
-        return self.support(name).place(whole(self._splits[name].v), self._splits[name].magnitudes)
+        """Return a weight's structured copy Z, of its shape, sharded like it."""
+        split, z = self._splits[name], self._splits[name].v.clone()
+        apply_(z, Support.from_state_dict(split.packed, self.entries[name].grid), Support.place_, split.magnitudes)
+        return z
 
     def u(self, name: str) -> Tensor:
-        """Return a weight's scaled dual U, of its shape."""
-        return self.z(name) - whole(self._splits[name].v)
+        """Return a weight's scaled dual U, of its shape, sharded like it."""
+        return self.z(name) - self._splits[name].v
 
-    def choices(self) -> dict[str, dict[str, Tensor]]:
-        """Return the kinds, signs and magnitudes of each Z, by name."""
-        return {name: {"magnitudes": split.magnitudes, **split.packed} for name, split in self._splits.items()}
+    def choices(self) -> dict[str, tuple[Support, Tensor]]:
+        """Return this rank's support of each Z, and its magnitudes, by name."""
+        grids = {name: entry.grid for name, entry in self.entries.items()}
+        return {n: (Support.from_state_dict(s.packed, grids[n]), s.magnitudes) for n, s in self._splits.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return rho and each weight's tensors, as plain dicts, floats and tensors."""
-        weights = {name: {"v": whole(self._splits[name].v), **tensors} for name, tensors in self.choices().items()}
+        weights = {}
+        for name, (support, magnitudes) in self.choices().items():
+            v = self._splits[name].v
+            weights[name] = {"v": whole(v), **choice_state(v, support, magnitudes)}
         return {"rho": self.rho, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -165,19 +176,19 @@ class Admm:
         Raises:
             StateError: The state is of other weights.
         """
-        for name, split in on_device(state["weights"], weights, self.entries).items():
-            v = like(split.pop("v"), weights[name])
-            self._splits[name] = _Split(v, split.pop("magnitudes"), split)
+        for name, tensors in on_device(state["weights"], weights, self.entries).items():
+            support, magnitudes = load_choice(weights[name], tensors, self.entries[name].grid)
+            self._splits[name] = _Split(like(tensors["v"], weights[name]), magnitudes, support.state_dict())
         self.rho = state["rho"]
 
 
 def total(residuals: Mapping[str, Residuals], weights: Mapping[str, Tensor]) -> Residuals:
     """Return the residuals over all weights together, from each one's, by name."""
-    squares = {name: float(whole(weights[name].detach().norm())) ** 2 for name in residuals}
-    norm = max(sum(squares.values()), torch.finfo(torch.float32).tiny)
+    squares = {name: norm(weights[name].detach()) ** 2 for name in residuals}
+    size = max(sum(squares.values()), torch.finfo(torch.float32).tiny)
     primal = sum(squares[name] * r.primal**2 for name, r in residuals.items())
     dual = sum(squares[name] * r.dual**2 for name, r in residuals.items())
-    return Residuals(math.sqrt(primal / norm), math.sqrt(dual / norm))
+    return Residuals(math.sqrt(primal / size), math.sqrt(dual / size))
 
 
 def on_device(
@@ -200,5 +211,5 @@ def on_device(
     return {name: {k: x.to(weights[name].device, copy=True) for k, x in saved.items()} for name, saved in state.items()}
 
 
-def _exact(weight: Tensor) -> Tensor:
-    return whole(weight.detach()).to(torch.promote_types(weight.dtype, torch.float32))
+def _exact(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

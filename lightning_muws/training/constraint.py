@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.sets import Support
-from lightning_muws.structure.shards import apply_, like, local, whole
+from lightning_muws.structure.shards import apply_, choice_state, largest, load_choice, local, norm, part, whole
+from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import on_device
 
 # States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
@@ -27,8 +26,8 @@ class Constraint:
     :meth:`enforce` after it; at the start :meth:`project_moments`, or old momentum leads out of the subspace.
 
     Args:
-        supports: The support of each weight, by name.
-        magnitudes: The magnitude of each block, ``(down, across)`` a weight; unified blocks keep it where they are
+        supports: The support of each weight, by name; of a sharded weight this rank's part.
+        magnitudes: The magnitudes of the unified blocks, ``(n_unified,)`` a weight, which they keep where they are
             frozen.
         unified: ``tied``: the magnitude of a unified block trains; ``frozen``: it does not.
     """
@@ -57,23 +56,22 @@ class Constraint:
             StateError: A weight has NaN or Inf; no weight is changed then.
         """
         chosen = {
-            name: entry.structure.nearest(whole(weights[name]), entry.grid, name) for name, entry in entries.items()
+            n: part(weights[n], *e.structure.nearest(whole(weights[n].detach()), e.grid, n)) for n, e in entries.items()
         }
         constraint = cls({n: s for n, (s, _) in chosen.items()}, {n: m for n, (_, m) in chosen.items()}, unified)
         for name, (support, magnitudes) in chosen.items():
             weight = weights[name].detach()
-            before = whole(weight)
-            after = support.place(before, magnitudes)
-            norm = max(float(before.norm()), torch.finfo(before.dtype).tiny)
-            constraint.primal[name] = float(torch.dist(before, after)) / norm
-            local(weight).copy_(local(like(after, weight)))
+            moved, size = weight.clone(), max(norm(weight), torch.finfo(weight.dtype).tiny)
+            apply_(weight, support, Support.place_, magnitudes)
+            local(moved).sub_(local(weight))
+            constraint.primal[name] = norm(moved) / size
         return constraint
 
     def project_gradients(self, weights: Mapping[str, Tensor]) -> None:
         """Project the gradients of these weights on the directions they may move in."""
         for name, weight in weights.items():
             if weight.grad is not None:
-                apply_(weight.grad, self._directions[name], _project)
+                apply_(weight.grad, self._directions[name], Support.project_)
 
     def project_moments(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Project what an optimizer remembers of these weights, like gradients, or like squared ones."""
@@ -82,13 +80,15 @@ class Constraint:
             for key, moment in optimizer.state.get(weight, {}).items():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype.is_floating_point:
                     has_sign = "sq" not in key and key not in UNSIGNED
-                    apply_(moment, directions if has_sign else directions.unsigned, _project)
+                    apply_(moment, directions if has_sign else directions.unsigned, Support.project_)
 
     def enforce(self, weights: Mapping[str, Tensor]) -> None:
         """Write the constraint back into these weights; a weight that fulfils it keeps every bit."""
         for name, weight in weights.items():
-            kept = () if self.unified == "tied" else (self.magnitudes[name],)
-            apply_(weight.detach(), self.supports[name], _place, *kept)
+            if self.unified == "tied":
+                apply_(weight.detach(), self.supports[name], Support.tie_)
+            else:
+                apply_(weight.detach(), self.supports[name], Support.place_, self.magnitudes[name])
 
     def verify(self, weights: Mapping[str, Tensor]) -> None:
         """Check that each of these weights fulfils its constraint with ``==``.
@@ -97,20 +97,20 @@ class Constraint:
             StateError: One does not; says which, and how far it is away.
         """
         for name, weight in weights.items():
-            support, weight = self.supports[name], whole(weight.detach())
-            error = support.error(weight)
-            if self.unified == "frozen" and not torch.equal(support.first(weight), self.magnitudes[name]):
+            support, weight = self.supports[name], weight.detach()
+            if self.unified == "frozen" and largest(weight, support, _moved, self.magnitudes[name]):
                 raise StateError(f"{name} has unified blocks that moved, though they are frozen: {_ADVICE}")
-            if error != 0:
+            if (error := largest(weight, support, Support.error)) != 0:
                 raise StateError(f"{name} is {error:.1e} away from its structure, and must be 0 away: {_ADVICE}")
 
-    def choices(self) -> dict[str, dict[str, Tensor]]:
-        """Return the kinds, signs and magnitudes of each weight when its structure was chosen, by name."""
-        return {n: {"magnitudes": self.magnitudes[n], **s.state_dict()} for n, s in self.supports.items()}
+    def choices(self) -> dict[str, tuple[Support, Tensor]]:
+        """Return this rank's support of each weight, and the magnitudes when it was chosen, by name."""
+        return {name: (support, self.magnitudes[name]) for name, support in self.supports.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the supports as plain dicts, strings and tensors."""
-        return {"unified": self.unified, "primal": dict(self.primal), "weights": self.choices()}
+    def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the supports of these weights as plain dicts, strings and tensors."""
+        choices = {name: choice_state(weights[name], *choice) for name, choice in self.choices().items()}
+        return {"unified": self.unified, "primal": dict(self.primal), "weights": choices}
 
     @classmethod
     def from_state_dict(
@@ -122,28 +122,22 @@ class Constraint:
             StateError: The state is of other weights.
         """
         saved = on_device(state["weights"], weights, entries)
-        supports = {name: Support.from_state_dict(tensors, entries[name].grid) for name, tensors in saved.items()}
-        magnitudes = {name: tensors["magnitudes"] for name, tensors in saved.items()}
-        constraint = cls(supports, magnitudes, state["unified"])
+        choices = {name: load_choice(weights[name], tensors, entries[name].grid) for name, tensors in saved.items()}
+        constraint = cls(
+            {n: s for n, (s, _) in choices.items()}, {n: m for n, (_, m) in choices.items()}, state["unified"]
+        )
         constraint.primal = dict(state["primal"])
         return constraint
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
         """Move to the devices of these weights, where a Trainer has moved them."""
-        for name, support in self.supports.items():
-            device = weights[name].device
-            self.supports[name] = replace(support, kinds=support.kinds.to(device), negative=support.negative.to(device))
-            self.magnitudes[name] = self.magnitudes[name].to(device)
+        self.supports = {name: support.to(weights[name].device) for name, support in self.supports.items()}
+        self.magnitudes = {name: x.to(weights[name].device) for name, x in self.magnitudes.items()}
         self._directions = {n: s if self.unified == "tied" else s.fixed for n, s in self.supports.items()}
 
 
-def _project(x: Tensor, support: Support) -> None:
-    support.project_(x)
-
-
-def _place(x: Tensor, support: Support, magnitudes: Tensor | None = None) -> None:
-    # The first weight of a tied block speaks for it: a mean would wobble in the last bit.
-    support.place_(x, support.first(x) if magnitudes is None else magnitudes)
+def _moved(support: Support, weight: Tensor, magnitudes: Tensor) -> float:
+    return float(not torch.equal(support.first(weight), magnitudes))
 
 
 _ADVICE = "something changed it after the optimizer's step; remove that, or let the callback come after it"

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_muws.errors import StateError
 from lightning_muws.report import Update
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.sets import Support
-from lightning_muws.structure.shards import like, whole
+from lightning_muws.structure.shards import gathered, is_sharded, like, whole
+from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import Admm, Residuals, total
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.phases import Phases, Retraining, Timeline
@@ -75,8 +75,9 @@ class CompressionRun:
 
     @property
     def supports(self) -> dict[str, Support]:
-        """The frozen structure of each weight, by name; empty before the retraining phase."""
-        return dict(self.constraint.supports) if self.constraint else {}
+        """The frozen structure of each weight, by name; else empty. A collective where weights are sharded."""
+        chosen = self.constraint.choices() if self.constraint else {}
+        return {name: gathered(self.weights[name], *choice)[0] for name, choice in chosen.items()}
 
     def tick(self, now: float, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
         """Do what is due at this epoch (or step), once: start ADMM, update Z and U, or freeze the structure.
@@ -175,11 +176,14 @@ class CompressionRun:
         return self._raw
 
     def fingerprint(self) -> int:
-        """Return a checksum of the choices of blocks and of the magnitudes: the same on each rank, if all is well."""
+        """Return a checksum of the choices of blocks and of the magnitudes: the same on each rank, if all is well.
+
+        Sharded weights are left out: each rank has its own part of a choice that all made of the same gathered bits.
+        """
         engine, checksum = self.constraint or self.admm, 0
-        for tensors in engine.choices().values() if engine else ():
-            for name in ("kinds", "negative", "magnitudes"):
-                checksum = zlib.crc32(tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
+        for name, (support, magnitudes) in engine.choices().items() if engine else ():
+            for tensor in () if is_sharded(self.weights[name]) else (support.kinds, support.negative, magnitudes):
+                checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
 
     def verify(self) -> None:
@@ -199,8 +203,9 @@ class CompressionRun:
         """Return the state as plain dicts, lists, strings, numbers and tensors."""
         state: dict[str, Any] = {"version": STATE_VERSION, "phase": self.phase, "last_tick": self._last_tick}
         state["history"] = [dict(vars(update)) for update in self.history]
-        engine = self.constraint or self.admm
-        return state | ({"engine": engine.state_dict()} if engine else {})
+        if self.constraint:
+            return state | {"engine": self.constraint.state_dict(self.weights)}
+        return state | ({"engine": self.admm.state_dict()} if self.admm else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state, on the devices of the weights, which the caller restores himself.

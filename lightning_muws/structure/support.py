@@ -1,0 +1,241 @@
+"""A structure with its choices made: the linear subspace that a weight may move in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_muws.structure.bits import pack, unpack
+from lightning_muws.structure.blocks import BlockGrid, fold
+from lightning_muws.structure.pieces import Pieces, bits, corners, unit_bytes
+
+MEMORY_RATIO = 0.35  # of the weight: what a support may take in all, its mask included
+
+
+class Kind(IntEnum):
+    """What becomes of a block. These numbers are in files: append, never renumber."""
+
+    DENSE = 0
+    UNIFIED = 1
+    PRUNED = 2
+
+
+@dataclass(frozen=True)
+class Support:
+    """A structure with its choices made: what is left is a linear subspace, for weights, gradients and moments alike.
+
+    Pruned blocks cost one pass over the weight, unified ones are gathered and written back, dense ones are not touched.
+
+    Args:
+        grid: How the weight is cut.
+        kinds: ``(down, across)`` uint8, a :class:`Kind` a block.
+        negative: ``(rows, n_unified, cols)`` bool, the signs in the unified blocks, which follow each other as in
+            ``kinds``; empty where unified blocks share their sign or there are none.
+    """
+
+    grid: BlockGrid
+    kinds: Tensor
+    negative: Tensor
+
+    @cached_property
+    def n_unified(self) -> int:
+        """How many blocks are unified."""
+        return int((self.kinds == Kind.UNIFIED).sum())
+
+    @cached_property
+    def _prunes(self) -> bool:
+        return bool((self.kinds == Kind.PRUNED).any())
+
+    def __reduce__(self) -> tuple[type[Support], tuple[BlockGrid, Tensor, Tensor]]:
+        return Support, (self.grid, self.kinds, self.negative)  # without what can be computed again
+
+    def counts(self) -> dict[Kind, int]:
+        """Return how many blocks there are of each kind."""
+        found = torch.bincount(self.kinds.flatten().to(torch.int64), minlength=len(Kind)).tolist()
+        return {kind: found[kind] for kind in Kind}
+
+    @property
+    def unsigned(self) -> Support:
+        """The support of squared gradients: unified blocks share one value, sign included."""
+        return replace(self, negative=self.negative.new_empty(0))
+
+    @property
+    def fixed(self) -> Support:
+        """The directions left to a weight whose unified blocks may not move: those blocks count as pruned."""
+        kinds = self.kinds.masked_fill(self.kinds == Kind.UNIFIED, int(Kind.PRUNED))
+        return Support(self.grid, kinds, self.negative.new_empty(0))
+
+    def rows(self, down: slice) -> tuple[Support, slice]:
+        """Return the support of some rows of blocks, and which of the unified blocks those are."""
+        before, within = (int((self.kinds[rows] == Kind.UNIFIED).sum()) for rows in (slice(down.start), down))
+        ours = slice(before, before + within)
+        negative = self.negative[:, ours] if self.negative.numel() else self.negative
+        return Support(self.grid, self.kinds[down], negative), ours
+
+    def copy(self) -> Support:
+        """Return a support in memory of its own."""
+        return Support(self.grid, self.kinds.clone(), self.negative.clone())
+
+    def to(self, device: torch.device) -> Support:
+        """Return the support on a device; itself where it is there."""
+        if self.kinds.device == device:
+            return self
+        return replace(self, kinds=self.kinds.to(device), negative=self.negative.to(device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the choices as two uint8 tensors, signs eight to a byte."""
+        return {"kinds": self.kinds, "negative": pack(self.negative)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], grid: BlockGrid) -> Support:
+        """Return the support that :meth:`state_dict` described, on the state's device."""
+        kinds, packed = state["kinds"], state["negative"]
+        (rows, cols), n_unified = grid.block_shape, int((kinds == Kind.UNIFIED).sum())
+        return cls(grid, kinds, unpack(packed, (rows, n_unified, cols) if len(packed) else (0,)))
+
+    @torch.no_grad()
+    def project(self, weight: Tensor) -> Tensor:
+        """Return the orthogonal projection on the subspace: linear, and idempotent to the bit.
+
+        A unified block becomes ``s * mean(s * w)`` with its signs s, a pruned one zero (written, never multiplied: NaN
+        and -0.0 go too); all else is returned bit for bit.
+
+        Args:
+            weight: Of the shape that the support was chosen for; a gradient or a moment serves as well.
+
+        Returns:
+            Same shape, dtype and device.
+        """
+        return self.project_(weight.detach().clone())
+
+    def project_(self, weight: Tensor) -> Tensor:
+        """Project in place; see :meth:`project`."""
+        return self._write_(weight, lambda pieces, flips, _: _mean(_flipped(pieces.read(), flips)))
+
+    def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
+        """Return ``weight`` with unified blocks of these magnitudes ``(n_unified,)``, and pruned ones zero."""
+        return self.place_(weight.detach().clone(), magnitudes)
+
+    def place_(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
+        """Write unified and pruned blocks in place; see :meth:`place`."""
+        return self._write_(weight, lambda _, __, part: magnitudes[part])
+
+    def tie_(self, weight: Tensor) -> Tensor:
+        """Prune, and give each unified block the magnitude of its first weight, in place: any mean would wobble."""
+        return self._write_(weight, lambda pieces, flips, _: _flipped(pieces.first(), flips, first=True))
+
+    @torch.no_grad()
+    def first(self, weight: Tensor) -> Tensor:
+        """Return ``s * w`` of each unified block's first weight, ``(n_unified,)``."""
+        found = [
+            _flipped(pieces.first(), flips, first=True) for pieces, flips, _ in self._unified(self._matrix(weight))
+        ]
+        return torch.cat(found) if found else weight.new_empty(0)
+
+    @torch.no_grad()
+    def choose_signs(self, weight: Tensor, free: bool) -> tuple[Support, Tensor]:
+        """Return the support with the signs of this weight, or shared ones, and the means that these leave.
+
+        Returns:
+            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)``.
+        """
+        found = [pieces.read() for pieces, _, _ in self._unified(self._matrix(weight))]
+        if not found:
+            return self, weight.new_empty(0)
+        means = torch.cat([_mean(x.abs() if free else x) for x in found])
+        return (replace(self, negative=torch.cat([x.signbit() for x in found], 1)) if free else self), means
+
+    @torch.no_grad()
+    def error(self, weight: Tensor) -> float:
+        """Return the largest ``|weight - project(weight)|``: 0.0 exactly where the constraint holds, NaN stays NaN."""
+        matrix, held = (self.grid.covered(self.grid.matrix(x)) for x in (weight, self.project(weight)))
+        return float((matrix - held).abs().max()) if matrix.numel() else 0.0
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return self.grid.matrix(weight.detach()).contiguous()
+
+    def _unified(self, matrix: Tensor) -> Iterator[tuple[Pieces, Tensor | None, slice]]:
+        """Yield the unified blocks, what turns their weights into ``s * w`` by an exclusive or of bits, and which."""
+        if not self.n_unified:
+            return
+        unit, dtype = unit_bytes(matrix, self.grid), bits(matrix).dtype
+        units = [n * matrix.element_size() // unit for n in (matrix.shape[1], self.grid.block_shape[1])]
+        if (corner := self._corners.get((units[0], unit))) is None:
+            corner = self._corners[units[0], unit] = corners(self.kinds == Kind.UNIFIED, self.grid, *units)
+        for part in self.grid.parts(self.n_unified, matrix):
+            flips = None
+            if self.negative.numel():
+                flips = self.negative[:, part].to(dtype).mul_(torch.iinfo(dtype).min)
+            yield Pieces(matrix, self.grid, corner[part], unit), flips, part
+
+    @cached_property
+    def _corners(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def _write_(self, weight: Tensor, values: Callable[[Pieces, Tensor | None, slice], Tensor]) -> Tensor:
+        """Prune in place, and write ``s * values`` into the unified blocks, part by part."""
+        matrix = self._matrix(weight)
+        self._prune_(bits(self.grid.covered(matrix)))
+        rows, cols = self.grid.block_shape
+        for pieces, flips, part in self._unified(matrix):
+            # -0.0 + 0.0 is 0.0: a sign on zero would be one
+            blocks = _flipped(_run(values(pieces, flips, part), cols), flips) + 0.0
+            pieces.write_(blocks.expand(rows, -1, -1))
+        if matrix.data_ptr() != weight.data_ptr():
+            weight.copy_(self.grid.weight(matrix, weight.shape))
+        return weight
+
+    def _prune_(self, covered: Tensor) -> None:
+        """Write zeros on the bits: dense weights pass whatever they hold, and no branch is taken for a weight."""
+        if not self._prunes:
+            return
+        tall, known = self.grid.tall(covered), self._masks.get(covered.dtype)
+        if known is not None:
+            tall.bitwise_and_(known)
+            return
+        masks = []
+        for rows in self.grid.chunks(covered):
+            masks.append(self.grid.spread((self.kinds[rows] != Kind.PRUNED).to(covered.dtype).neg_()))
+            tall[rows].bitwise_and_(masks[-1])
+            masks = masks if self._may_keep_mask(covered) else []
+        if masks:
+            self._masks[covered.dtype] = torch.cat(masks)
+
+    @cached_property
+    def _masks(self) -> dict[torch.dtype, Tensor]:
+        """All ones where a weight is not pruned, ``(down, 1, across * cols)``; kept: it is half the work."""
+        return {}
+
+    def _may_keep_mask(self, covered: Tensor) -> bool:
+        mask = covered.numel() // self.grid.block_shape[0] * covered.element_size()
+        beside = self.kinds.numel() + self.negative.numel() + self.n_unified * (8 + covered.element_size())
+        return not self._masks and mask + beside <= MEMORY_RATIO * covered.numel() * covered.element_size()
+
+
+def _flipped(x: Tensor, flips: Tensor | None, first: bool = False) -> Tensor:
+    if flips is None:
+        return x
+    return bits(x).bitwise_xor(flips[0, :, 0] if first else flips).view(x.dtype)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry.
+
+    It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first = wide[0, :, 0]
+    rest = wide - _run(first, x.shape[2])
+    total = fold(fold(rest, 0), 2).flatten()
+    return (first + total / (x.shape[0] * x.shape[2])).to(x.dtype)
+
+
+def _run(values: Tensor, cols: int) -> Tensor:
+    """Return values ``(n,)``, one a block, as ``(1, n, cols)`` in memory, to broadcast over the rows of blocks."""
+    return values.unsqueeze(1).expand(-1, cols).reshape(1, -1, cols)
