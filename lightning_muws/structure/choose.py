@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SAMPLE_ABOVE = 1 << 15  # from this many blocks on, a sample of them brackets the answer first
+SAMPLE_ABOVE = 1 << 12  # from this many blocks on, a sample of them brackets the answer first
 SAMPLE_STRIDE = 17  # prime, or the sample would see the same columns of every row
 
 
@@ -28,12 +29,36 @@ def smallest(costs: Tensor, k: int) -> Tensor:
     if k <= 0 or k >= len(costs):
         return torch.full_like(costs, k > 0, dtype=torch.bool)
     # A stable sort would do as well and cost ten times more; topk may break ties as it likes.
-    threshold = costs.kthvalue(k).values
+    threshold = kth(costs, k)
     mask = costs <= threshold
-    if (excess := int(mask.sum()) - k) > 0:
+    if (excess := count(mask) - k) > 0:
         ties = costs == threshold
         mask &= ~ties | (ties.cumsum(0) <= ties.sum() - excess)
     return mask
+
+
+def kth(x: Tensor, k: int) -> Tensor:
+    """Return the ``k``-th smallest of ``(n,)`` values, a scalar; many are bracketed by a sample of them first.
+
+    Example:
+        >>> kth(torch.tensor([3.0, 1.0, 2.0]), 2)
+        tensor(2.)
+    """
+    if len(x) >= SAMPLE_ABOVE:
+        some = x[::SAMPLE_STRIDE].contiguous()
+        share = k / len(x)
+        margin = 1 + 4 * math.sqrt(share * (1 - share) * len(some))  # four standard deviations of the sample's rank
+        low = some.kthvalue(max(1, math.floor(share * len(some) - margin))).values
+        high = some.kthvalue(min(len(some), math.ceil(share * len(some) + margin))).values
+        below, inside = count(x < low), x[(x >= low) & (x <= high)]
+        if below < k <= below + len(inside):
+            return inside.kthvalue(k - below).values
+    return x.kthvalue(k).values
+
+
+def count(mask: Tensor) -> int:
+    """Return how often a mask is True; int32 sums are three times as fast as the default int64 ones."""
+    return int(mask.sum(dtype=torch.int32))
 
 
 def cheapest(unify_cost: Tensor, gain: Tensor, n_pruned: int, n_unified: int) -> tuple[Tensor, Tensor]:
@@ -69,10 +94,10 @@ def _joint(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tuple
     # whatever d is, and whose kind does not depend on d either: the question is left to the others, which are few.
     cheap, dear = gain < low.d, gain >= high.d
     settled_in = (low.costs < high.dearest) & (cheap | dear)
-    unsettled = ~(settled_in | (high.costs > low.dearest))
+    unsettled = (~(settled_in | (high.costs > low.dearest))).nonzero().squeeze(1)
     pruned, unified = settled_in & cheap, settled_in & dear
     some_costs, some_gain = unify_cost[unsettled], gain[unsettled]
-    n_pruned, total = n_pruned - int(pruned.sum()), total - int(settled_in.sum())
+    n_pruned, total = n_pruned - count(pruned), total - count(settled_in)
     lowest, highest = _bisect(some_costs, some_gain, n_pruned, total, low.d, high.d)
     taken = _mixed(some_costs, some_gain, n_pruned, total, lowest, highest)
     some_pruned = smallest(torch.where(taken, some_gain, torch.inf), n_pruned)
@@ -90,7 +115,7 @@ class _Level(NamedTuple):
 
 def _level(unify_cost: Tensor, gain: Tensor, total: int, d: Tensor) -> _Level:
     costs = _discounted(unify_cost, gain, d)
-    return _Level(d, costs, costs.kthvalue(total).values)
+    return _Level(d, costs, kth(costs, total))
 
 
 def _discounted(unify_cost: Tensor, gain: Tensor, d: Tensor) -> Tensor:
@@ -100,7 +125,7 @@ def _discounted(unify_cost: Tensor, gain: Tensor, d: Tensor) -> Tensor:
 def _count(unify_cost: Tensor, gain: Tensor, total: int, d: Tensor) -> tuple[int, Tensor]:
     """Return how many of the ``total`` blocks that are cheapest at multiplier d would be pruned, and their mask."""
     taken = smallest(_discounted(unify_cost, gain, d), total)
-    return int((taken & (gain < d)).sum()), taken
+    return count(taken & (gain < d)), taken
 
 
 def _bisect(
@@ -108,10 +133,10 @@ def _bisect(
 ) -> tuple[Tensor, Tensor]:
     """Narrow ``low <= d <= high`` to two neighbouring floats, or to one d (twice) whose count is right."""
     while low < (middle := low + (high - low) / 2) < high:
-        count, _ = _count(unify_cost, gain, total, middle)
-        if count == n_pruned:
+        n, _ = _count(unify_cost, gain, total, middle)
+        if n == n_pruned:
             return middle, middle
-        low, high = (middle, high) if count < n_pruned else (low, middle)
+        low, high = (middle, high) if n < n_pruned else (low, middle)
     return low, high
 
 
@@ -128,13 +153,13 @@ def _bracket(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tup
         lows, highs = [guess * (1 - w) for w in widths], [guess * (1 + w) for w in widths if guess * (1 + w) < top]
     while lows:
         low = _level(unify_cost, gain, total, lows.pop())
-        if int(((low.costs <= low.dearest) & (gain < low.d)).sum()) <= n_pruned:
+        if count((low.costs <= low.dearest) & (gain < low.d)) <= n_pruned:
             break
     else:
         low = _level(unify_cost, gain, total, bottom)
     while highs:
         high = _level(unify_cost, gain, total, highs.pop())
-        if int(((high.costs < high.dearest) & (gain < high.d)).sum()) >= n_pruned:
+        if count((high.costs < high.dearest) & (gain < high.d)) >= n_pruned:
             break
     else:
         high = _level(unify_cost, gain, total, top)
@@ -146,7 +171,7 @@ def _mixed(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Ten
     _, at_low = _count(unify_cost, gain, total, low)
     _, at_high = _count(unify_cost, gain, total, high)
     cheap = gain < high  # pruning these costs nothing extra at this multiplier
-    short = n_pruned - int((at_low & cheap).sum())
+    short = n_pruned - count(at_low & cheap)
     if short <= 0:
         return at_low
     comes, goes = (at_high & ~at_low & cheap).nonzero()[:short], (at_low & ~at_high & ~cheap).nonzero()[:short]

@@ -115,7 +115,7 @@ class MicroStructure:
             unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
-        kinds = (unified * int(Kind.UNIFIED) + pruned * int(Kind.PRUNED)).to(torch.uint8).view(gain.shape)
+        kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
         support = Support(grid, kinds, kinds.new_empty(0, dtype=torch.bool))
         return support.choose_signs(weight, self.signs == "free")
 

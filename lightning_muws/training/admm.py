@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,17 @@ from torch import Tensor
 from lightning_muws.errors import StateError
 from lightning_muws.structure.blocks import CHUNK_NUMEL
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.shards import apply_, choice_state, like, load_choice, local, norm, part, whole
+from lightning_muws.structure.shards import (
+    apply_,
+    choice_state,
+    is_sharded,
+    like,
+    load_choice,
+    local,
+    norm,
+    part,
+    whole,
+)
 from lightning_muws.structure.support import Support
 
 
@@ -40,6 +50,25 @@ class _Split:
     v: Tensor
     magnitudes: Tensor
     packed: dict[str, Tensor]  # the support of Z; as the magnitudes, this rank's part
+
+
+class _Scratch:
+    """Memory for copies of one weight after the other: fresh memory costs ten times what writing to it does."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._sizes: dict[torch.dtype, int] = {}
+        for x in tensors:
+            self._sizes[x.dtype] = max(self._sizes.get(x.dtype, 0), x.numel())
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def copy(self, x: Tensor, role: int) -> Tensor:
+        """Return a copy that lasts until the next one in the same role."""
+        if is_sharded(x) or x.device.type != "cpu":  # whose memory is pooled
+            return x.clone()
+        key = role, x.dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._sizes[x.dtype], dtype=x.dtype)
+        return self._buffers[key][: x.numel()].view(x.shape).copy_(x)
 
 
 class Admm:
@@ -122,21 +151,22 @@ class Admm:
             StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
         """
         rho = min(self.rho * self.rho_growth**due, self.rho_max)
-        residuals = {name: self._update(name, weights[name].detach(), self.rho / rho) for name in self.entries}
+        scratch = _Scratch(split.v for split in self._splits.values())
+        residuals = {n: self._update(n, weights[n].detach(), self.rho / rho, scratch) for n in self.entries}
         self.rho = rho
         return residuals
 
-    def _update(self, name: str, weight: Tensor, shrink: float) -> Residuals:
+    def _update(self, name: str, weight: Tensor, shrink: float, scratch: _Scratch) -> Residuals:
         """Update one weight's split; U is multiplied by ``shrink``, as rho is divided by it."""
-        split, z_old = self._splits[name], self.z(name)
-        total = split.v.clone()
+        v = self._splits[name].v
+        z_old, total = self._place(name, scratch.copy(v, 0)), scratch.copy(v, 1)
         local(total).sub_(local(z_old)).neg_().add_(local(weight))
         support, magnitudes = self._choose(name, total)
-        z = total.clone()
+        z = scratch.copy(total, 2)
         apply_(z, support, Support.place_, magnitudes)
         # V = Z - shrink * (total - Z), which on a dense block is the weight, bit for bit
-        torch.lerp(local(total), local(z), 1 + shrink, out=local(total))
-        self._splits[name] = _Split(total, magnitudes, support.state_dict())
+        torch.lerp(local(total), local(z), 1 + shrink, out=local(v))
+        self._splits[name] = _Split(v, magnitudes, support.state_dict())
         size = max(norm(weight), torch.finfo(z.dtype).tiny)
         local(z_old).sub_(local(z))
         local(z).sub_(local(weight))
@@ -149,9 +179,16 @@ class Admm:
 
     def z(self, name: str) -> Tensor:
         """Return a weight's structured copy Z, of its shape, sharded like it."""
-        split, z = self._splits[name], self._splits[name].v.clone()
-        apply_(z, Support.from_state_dict(split.packed, self.entries[name].grid), Support.place_, split.magnitudes)
-        return z
+        return self._place(name, self._splits[name].v.clone())
+
+    def _place(self, name: str, v: Tensor) -> Tensor:
+        support, magnitudes = self._choice(name)
+        apply_(v, support, Support.place_, magnitudes)
+        return v
+
+    def _choice(self, name: str) -> tuple[Support, Tensor]:
+        split = self._splits[name]
+        return Support.from_state_dict(split.packed, self.entries[name].grid), split.magnitudes
 
     def u(self, name: str) -> Tensor:
         """Return a weight's scaled dual U, of its shape, sharded like it."""
@@ -159,8 +196,7 @@ class Admm:
 
     def choices(self) -> dict[str, tuple[Support, Tensor]]:
         """Return this rank's support of each Z, and its magnitudes, by name."""
-        grids = {name: entry.grid for name, entry in self.entries.items()}
-        return {n: (Support.from_state_dict(s.packed, grids[n]), s.magnitudes) for n, s in self._splits.items()}
+        return {name: self._choice(name) for name in self._splits}
 
     def state_dict(self) -> dict[str, Any]:
         """Return rho and each weight's tensors, as plain dicts, floats and tensors."""
