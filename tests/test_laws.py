@@ -1,12 +1,14 @@
 """Every geometry and every structure through the same laws."""
 
+import pickle
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_muws import MicroStructure
 from lightning_muws.structure.bits import pack, unpack
-from lightning_muws.structure.sets import Kind
+from lightning_muws.structure.support import MEMORY_RATIO, Kind
 from tests.strategies import grids, normal, same_bits, structures, weights
 
 F32_AND_F64 = (torch.float32, torch.float64)
@@ -167,3 +169,29 @@ def test_a_support_survives_its_state(data, w, s):
     again = type(support).from_state_dict(support.state_dict(), grid)
     assert torch.equal(again.kinds, support.kinds)
     assert torch.equal(again.negative, support.negative)
+
+
+@given(st.data(), weights(), structures())
+def test_what_a_support_remembers_changes_nothing_and_stays_small(data, w, s):
+    support = s.support(w, data.draw(grids(w, s.block_shape)))
+    fresh = pickle.loads(pickle.dumps(support))  # noqa: S301 our own
+    first = support.project(w)
+    covered = support.kinds.numel() * support.grid.block_numel * w.element_size()
+    needed = support.kinds.numel() + support.negative.numel() + support.n_unified * 8
+    kept = sum(mask.numel() * mask.element_size() for mask in support._masks.values())
+    assert kept == 0 or kept + needed <= MEMORY_RATIO * covered
+    assert set(vars(fresh)) == {"grid", "kinds", "negative"}
+    assert same_bits(support.project(w), first)
+    assert same_bits(fresh.project(w), first)
+
+
+@given(st.data(), weights(), structures())
+def test_rows_of_a_support_are_the_support_of_rows(data, w, s):
+    grid = s.grid
+    support, size = s.support(w, grid), s.block_shape[0]
+    down = support.kinds.shape[0]
+    start = data.draw(st.integers(0, down))
+    stop = data.draw(st.integers(start, down))
+    mine, ours = support.rows(slice(start, stop))
+    assert same_bits(mine.project(w[start * size : stop * size]), support.project(w)[start * size : stop * size])
+    assert torch.equal(mine.first(w[start * size : stop * size]), support.first(w)[ours])

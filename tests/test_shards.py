@@ -35,6 +35,12 @@ def test_v_and_the_moments_stay_sharded(ranks, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_each_rank_keeps_its_half_of_the_choices(ranks, case):
+    for rank in ranks:
+        assert set(rank[case]["rows"]) == {16 // 4 // 2}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_shards_choose_what_one_process_chooses(ranks, alone, case):
     one, two = (rank[case] for rank in ranks)
     for name, kinds in alone[case]["kinds"].items():

@@ -138,6 +138,14 @@ def test_smallest_is_a_stable_sort(seed, n, data):
     assert torch.equal(choose.smallest(costs, k), expected)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 20_000), st.sampled_from(["normal", "ties", "sorted", "heavy"]), st.data())
+def test_kth_is_kthvalue(seed, n, form, data):
+    x = normal(seed, n)
+    x = {"normal": x, "ties": x.round(), "sorted": x.sort().values, "heavy": x**9}[form]
+    k = data.draw(st.integers(1, n))
+    assert choose.kth(x, k) == x.kthvalue(k).values
+
+
 LAYERS = {
     "linear": (nn.Linear(6, 8), (2, 6)),
     "conv1d": (nn.Conv1d(6, 8, 3), (2, 6, 9)),

@@ -68,9 +68,9 @@ def trainer(model: nn.Module, phase: str) -> tuple[Callable[[], None], Compressi
 
 
 def n_bytes(tensors: object) -> int:
-    """Return the bytes of all tensors in nested dicts."""
-    if isinstance(tensors, dict):
-        return sum(n_bytes(value) for value in tensors.values())
+    """Return the bytes of all tensors in nested dicts and lists."""
+    if isinstance(tensors, (dict, list)):
+        return sum(n_bytes(value) for value in (tensors.values() if isinstance(tensors, dict) else tensors))
     return tensors.numel() * tensors.element_size() if isinstance(tensors, Tensor) else 0
 
 
@@ -93,8 +93,7 @@ def main() -> None:
         console.print(table)
     covered = sum(weight.numel() * weight.element_size() for weight in run.weights.values())
     constraint = steps["tied"][1].constraint
-    held = sum(n_bytes({"kinds": s.kinds, "negative": s.negative}) for s in constraint.supports.values())
-    held += n_bytes(constraint.magnitudes)
+    held = n_bytes([vars(support) for support in constraint.supports.values()]) + n_bytes(constraint.magnitudes)
     console.print(
         f"memory beside the {covered / 2**20:.0f} MiB of covered weights: "
         f"ADMM {n_bytes(run.admm.state_dict()) / covered:.3f} x (bound 1.25), "
