@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SAMPLE_ABOVE = 1 << 12  # from this many blocks on, a sample of them brackets the answer first
+GALLOP = 1.2  # how far a multiplier is raised at a time, until it is too large
 SAMPLE_STRIDE = 17  # prime, or the sample would see the same columns of every row
 
 
@@ -129,14 +130,24 @@ def _count(unify_cost: Tensor, gain: Tensor, total: int, d: Tensor) -> tuple[int
 
 
 def _bisect(
-    unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Tensor, high: Tensor
+    unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Tensor, high: Tensor, slack: float = 0
 ) -> tuple[Tensor, Tensor]:
-    """Narrow ``low <= d <= high`` to two neighbouring floats, or to one d (twice) whose count is right."""
+    """Narrow ``low <= d <= high`` to two neighbouring floats, or to one d (twice) whose count is off by the slack."""
+    if n_pruned:  # fewer than that many gains are less than this
+        low = torch.maximum(low, kth(gain, n_pruned))
+    n_low, n_high, halve = n_pruned // 2, 0, False  # the first is a guess, and a high count is not known yet
     while low < (middle := low + (high - low) / 2) < high:
+        if not halve:  # step up until the count is passed, then take where a straight line through the counts is right
+            guess = low + (high - low) * ((n_pruned - n_low) / (n_high - n_low)) if n_high else low * GALLOP
+            middle = guess if low < guess < high else middle
+        halve = not halve and n_high > 0
         n, _ = _count(unify_cost, gain, total, middle)
-        if n == n_pruned:
+        if abs(n - n_pruned) <= slack:
             return middle, middle
-        low, high = (middle, high) if n < n_pruned else (low, middle)
+        if n < n_pruned:
+            low, n_low = middle, n
+        else:
+            high, n_high = middle, n
     return low, high
 
 
@@ -148,7 +159,8 @@ def _bracket(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tup
         some_cost, some_gain = unify_cost[::SAMPLE_STRIDE].contiguous(), gain[::SAMPLE_STRIDE].contiguous()
         some = round(n_pruned / SAMPLE_STRIDE), min(round(total / SAMPLE_STRIDE), len(some_gain))
         bracket = [level.d for level in _bracket(some_cost, some_gain, *some)] if some[1] else [bottom, top]
-        guess = _bisect(some_cost, some_gain, *some, *bracket)[0]
+        noise = math.sqrt(len(some_gain)) / 8  # a finer answer says no more about the whole
+        guess = _bisect(some_cost, some_gain, *some, *bracket, noise)[0]
         widths = (0.32, 0.08, 0.02)  # the sample's answer is off by its own noise
         lows, highs = [guess * (1 - w) for w in widths], [guess * (1 + w) for w in widths if guess * (1 + w) < top]
     while lows:

@@ -196,16 +196,16 @@ class Support:
         if not self._prunes:
             return
         tall, known = self.grid.tall(covered), self._masks.get(covered.dtype)
+        if known is None and self._may_keep_mask(covered):
+            known = self._masks[covered.dtype] = self._mask(slice(None), covered.dtype)
         if known is not None:
             tall.bitwise_and_(known)
             return
-        masks = []
         for rows in self.grid.chunks(covered):
-            masks.append(self.grid.spread((self.kinds[rows] != Kind.PRUNED).to(covered.dtype).neg_()))
-            tall[rows].bitwise_and_(masks[-1])
-            masks = masks if self._may_keep_mask(covered) else []
-        if masks:
-            self._masks[covered.dtype] = torch.cat(masks)
+            tall[rows].bitwise_and_(self._mask(rows, covered.dtype))
+
+    def _mask(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self.grid.spread((self.kinds[rows] != Kind.PRUNED).to(dtype).neg_())
 
     @cached_property
     def _masks(self) -> dict[torch.dtype, Tensor]:
