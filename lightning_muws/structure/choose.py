@@ -160,7 +160,7 @@ def _bracket(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int) -> tup
         some = round(n_pruned / SAMPLE_STRIDE), min(round(total / SAMPLE_STRIDE), len(some_gain))
         bracket = [level.d for level in _bracket(some_cost, some_gain, *some)] if some[1] else [bottom, top]
         noise = math.sqrt(len(some_gain)) / 8  # a finer answer says no more about the whole
-        guess = _bisect(some_cost, some_gain, *some, *bracket, noise)[0]
+        guess = _bisect(some_cost, some_gain, *some, bracket[0], bracket[1], noise)[0]
         widths = (0.32, 0.08, 0.02)  # the sample's answer is off by its own noise
         lows, highs = [guess * (1 - w) for w in widths], [guess * (1 + w) for w in widths if guess * (1 + w) < top]
     while lows:
