@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_muws import LayerRule, MicroStructure, MuwsError
 from lightning_muws.errors import PlanError, SettingError, StateError
@@ -318,7 +319,7 @@ def test_parts_of_a_computed_weight_are_left_out():
     layers = {
         "weight_norm": nn.utils.weight_norm,
         "spectral_norm": nn.utils.spectral_norm,
-        "prune": lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5),
+        "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
         "parametrized": nn.utils.parametrizations.weight_norm,
     }
     network = nn.ModuleDict({name: change(nn.Linear(8, 8, bias=False)) for name, change in layers.items()})
