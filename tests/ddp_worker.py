@@ -69,6 +69,7 @@ def main(folder: Path) -> None:
         fit(explicit, max_epochs=4, strategy=ddp(name), **common)
         results[name] = {
             "after admm": last.weights,
+            "v": last.v,
             "explicit": {n: p.detach().clone() for n, p in explicit.named_parameters()},
             "final": {n: p.detach().clone() for n, p in module.named_parameters()},
             "kinds": {n: s.kinds for n, s in callback.supports.items()},

@@ -51,7 +51,9 @@ def test_ranks_hold_the_same_bits(ranks, case):
     one, two = (rank[case] for rank in ranks)
     for name in one["final"]:
         assert same_bits(one["final"][name], two["final"][name]), name
+    assert set(one["v"]) == set(one["kinds"])
     for name in one["kinds"]:
+        assert same_bits(one["v"][name], two["v"][name]), name
         assert torch.equal(one["kinds"][name], two["kinds"][name])
     assert one["history"] == two["history"]
     assert one["checked"] == two["checked"] > 0
