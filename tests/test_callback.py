@@ -8,7 +8,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)  # fmt: skip
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
@@ -57,6 +64,19 @@ def test_the_injected_penalty_is_the_explicit_one(optimizer, options):
     assert_same_after_admm(
         TwoLayers(optimizer), ExplicitLayers(optimizer), options=lambda: {"precision": "64-true", **options}
     )
+
+
+class Accumulating(TwoLayers):
+    def configure_callbacks(self):
+        return [GradientAccumulationScheduler({0: 1, 2: 3, 3: 2})]
+
+
+class ExplicitAccumulating(ExplicitLayers, Accumulating):
+    pass
+
+
+def test_windows_may_change_their_length():
+    assert_same_after_admm(Accumulating(), ExplicitAccumulating(), options=lambda: {"precision": "64-true"})
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")
@@ -410,6 +430,8 @@ def test_what_cannot_be_exact_is_refused_by_name():
     callback = WeightUnificationCallback(STRUCTURE)
     with pytest.raises(SettingError, match=r"does not work with StochasticWeightAveraging: .* use WeightAveraging"):
         fit(TwoLayers(), callback, StochasticWeightAveraging(1e-2), max_epochs=5)
+    with pytest.raises(SettingError, match=r"does not work with ModelPruning: .* give a prune_ratio"):
+        fit(TwoLayers(), callback, ModelPruning("l1_unstructured", amount=0.5), max_epochs=5)
     trainer = L.Trainer(callbacks=[callback], max_epochs=5, **QUIET)
     for kind in (FSDPStrategy, DeepSpeedStrategy):  # neither can be made without a GPU
         trainer.strategy.__class__ = kind

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
@@ -269,6 +270,57 @@ def test_other_lengths_and_checks(options):
     probe = Probe(callback)
     fit(TwoLayers(), callback, probe, max_epochs=6, **options)
     assert probe.n_checked > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"detect_anomaly": True}, {"deterministic": True}, {"inference_mode": False}, {"profiler": "simple"},
+        {"reload_dataloaders_every_n_epochs": 1}, {"num_sanity_val_steps": -1}, {"max_time": "00:01:00:00"},
+        {"check_val_every_n_epoch": None, "val_check_interval": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_else_people_give_a_trainer(options):
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    probe = Probe(callback)
+    fit(TwoLayers(), callback, probe, max_epochs=6, **options)
+    assert probe.n_checked == 2 * 8 * 2
+
+
+def test_barebones():
+    callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), BoringModel()
+    probe = Probe(callback)
+    trainer = L.Trainer(
+        barebones=True, accelerator="cpu", max_epochs=6, limit_train_batches=8, callbacks=[callback, probe]
+    )
+    trainer.fit(module)
+    assert probe.n_checked == 2 * 8
+
+
+def test_a_module_may_bring_the_callback():
+    class Brings(TwoLayers):
+        def configure_callbacks(self):
+            return [callback]
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    fit(Brings(), max_epochs=6)
+    callback.verify()
+
+
+@pytest.mark.parametrize("schedule", ["restart", "module"])
+def test_a_schedule_that_waits_for_a_plateau(schedule):
+    class Plateau(TwoLayers):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, retraining=Retraining(schedule=schedule))
+    trainer = fit(Plateau(), callback, max_epochs=8)
+    # never better by the threshold, so halved after each epoch that a scheduler sees
+    n_halved = 4 if schedule == "restart" else 8
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05 * 0.5**n_halved
 
 
 def test_no_batches_leave_all_as_it_was():

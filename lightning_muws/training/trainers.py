@@ -14,6 +14,7 @@ REFUSED = {
     "DeepSpeedStrategy": "it keeps gradients where they cannot be changed; use strategy='ddp'",
     "FSDPStrategy": "it flattens weights, and blocks with them; use strategy='ddp'",
     "StochasticWeightAveraging": "it averages weights of different structures; use WeightAveraging",
+    "ModelPruning": "both would write the same weights; leave it out, and give a prune_ratio",
     "LBFGS": "it evaluates the loss inside its step, without the penalty; use another optimizer",
 }
 
