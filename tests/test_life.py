@@ -275,7 +275,7 @@ def test_other_lengths_and_checks(options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"detect_anomaly": True}, {"deterministic": True}, {"inference_mode": False}, {"profiler": "simple"},
+        {"detect_anomaly": True}, {"inference_mode": False}, {"profiler": "simple"},
         {"reload_dataloaders_every_n_epochs": 1}, {"num_sanity_val_steps": -1}, {"max_time": "00:01:00:00"},
         {"check_val_every_n_epoch": None, "val_check_interval": 5},
     ],
