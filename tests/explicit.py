@@ -61,6 +61,7 @@ def assert_same_after_admm(module, explicit, options=dict, bound: float = 1e-12,
     fit(explicit, max_epochs=4, **options())
     assert len(callback.history) == 3
     for name, parameter in explicit.named_parameters():
+        parameter = parameter.detach().cpu()
         difference = (last.weights[name].double() - parameter.double()).abs().max()
         assert difference <= bound, f"{name} differs by {difference}"
         if name in explicit.covered:
