@@ -49,9 +49,13 @@ class Apart(Callback):
             pl_module.layer[0].weight.data[0] += 1.0
 
 
+ON = {"accelerator": os.environ.get("ACCELERATOR", "cpu"), "devices": 2}
+BACKEND = "gloo" if ON["accelerator"] == "cpu" else "nccl"
+
+
 def ddp(name: str) -> DDPStrategy:
     return DDPStrategy(
-        find_unused_parameters=True, gradient_as_bucket_view="bucket" in name, process_group_backend="gloo"
+        find_unused_parameters=True, gradient_as_bucket_view="bucket" in name, process_group_backend=BACKEND
     )
 
 
@@ -64,14 +68,15 @@ def main(folder: Path) -> None:
         module.load_state_dict(explicit.state_dict())
         callback, last = WeightUnificationCallback(STRUCTURE, phases=PHASES), Snapshot()
         probe = Probe(callback)
-        common = {"devices": 2, "precision": "64-true", **options}
+        common = {**ON, "precision": "64-true", **options}
         fit(module, last, callback, probe, max_epochs=7, strategy=ddp(name), **common)
         fit(explicit, max_epochs=4, strategy=ddp(name), **common)
         results[name] = {
             "after admm": last.weights,
-            "explicit": {n: p.detach().clone() for n, p in explicit.named_parameters()},
-            "final": {n: p.detach().clone() for n, p in module.named_parameters()},
-            "kinds": {n: s.kinds for n, s in callback.supports.items()},
+            "v": last.v,
+            "explicit": {n: p.detach().cpu().clone() for n, p in explicit.named_parameters()},
+            "final": {n: p.detach().cpu().clone() for n, p in module.named_parameters()},
+            "kinds": {n: s.kinds.cpu() for n, s in callback.supports.items()},
             "history": [vars(update) for update in callback.history],
             "checked": probe.n_checked,
         }
@@ -82,7 +87,7 @@ def main(folder: Path) -> None:
             WeightUnificationCallback(STRUCTURE, phases=PHASES),
             max_epochs=7,
             strategy=ddp(""),
-            devices=2,
+            **ON,
         )
     except StateError as error:
         results["apart"] = str(error)

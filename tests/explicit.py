@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_muws import MicroStructure, Phases, WeightUnificationCallback
+from lightning_muws.training.hooks import CompressionHooks
 from tests.modules import STRUCTURE, fit
 
 PHASES = Phases(admm_start=1, admm_end=4, update_every=1, rho=0.1, rho_growth=1.5, rho_max=0.2)
@@ -36,14 +37,16 @@ class Explicit:
 
 
 class Snapshot(Callback):
-    """Keeps the weights as the last batch before the epoch ``until`` left them."""
+    """Keeps the weights, and V where a callback has one, as the last batch before the epoch ``until`` left them."""
 
     def __init__(self, until: int = 4):
         self.until = until
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.current_epoch < self.until:
-            self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            self.weights = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
+            runs = (callback._run for callback in trainer.callbacks if isinstance(callback, CompressionHooks))
+            self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.admm) for n in admm.entries}
 
 
 def assert_same_after_admm(module, explicit, options=dict, bound: float = 1e-12, wrap=lambda module: module) -> None:
@@ -58,6 +61,10 @@ def assert_same_after_admm(module, explicit, options=dict, bound: float = 1e-12,
     fit(explicit, max_epochs=4, **options())
     assert len(callback.history) == 3
     for name, parameter in explicit.named_parameters():
+        parameter = parameter.detach().cpu()
         difference = (last.weights[name].double() - parameter.double()).abs().max()
         assert difference <= bound, f"{name} differs by {difference}"
+        if name in explicit.covered:
+            difference = (last.v[name].double() - (explicit.z[name] - explicit.u[name]).double().cpu()).abs().max()
+            assert difference <= bound, f"V of {name} differs by {difference}"
         assert (start[name] - parameter).abs().max() > 1e-3, f"{name} did not move"

@@ -7,6 +7,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_muws import MicroStructure
+from lightning_muws.structure.plan import clean_name
 from lightning_muws.structure.sets import Kind
 
 QUIET = {
@@ -49,8 +50,9 @@ class Probe(Callback):
         self.callback, self.n_checked = callback, 0
 
     def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        weights = {clean_name(name): p.detach() for name, p in pl_module.named_parameters()}
         for name, support in self.callback.supports.items():
-            blocks = support.grid.split(pl_module.get_parameter(name).detach())
+            blocks = support.grid.split(weights[name])
             kinds = support.kinds.flatten()
             assert (blocks[kinds == Kind.PRUNED] == 0).all(), name
             magnitudes = blocks[kinds == Kind.UNIFIED].abs()

@@ -8,9 +8,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_muws import LayerRule, MicroStructure, Phases, Retraining, WeightUnificationCallback
 from lightning_muws.errors import PlanError, SettingError, StateError
@@ -59,6 +66,19 @@ def test_the_injected_penalty_is_the_explicit_one(optimizer, options):
     )
 
 
+class Accumulating(TwoLayers):
+    def configure_callbacks(self):
+        return [GradientAccumulationScheduler({0: 1, 2: 3, 3: 2})]
+
+
+class ExplicitAccumulating(ExplicitLayers, Accumulating):
+    pass
+
+
+def test_windows_may_change_their_length():
+    assert_same_after_admm(Accumulating(), ExplicitAccumulating(), options=lambda: {"precision": "64-true"})
+
+
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")
 @pytest.mark.parametrize("accumulate", [1, 3, 4])
 def test_steps_that_return_none_get_their_share(accumulate):
@@ -86,6 +106,20 @@ def test_the_constraint_holds_after_every_step(unified, optimizer, options):
 
 
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_constraint_holds_with_fresh_optimizers(unified, optimizer):
+    class Scheduled(TwoLayers):  # its schedule restarts, and with it the moments
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, retraining=Retraining(unified))
+    first, last = Probe(callback), Probe(callback)
+    fit(Scheduled(optimizer), first, callback, last, max_epochs=7)
+    assert first.n_checked == last.n_checked == 3 * 8 * 2
+
+
+@pytest.mark.parametrize("unified", ["tied", "frozen"])
 def test_free_and_tied_weights_move_and_frozen_ones_do_not(unified):
     module, at_freeze = TwoLayers("adam"), {}
 
@@ -110,14 +144,23 @@ def test_clipping_counts_the_free_directions_only():
     class Norms(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # after the callback, before the clip
             if callback.phase == "retraining":
-                norms.append(
-                    [support.error(pl_module.get_parameter(n).grad) for n, support in callback.supports.items()]
-                )
+                if not norms:
+                    optimizer.register_step_post_hook(lambda *_: norms[-1].append(norm(pl_module)))
+                errors.extend(s.error(pl_module.get_parameter(n).grad) for n, s in callback.supports.items())
+                norms.append([norm(pl_module)])
 
+    def norm(module):
+        return float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
+
+    errors = []
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     fit(TwoLayers(), callback, Norms(), max_epochs=5, gradient_clip_val=0.1)
-    assert norms
-    assert all(error == 0 for pair in norms for error in pair)
+    assert errors
+    assert all(error == 0 for error in errors)
+    assert len(norms) == 8
+    assert max(before for before, _ in norms) > 0.1
+    for before, after in norms:  # what is clipped is the norm of the free directions
+        assert after == pytest.approx(min(before, 0.1), rel=1e-4)
 
 
 # ---- the phases on the Trainer's clock
@@ -209,10 +252,17 @@ def test_validation_in_admm_shows_the_projected_network():
     assert same_bits(STRUCTURE.project(raw.weights[COVERED[0]]), admm)
 
 
-@pytest.mark.parametrize("other", [{"validate_projected": False}, {"limit_val_batches": 0}, {"log_every_n_steps": 1}])
-def test_validation_and_logging_change_no_weight(other):
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"validate_projected": False}, {"limit_val_batches": 0}, {"log_every_n_steps": 1}, {"log_every_n_steps": 0},
+        {"enable_checkpointing": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_validation_logging_and_checkpoints_change_no_weight(other, tmp_path):
     results, start = [], TwoLayers().state_dict()
-    for options in ({}, dict(other)):
+    for options in ({}, {"log_every_n_steps": 2, "default_root_dir": tmp_path, "logger": CSVLogger(tmp_path), **other}):
         module = TwoLayers()
         module.load_state_dict(start)
         projected = options.pop("validate_projected", True)
@@ -236,11 +286,12 @@ class Scripted(TwoLayers):
         )
 
 
-def test_monitors_judge_retraining_only(tmp_path):
-    best, stop = ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss", patience=2)
+@pytest.mark.parametrize("patience", [1, 2])
+def test_monitors_judge_retraining_only(tmp_path, patience):
+    best, stop = ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss", patience=patience)
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     trainer = fit(Scripted(), best, stop, callback, max_epochs=20, enable_checkpointing=True, num_sanity_val_steps=0)
-    assert trainer.current_epoch == 4 + 1 + 2  # not ended in ADMM, and patient anew after the switch
+    assert trainer.current_epoch == 4 + 1 + patience  # not ended in ADMM, and patient anew after the switch
     assert torch.load(best.best_model_path, weights_only=True)["epoch"] == 4
     assert float(best.best_model_score) == 14
 
@@ -379,10 +430,13 @@ def test_what_cannot_be_exact_is_refused_by_name():
     callback = WeightUnificationCallback(STRUCTURE)
     with pytest.raises(SettingError, match=r"does not work with StochasticWeightAveraging: .* use WeightAveraging"):
         fit(TwoLayers(), callback, StochasticWeightAveraging(1e-2), max_epochs=5)
+    with pytest.raises(SettingError, match=r"does not work with ModelPruning: .* give a prune_ratio"):
+        fit(TwoLayers(), callback, ModelPruning("l1_unstructured", amount=0.5), max_epochs=5)
     trainer = L.Trainer(callbacks=[callback], max_epochs=5, **QUIET)
-    trainer.strategy.__class__ = FSDPStrategy
-    with pytest.raises(SettingError, match=r"does not work with FSDPStrategy: .* use strategy='ddp'"):
-        callback.setup(trainer, TwoLayers(), "fit")
+    for kind in (FSDPStrategy, DeepSpeedStrategy):  # neither can be made without a GPU
+        trainer.strategy.__class__ = kind
+        with pytest.raises(SettingError, match=rf"does not work with {kind.__name__}: .* use strategy='ddp'"):
+            callback.setup(trainer, TwoLayers(), "fit")
 
     class Lbfgs(TwoLayers):
         def configure_optimizers(self):

@@ -62,6 +62,15 @@ def test_rules_one_by_one():
     assert [rule.name for rule in callback.rules] == ["l1.weight", "*.bias"]
 
 
+def test_rules_from_a_file():
+    callback = run(
+        US, f"--trainer.callbacks.rules={EXAMPLES / 'rules.yaml'}", "--trainer.callbacks.structure.prune_ratio=0.5"
+    )
+    assert callback.rules == (
+        LayerRule("l1.weight", structure=MicroStructure((1, 8), 0.25, 0.25)), LayerRule("*.bias", skip=True)
+    )  # fmt: skip
+
+
 def test_a_whole_callback_from_a_file():
     callback = run(f"--trainer.callbacks+={EXAMPLES / 'whole_callback.yaml'}")
     assert callback.retraining.unified == "frozen"
@@ -159,6 +168,9 @@ def test_a_printed_configuration_is_read_back(capsys, tmp_path, cli):
         (MuwsCLI, "--compress.structure.prune_ratio=1.5", "prune_ratio=1.5 is not allowed"),
         (LightningCLI, "--trainer.callbacks.phases.admm_ende=2", "admm_ende"),
         (LightningCLI, "--trainer.callbacks.structure.prune_ratio=1.5", "prune_ratio"),
+        (LightningCLI, '--trainer.callbacks.rules=[{"nam": "x"}]', "nam"),
+        (LightningCLI, "--trainer.callbacks.structur.prune_ratio=0.5", "structur"),
+        (MuwsCLI, "--compress.structur.prune_ratio=0.5", "structur"),
     ],
 )
 def test_wrong_settings_name_the_field(capsys, cli, word, says):

@@ -34,30 +34,47 @@ class Fused(TwoLayers):
         return torch.optim.Adam(self.parameters(), 1e-2, fused=True)
 
 
-def test_a_fused_optimizer_gets_a_scaled_penalty():
+def of_one_step(module: L.LightningModule, scaler: MixedPrecision, **options) -> dict[str, torch.Tensor]:
+    """Return the gradient that a step in ADMM gets, without the scaler's scale, and the true one."""
     # Adam turns a rounding error of a small gradient into a full step, so the gradients of one step are compared.
     seen = {}
 
     class Look(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             if callback.phase == "admm" and not seen:
-                scale = trainer.precision_plugin.scaler.get_scale()
-                weight, run = pl_module.layer[0].weight, callback._run
+                seen["scale"] = trainer.precision_plugin.scaler.get_scale()
+                weight, admm = pl_module.layer[0].weight, callback._run.admm
                 loss = pl_module.loss(pl_module(batch["x"]))
-                z, u = run.admm.z("layer.0.weight"), run.admm.u("layer.0.weight")
-                loss = loss + run.admm.rho / 2 * (weight - z + u).square().sum()
+                difference = weight - admm.z("layer.0.weight") + admm.u("layer.0.weight")
+                loss = loss + admm.rho / 2 * difference.square().sum()
                 seen["truth"] = torch.autograd.grad(loss, weight)[0]
-                seen["found"], seen["scale"] = weight.grad.clone() / scale, scale
+                seen["found"] = weight.grad / seen["scale"]
 
         def on_train_batch_start(self, trainer, pl_module, batch_, batch_idx):
             batch["x"] = batch_
 
     batch = {}
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
-    fit(Fused(), callback, Look(), max_epochs=5, plugins=[scaler_on_cpu()])
+    fit(module, callback, Look(), max_epochs=5, plugins=[scaler], **options)
+    return seen
+
+
+def test_a_fused_optimizer_gets_a_scaled_penalty():
+    seen = of_one_step(Fused(), scaler_on_cpu())
     assert seen["scale"] == 256
     # the loss ran in float16
     assert (seen["found"] - seen["truth"]).norm() < 2e-3 * seen["truth"].norm()
+
+
+def test_steps_that_a_scaler_skips_change_nothing():
+    scalers = []
+
+    def options():
+        scalers.append(scaler_on_cpu(2.0**30))  # overflows until it has been halved often enough
+        return {"plugins": [scalers[-1]]}
+
+    assert_same_after_admm(TwoLayers(), ExplicitLayers(), options, bound=1e-6)
+    assert all(scaler.scaler.get_scale() < 2.0**20 for scaler in scalers)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -62,6 +62,21 @@ def test_the_demo_runs_on_digits(tmp_path):
     assert {"blocks.png", "residuals.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
+def test_the_command_line_runs_as_a_process(tmp_path):
+    flags = ["--compress.structure.block_shape=[2,4]", "--compress.structure.prune_ratio=0.5"]
+    size = ["--trainer.max_epochs=4", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
+    command = [sys.executable, EXAMPLES / "02_cli.py", "fit", "--trainer.accelerator=cpu", *size, *flags]
+    command.append(f"--trainer.default_root_dir={tmp_path}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own script
+    assert done.returncode == 0, done.stderr
+    assert "Micro-structured weights" in done.stdout
+    assert "50.0% of the covered weights are zero" in done.stdout
+    (saved,) = tmp_path.rglob("*.ckpt")
+    weight = torch.load(saved, weights_only=True)["state_dict"]["l1.weight"]
+    assert int((weight == 0).sum()) == weight.numel() // 2
+
+
 def test_installed_data_is_taken_first(datasets, tmp_path):
     put(tmp_path / "installed", datasets)
     put(tmp_path / "cache", datasets)

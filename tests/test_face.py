@@ -1,5 +1,6 @@
 """The public face: its names, their texts, and the README's code."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 
 import lightning_muws
 from lightning_muws.errors import MuwsError
+from lightning_muws.training.trainers import REFUSED
 
 ROOT = Path(__file__).parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(lightning_muws.__path__, "lightning_muws.")]
@@ -86,6 +88,28 @@ def test_the_readme_begins_with_code_that_runs(capsys):
     assert callback.phase == "retraining"
     callback.verify()
     assert "Micro-structured weights" in capsys.readouterr().out
+
+
+def readme_rows() -> list[list[str]]:
+    section = (ROOT / "README.md").read_text().split("## Works with, or refused\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("row", readme_rows(), ids=lambda row: row[0])
+def test_each_row_of_the_readme_is_backed_by_a_test(row):
+    _, says, test = row
+    assert says
+    file, name = re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", test).groups()
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_readme_says_what_each_refusal_says():
+    rows = {row[0]: row[1] for row in readme_rows()}
+    names = {"DeepSpeedStrategy": "DeepSpeed", "FSDPStrategy": "FSDP1 (`FSDPStrategy`)", "LBFGS": "LBFGS"}
+    for kind, why in REFUSED.items():
+        assert rows[names.get(kind, f"`{kind}`")].startswith("refused: " + why.split(";")[0].split(",")[0])
 
 
 def test_the_readme_names_the_patents():

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     EMAWeightAveraging,
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
@@ -24,7 +26,7 @@ from lightning.pytorch.utilities import CombinedLoader
 import lightning_muws.pytorch_lightning
 from lightning_muws import Phases, Retraining, WeightUnificationCallback
 from lightning_muws.errors import SettingError
-from tests.explicit import PHASES
+from tests.explicit import PHASES, Snapshot
 from tests.modules import QUIET, STRUCTURE, Probe, TwoLayers, fit
 from tests.strategies import same_bits
 
@@ -79,6 +81,7 @@ RUNS = {
     "cosine with a rate": (Steady, PHASES, Retraining(schedule="cosine", lr=0.01), {}),
     "constant": (SteadyDecaying, PHASES, Retraining(schedule="constant", lr=0.01), {}),
     "accumulate 2": (SteadyDecaying, PHASES, Retraining(), {"accumulate_grad_batches": 2}),
+    "accumulate 3": (Steady, PHASES, Retraining(), {"accumulate_grad_batches": 3}),  # the last window has two batches
     "updates within epochs": (Steady, Phases(admm_start=0, admm_end=3, update_every=0.125), Retraining(), {}),
     "share of steps": (Steady, Phases("step", 0.1, 0.5, 5), Retraining(schedule="cosine"), {}),
     "steps": (SteadyDecaying, Phases("step", 6, 26, 5), Retraining(), {}),
@@ -107,9 +110,10 @@ def test_every_checkpoint_leads_to_the_same_bits(tmp_path, name):
     fit(module, run, batch, last, validation, epoch, Middle(), **options)
     paths = sorted(tmp_path.rglob("*.ckpt"))
     assert len(paths) > 20
-    differ = []
+    differ, seen = [], set()
     for path in paths:
         saved = torch.load(path, weights_only=True)
+        seen.add(assert_belongs_to_its_phase(saved, run))
         if saved["epoch"] == 6 or saved["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 6:
             continue
         resumed, again = kind("adam"), WeightUnificationCallback(STRUCTURE, phases=phases, retraining=retraining)
@@ -119,6 +123,16 @@ def test_every_checkpoint_leads_to_the_same_bits(tmp_path, name):
         if not all(same_bits(a.detach(), b.detach()) for a, b in pairs) or again.history != run.history:
             differ.append(path.relative_to(tmp_path).as_posix())
     assert not differ
+    assert seen >= {"admm", "retraining"}
+
+
+def assert_belongs_to_its_phase(saved: dict, run: WeightUnificationCallback) -> str:
+    """Check that weights are inside their structure in retraining and raw before; return the phase."""
+    phase = saved["callbacks"]["WeightUnificationCallback"]["run"]["phase"]
+    for name, support in run.supports.items():
+        weight = saved["state_dict"][name]
+        assert support.error(weight) == 0 if phase == "retraining" else (weight != 0).all(), (phase, name)
+    return phase
 
 
 @pytest.mark.filterwarnings(PROVIDED, "ignore:.*was called without a model", "ignore:.*no last checkpoint available")
@@ -138,6 +152,8 @@ def test_a_run_ended_by_an_exception_resumes_to_the_same_bits(tmp_path):
     callbacks = WeightUnificationCallback(STRUCTURE, phases=PHASES), Fail(), OnExceptionCheckpoint(tmp_path)
     with pytest.raises(RuntimeError, match="stop"):
         fit(failing, *callbacks, max_epochs=6, num_sanity_val_steps=0, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert assert_belongs_to_its_phase(saved, callback) == "admm"
     resumed = TwoLayers("adam")
     fit(
         resumed,
@@ -256,6 +272,57 @@ def test_other_lengths_and_checks(options):
     assert probe.n_checked > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"detect_anomaly": True}, {"inference_mode": False}, {"profiler": "simple"},
+        {"reload_dataloaders_every_n_epochs": 1}, {"num_sanity_val_steps": -1}, {"max_time": "00:01:00:00"},
+        {"check_val_every_n_epoch": None, "val_check_interval": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_else_people_give_a_trainer(options):
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    probe = Probe(callback)
+    fit(TwoLayers(), callback, probe, max_epochs=6, **options)
+    assert probe.n_checked == 2 * 8 * 2
+
+
+def test_barebones():
+    callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), BoringModel()
+    probe = Probe(callback)
+    trainer = L.Trainer(
+        barebones=True, accelerator="cpu", max_epochs=6, limit_train_batches=8, callbacks=[callback, probe]
+    )
+    trainer.fit(module)
+    assert probe.n_checked == 2 * 8
+
+
+def test_a_module_may_bring_the_callback():
+    class Brings(TwoLayers):
+        def configure_callbacks(self):
+            return [callback]
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    fit(Brings(), max_epochs=6)
+    callback.verify()
+
+
+@pytest.mark.parametrize("schedule", ["restart", "module"])
+def test_a_schedule_that_waits_for_a_plateau(schedule):
+    class Plateau(TwoLayers):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, retraining=Retraining(schedule=schedule))
+    trainer = fit(Plateau(), callback, max_epochs=8)
+    # never better by the threshold, so halved after each epoch that a scheduler sees
+    n_halved = 4 if schedule == "restart" else 8
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05 * 0.5**n_halved
+
+
 def test_no_batches_leave_all_as_it_was():
     module = TwoLayers()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -338,12 +405,55 @@ def test_finders_as_callbacks_and_tuners(tmp_path):
     callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), Tuned()
     trainer = L.Trainer(callbacks=[callback], max_epochs=6, **QUIET | {"default_root_dir": tmp_path})
     Tuner(trainer).lr_find(module, num_training=8)
+    Tuner(trainer).scale_batch_size(module, max_trials=2, init_val=2)
     trainer.fit(module)
     callback.verify()
     assert [update.when for update in callback.history] == [2, 3, 4]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_part_is_saved_under_its_own_names_in_the_middle_of_a_validation(tmp_path):
+    class Compiled(TwoLayers):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.compile(self.layer, backend="aot_eager")
+
+    class Save(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{callback.phase}.ckpt")
+
+    callback, module, raw = WeightUnificationCallback(STRUCTURE, phases=PHASES), Compiled(), Snapshot()
+    fit(module, callback, raw, Save(), max_epochs=5)
+    saved = torch.load(tmp_path / "admm.ckpt", weights_only=True)["state_dict"]
+    assert list(saved) == list(module.state_dict())
+    for name in ("layer._orig_mod.0.weight", "layer._orig_mod.2.weight"):
+        assert same_bits(saved[name], raw.weights[name])
+    resumed, again = Compiled(), WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    fit(resumed, again, max_epochs=5, ckpt_path=tmp_path / "admm.ckpt")
+    again.verify()
+
+
 # ---- beside other callbacks
+
+
+def test_layers_that_are_frozen_at_the_start_stay_out_of_it():
+    class Frozen(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.layer[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.layer[0], optimizer)
+
+    class OfTrained(TwoLayers):
+        def configure_optimizers(self):
+            return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), 0.05)
+
+    callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), OfTrained()
+    fit(module, callback, Frozen(), max_epochs=6)
+    assert list(callback.supports) == [COVERED[1]]
+    assert callback.plan.left_out[COVERED[0]].reason == "not trained (requires_grad=False)"
+    assert (module.layer[0].weight != 0).all()
 
 
 @pytest.mark.parametrize("unified", ["tied", "frozen"])

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
-from tests.ddp_worker import CASES
+from lightning_muws import WeightUnificationCallback
+from tests.ddp_worker import CASES, Unused
+from tests.explicit import PHASES
+from tests.modules import STRUCTURE, Probe, fit
 from tests.strategies import same_bits
 
 pytestmark = pytest.mark.slow
@@ -51,7 +55,9 @@ def test_ranks_hold_the_same_bits(ranks, case):
     one, two = (rank[case] for rank in ranks)
     for name in one["final"]:
         assert same_bits(one["final"][name], two["final"][name]), name
+    assert set(one["v"]) == set(one["kinds"])
     for name in one["kinds"]:
+        assert same_bits(one["v"][name], two["v"][name]), name
         assert torch.equal(one["kinds"][name], two["kinds"][name])
     assert one["history"] == two["history"]
     assert one["checked"] == two["checked"] > 0
@@ -60,6 +66,33 @@ def test_ranks_hold_the_same_bits(ranks, case):
 def test_a_layer_that_is_never_used_is_compressed_too(ranks):
     weight = ranks[0]["plain"]["final"]["unused.weight"]
     assert (weight == 0).sum() >= weight.numel() / 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*use of fork:DeprecationWarning",
+    # lightning 2.6.6 on torch 2.13
+    "ignore:torch.distributed.nn.functional.all_gather is deprecated:FutureWarning",
+)
+@pytest.mark.parametrize(
+    "start", ["spawn", pytest.param("fork", marks=pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"))]
+)
+def test_spawned_and_forked_ranks_bring_their_weights_home(start):
+    callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), Unused()
+    # the callbacks here stay as they were: what they saw, they saw in the other processes
+    strategy = DDPStrategy(start_method=start, find_unused_parameters=True, process_group_backend="gloo")
+    options = {"strategy": strategy, "devices": 2, "limit_val_batches": 0}
+    fit(module, callback, Counting(callback), max_epochs=6, **options)
+    for name in ("layer.0.weight", "layer.2.weight", "unused.weight"):
+        blocks = STRUCTURE.grid.split(module.get_parameter(name).detach())
+        zero = (blocks == 0).all(1)
+        assert int(zero.sum()) == len(blocks) // 2
+        magnitudes = blocks[~zero].abs()
+        assert int((magnitudes == magnitudes[:, :1]).all(1).sum()) >= len(blocks) // 4
+
+
+class Counting(Probe):
+    def on_fit_end(self, trainer, pl_module):
+        assert self.n_checked == 2 * 8 * 3
 
 
 def test_ranks_that_differ_are_refused(ranks):

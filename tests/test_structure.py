@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_muws import LayerRule, MicroStructure, MuwsError
 from lightning_muws.errors import PlanError, SettingError, StateError
@@ -284,6 +285,57 @@ def test_an_embedding_is_covered_when_its_type_is_named():
         Net(), MicroStructure(), [LayerRule(module_type="Embedding", structure=MicroStructure(prune_ratio=0.5))]
     )
     assert list(plan.covered) == ["embed.weight"]
+
+
+class HeadFirst(nn.Module):
+    """Shares its embedding with a layer that comes before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 16, bias=False)
+        self.words = nn.Embedding(16, 8)
+        self.words.weight = self.head.weight
+        self.out = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "covered"),
+    [
+        (LayerRule("out.*", structure=MicroStructure(prune_ratio=0.5)), False),
+        (LayerRule(module_type="Linear", structure=MicroStructure(prune_ratio=0.5)), False),
+        (LayerRule("words.*", structure=MicroStructure(prune_ratio=0.5)), False),
+        (LayerRule("words.*", "Embedding", MicroStructure(prune_ratio=0.5)), True),
+        (LayerRule(module_type="Embedding", structure=MicroStructure(prune_ratio=0.5)), True),
+    ],
+)
+def test_a_weight_that_is_an_embedding_elsewhere_is_one(rule, covered):
+    plan = make_plan(HeadFirst(), MicroStructure(prune_ratio=0.5), [rule])
+    assert ("head.weight" in plan.covered) == covered
+    assert covered or reasons(plan)["head.weight"] == "an embedding"
+    assert "out.weight" in plan.covered
+
+
+@pytest.mark.parametrize(("kind", "first", "other"), [(Net, "embed", "head"), (HeadFirst, "head", "words")])
+def test_rules_match_a_shared_weight_under_each_of_its_names(kind, first, other):
+    for name in (first, other):
+        plan = make_plan(kind(), MicroStructure(prune_ratio=0.5), [LayerRule(f"{name}.*", skip=True)])
+        assert reasons(plan)[f"{first}.weight"] == "a rule skips it"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_parts_of_a_computed_weight_are_left_out():
+    layers = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        "parametrized": nn.utils.parametrizations.weight_norm,
+    }
+    network = nn.ModuleDict({name: change(nn.Linear(8, 8, bias=False)) for name, change in layers.items()})
+    network["plain"] = nn.Linear(8, 8, bias=False)
+    plan = make_plan(network, MicroStructure(prune_ratio=0.5))
+    assert list(plan.covered) == ["plain.weight"]
+    assert set(reasons(plan).values()) == {"computed from other parameters"}
+    assert len(plan.left_out) == 2 + 1 + 1 + 2
 
 
 def test_a_rule_that_matches_nothing_lists_near_names():

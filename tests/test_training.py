@@ -122,6 +122,20 @@ def test_the_penalty_gradient_is_the_gradient_of_the_penalty(dtype):
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
+def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
+    # rho * W and rho * V are each a hundred times larger than what is left: rounded one by one they would drown it
+    layer, plan = a_layer(JOINT, dtype=torch.bfloat16)
+    layer.weight.data = JOINT.project(layer.weight.data)
+    admm, weights = Admm(plan.covered, rho=0.3), {"weight": layer.weight}
+    admm.start(weights)
+    with torch.no_grad():
+        layer.weight.mul_(1 + 0.02 * normal(1, 8, 6).sign().bfloat16())
+    admm.add_penalty_gradient(weights)
+    truth = 0.3 * (layer.weight.detach().double() - admm.z("weight").double() + admm.u("weight").double())
+    assert truth.norm() < 0.03 * 0.3 * layer.weight.double().norm()
+    assert (layer.weight.grad.double() - truth).norm() < 4e-3 * truth.norm()
+
+
 def test_a_weight_without_a_gradient_gets_one():
     layer, plan = a_layer(JOINT)
     admm = Admm(plan.covered, rho=0.3)

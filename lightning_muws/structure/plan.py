@@ -52,9 +52,7 @@ class LayerRule:
         by_name = (
             re.fullmatch(self.name[3:], name) if self.name.startswith("re:") else fnmatch.fnmatchcase(name, self.name)
         )
-        return bool(by_name) and any(
-            fnmatch.fnmatchcase(kind.__name__, self.module_type) for kind in type(owner).__mro__
-        )
+        return bool(by_name) and any(fnmatch.fnmatchcase(kind, self.module_type) for kind in _kinds(owner))
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,8 @@ def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[Laye
 
     A weight of two or more axes gets ``structure``, or that of the last rule that matches it. Left out, each with its
     reason: what a rule skips, biases, norms, embeddings that no rule names by type, what is not trained, what is not
-    real floating point, and weights too small for one block. A shared weight appears once, under its first name.
+    real floating point, and weights too small for one block. A shared weight appears once, under its first name; rules
+    match it under any of its names, and it is an embedding if it is one anywhere.
 
     Args:
         module: Any module, its parameters initialised.
@@ -142,9 +141,10 @@ def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[Laye
     Raises:
         PlanError: A rule matches no parameter, or nothing is covered, or a parameter is not initialised yet.
     """
-    entries, used = [], [False] * len(rules)
+    entries, used, places = [], [False] * len(rules), _places(module)
     for name, parameter, owner in named_weights(module):
-        matching = [i for i, rule in enumerate(rules) if rule.matches(name, owner)]
+        here = places[id(parameter)]
+        matching = [i for i, rule in enumerate(rules) if any(rule.matches(*place) for place in here)]
         for i in matching:
             used[i] = True
         rule = rules[matching[-1]] if matching else LayerRule(structure=structure)
@@ -152,7 +152,7 @@ def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[Laye
             raise PlanError(f"{name} is not initialised yet: run one batch through the lazy module before fit")
         grid = BlockGrid(rule.structure.block_shape, *_outputs(parameter, owner))
         entry = PlanEntry(name, tuple(parameter.shape), type(owner).__name__, rule.structure, grid)
-        entries.append(replace(entry, reason=_reason(entry, parameter, owner, rule)))
+        entries.append(replace(entry, reason=_reason(entry, parameter, [owner for _, owner in here], rule)))
     for rule, was_used in zip(rules, used, strict=True):
         if not was_used:
             raise PlanError(_no_match(rule, entries))
@@ -171,6 +171,15 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Mod
         yield clean_name(name), parameter, module.get_submodule(name.rpartition(".")[0])
 
 
+def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return the names and owners of each parameter, by its id: several where modules share it."""
+    places: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        place = clean_name(name), module.get_submodule(name.rpartition(".")[0])
+        places.setdefault(id(parameter), []).append(place)
+    return places
+
+
 def clean_name(name: str) -> str:
     """Return a parameter's name without the marks that torch.compile leaves in it."""
     return name.replace("_orig_mod.", "")
@@ -184,18 +193,20 @@ def _outputs(parameter: nn.Parameter, owner: nn.Module) -> tuple[int, int]:
     return int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2), 1
 
 
-def _reason(entry: PlanEntry, parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> str:
+def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Module], rule: LayerRule) -> str:
     """Return why a parameter stays dense; empty if it does not."""
-    kinds, attribute = [kind.__name__ for kind in type(owner).__mro__], entry.name.rpartition(".")[2]
+    kinds, attribute = [kind for owner in owners for kind in _kinds(owner)], entry.name.rpartition(".")[2]
+    # torch's older weight_norm, spectral_norm and prune make the weight anew from such, as a plain attribute
+    stem, _, mark = attribute.rpartition("_")
+    is_part = mark in ("v", "g", "orig") and stem in vars(owners[0])
     asked = rule.structure.quotas(entry.n_blocks)
     checks = {
         "a rule skips it": rule.skip,
         "fewer than 2 axes": parameter.ndim < 2,
         "a bias": attribute.startswith("bias"),
         "a normalisation": any("Norm" in kind for kind in kinds),
-        "an embedding": rule.module_type == "*"
-        and (any("Embedding" in kind for kind in kinds) or "embed" in attribute),
-        "computed from other parameters": any(kind == "ParametrizationList" for kind in kinds),
+        "an embedding": _is_embedding(attribute, owners, rule),
+        "computed from other parameters": is_part or "ParametrizationList" in kinds,
         "not trained (requires_grad=False)": not parameter.requires_grad,
         f"of dtype {parameter.dtype}": not parameter.dtype.is_floating_point,
         "prune_ratio and unify_ratio are 0": rule.structure.prune_ratio == rule.structure.unify_ratio == 0,
@@ -203,6 +214,19 @@ def _reason(entry: PlanEntry, parameter: nn.Parameter, owner: nn.Module, rule: L
         f"the ratios of {entry.n_blocks} blocks round to none": sum(asked) == 0,
     }
     return next((reason for reason, holds in checks.items() if holds), "")
+
+
+def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:
+    """Return whether a parameter is an embedding of one of its owners, and the rule does not name that owner's type."""
+    found = [
+        kinds for kinds in map(_kinds, owners) if "embed" in attribute or any("Embedding" in kind for kind in kinds)
+    ]
+    named = any(fnmatch.fnmatchcase(kind, rule.module_type) for kinds in found for kind in kinds)
+    return bool(found) and (rule.module_type == "*" or not named)
+
+
+def _kinds(owner: nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(owner).__mro__]
 
 
 def _no_match(rule: LayerRule, entries: Sequence[PlanEntry]) -> str:

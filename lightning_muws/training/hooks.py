@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_muws.errors import StateError
 from lightning_muws.report import CompressionReport, Update, make_report
@@ -18,6 +18,7 @@ from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.manual import ClipWatch
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.run import CompressionRun, Phase
+from lightning_muws.training.watch import StepWatch, unannounced
 
 
 class CompressionHooks:
@@ -44,10 +45,10 @@ class CompressionHooks:
         self._run: CompressionRun | None = None
         self._pending: Mapping[str, Any] | None = None
         self._timeline = Timeline(0, 0, 1)
-        self._fitting = self._bound = self._stepped = False
+        self._fitting = self._bound = self._stepped = self._warned = False
         self._backwards = self._stepped_batches = 0
         self._began = rates.Beginning()
-        self._hooks: dict[int, tuple[Optimizer, RemovableHandle]] = {}
+        self._watch = StepWatch(self._after_step)
         self._clips: ClipWatch | None = None
 
     # ---- what a user asks
@@ -100,7 +101,7 @@ class CompressionHooks:
             self._set_timeline(trainer)
         if self._run.constraint:
             self._run.constraint.follow(self._run.weights)
-        self._bound, self._backwards = True, 0
+        self._bound, self._warned, self._backwards = True, False, 0
         if not pl_module.automatic_optimization:
             self._clips = ClipWatch(pl_module, lambda optimizer: self._before_step(trainer, optimizer, clips=True))
         if self._pending:
@@ -130,6 +131,9 @@ class CompressionHooks:
         if self.phases.interval == "epoch" and not self._backwards:  # not in the middle of an accumulation window
             now += batch_idx / trainer.num_training_batches
         self._tick(trainer, now)
+        self._watch.follow(trainer.optimizers)
+        if self._run:
+            self._watch.begin(self._run.weights)
 
     def _tick(self, trainer: Any, now: float) -> None:
         if (run := self._run) is None or run.phase == "retraining":
@@ -158,8 +162,7 @@ class CompressionHooks:
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         # Here gradients are accumulated, reduced over ranks and unscaled, and not clipped yet.
-        if id(optimizer) not in self._hooks:  # lazily: optimizers may be made anew in mid-fit
-            self._hooks[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._after_step)
+        self._watch.announce(optimizer, self._run.owned(optimizer) if self._run else ())
         window = 1.0
         if pl_module.automatic_optimization:
             # Lightning divides each loss by the length of a full window, also in an epoch's last, shorter one.
@@ -171,12 +174,16 @@ class CompressionHooks:
         if self._run:
             self._run.before_step(optimizer, window * trainers.gradient_scale(trainer, optimizer, scaled=clips))
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> Mapping[str, Tensor]:
         self._stepped = True
-        if self._run:
-            self._run.after_step(optimizer)
+        if self._run is None:
+            return {}
+        self._run.after_step(optimizer)
+        return self._run.owned(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._run:
+            self._hold_to_steps(self._run)
         self._stepped_batches += self._stepped
         self._stepped = False
         every = trainer.log_every_n_steps
@@ -186,6 +193,16 @@ class CompressionHooks:
             metrics = {f"muws/{name}": value for name, value in self._run.metrics().items()}
             # the same on all ranks; without sync_dist Lightning would warn that they might not be
             self.log_dict(metrics, on_step=by_step, on_epoch=not by_step, batch_size=1, sync_dist=True)
+
+    def _hold_to_steps(self, run: CompressionRun) -> None:
+        """Hold what was changed past the steps that Lightning announces, and say once what that means."""
+        changed, past = self._watch.end(run.weights)
+        self._stepped |= bool(changed)
+        if run.constraint and changed:
+            run.constraint.enforce({name: run.weights[name] for name in changed})
+        if past and run.phase != "dense" and not self._warned:
+            self._warned = True
+            rank_zero_warn(unannounced(past, run.phase))
 
     # ---- validation of the projected network
 
@@ -241,9 +258,7 @@ class CompressionHooks:
         self._unhook()
 
     def _unhook(self) -> None:
-        for _, hook in self._hooks.values():
-            hook.remove()
-        self._hooks = {}
+        self._watch.remove()
         if self._clips:
             self._clips.remove()
             self._clips = None

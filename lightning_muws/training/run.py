@@ -117,6 +117,7 @@ class CompressionRun:
         self.history.append(Update(now, rho, overall.primal, overall.dual))
         for optimizer in optimizers:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
+        self._owned = {}  # retraining may make its optimizers anew: keep none of the old moments alive
 
     def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Add the penalty's gradient, ``scale`` times, or project the gradients; of the weights of this optimizer."""

@@ -12,8 +12,9 @@ from lightning_muws.errors import SettingError, StateError
 
 REFUSED = {
     "DeepSpeedStrategy": "it keeps gradients where they cannot be changed; use strategy='ddp'",
-    "FSDPStrategy": "it flattens weights, and blocks with them; use strategy='ddp'",
+    "FSDPStrategy": "it flattens weights, and blocks with them; use strategy='ddp' or ModelParallelStrategy",
     "StochasticWeightAveraging": "it averages weights of different structures; use WeightAveraging",
+    "ModelPruning": "both would write the same weights; leave it out, and give a prune_ratio",
     "LBFGS": "it evaluates the loss inside its step, without the penalty; use another optimizer",
 }
 

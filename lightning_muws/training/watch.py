@@ -1,0 +1,81 @@
+"""Which weights an optimizer stepped, by whose leave; told by torch's version counters, without a look at values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class StepWatch:
+    """Calls ``after`` behind each step of the optimizers it follows, and finds what was changed past them.
+
+    A step is announced by Lightning, or not: a module may step a raw torch optimizer, or one parameter after the other
+    in its backward pass. A change through ``.data``, or by a fused optimizer that is not followed, cannot be seen.
+
+    Args:
+        after: What to do with an optimizer that has stepped; returns the weights it owns, by name.
+    """
+
+    def __init__(self, after: Callable[[Optimizer], Mapping[str, Tensor]]) -> None:
+        self._after = after
+        self._hooks: dict[int, tuple[Optimizer, RemovableHandle]] = {}
+        self._versions: dict[str, int] = {}
+        self._announced: set[int] = set()
+        self._known: set[str] = set()
+        self._past: set[str] = set()
+
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Follow these optimizers, and let go of others, whose moments would be kept alive for nothing."""
+        now = {id(optimizer): optimizer for optimizer in optimizers}
+        for key in set(self._hooks) - set(now):
+            self._hooks.pop(key)[1].remove()
+        for key in set(now) - set(self._hooks):
+            if not hasattr(now[key], "_optimizer_step_post_hooks"):
+                continue  # it never called Optimizer.__init__ and calls no hooks: its weights are held after the batch
+            self._hooks[key] = now[key], now[key].register_step_post_hook(self._saw)
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin a batch."""
+        self._announced, self._known, self._past = set(), set(), set()
+        self._versions = {name: weight._version for name, weight in weights.items()}
+
+    def announce(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        """Expect a step of an optimizer that owns the weights of these names."""
+        self._announced.add(id(optimizer))
+        self._known.update(names)
+
+    def _saw(self, optimizer: Optimizer, *_: object) -> None:
+        owned = self._after(optimizer)
+        self._versions |= {name: weight._version for name, weight in owned.items()}
+        if id(optimizer) not in self._announced:
+            self._past.update(owned)
+        self._announced.discard(id(optimizer))
+
+    def end(self, weights: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+        """End a batch.
+
+        Returns:
+            The names of the weights that changed after all steps that were seen, and of those that changed in a batch
+            without an announced step of theirs.
+        """
+        changed = {name for name, version in self._versions.items() if weights[name]._version != version}
+        return changed, self._past | (changed - self._known)
+
+    def remove(self) -> None:
+        """Follow no optimizer any more."""
+        self.follow(())
+
+
+def unannounced(names: Iterable[str], phase: str) -> str:
+    """Return a warning on weights that were changed past all announced steps."""
+    follows = {
+        "admm": "no penalty pulls them towards their structure",
+        "retraining": "they are held to their structure, but their gradients and moments are not",
+    }
+    return (
+        f"{', '.join(sorted(names)[:5])} changed in training without a step that Lightning announces, so "
+        f"{follows[phase]}; step the optimizers that self.optimizers() returns, not those inside them"
+    )
