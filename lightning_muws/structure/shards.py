@@ -78,7 +78,7 @@ def part(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tens
     if not is_sharded(x) or (rows := _block_rows(x, support.grid)) is None:
         return support, magnitudes
     mine, ours = support.rows(rows)
-    return mine.copy(), magnitudes[ours].clone()
+    return Support(mine.grid, mine.kinds.clone(), mine.negative.clone()), magnitudes[ours].clone()
 
 
 def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tensor]:

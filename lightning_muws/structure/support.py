@@ -78,8 +78,8 @@ class Support:
         return Support(self.grid, self.kinds[down], negative), ours
 
     def copy(self) -> Support:
-        """Return a support in memory of its own."""
-        return Support(self.grid, self.kinds.clone(), self.negative.clone())
+        """Return the same choices, which remember nothing yet."""
+        return Support(self.grid, self.kinds, self.negative)
 
     def to(self, device: torch.device) -> Support:
         """Return the support on a device; itself where it is there."""
@@ -125,6 +125,10 @@ class Support:
         """Write unified and pruned blocks in place; see :meth:`place`."""
         return self._write_(weight, lambda _, __, part: magnitudes[part])
 
+    def fill_(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
+        """Write the unified blocks alone, in place; see :meth:`place`."""
+        return self._write_(weight, lambda _, __, part: magnitudes[part], prune=False)
+
     def tie_(self, weight: Tensor) -> Tensor:
         """Prune, and give each unified block the magnitude of its first weight, in place: any mean would wobble."""
         return self._write_(weight, lambda pieces, flips, _: _flipped(pieces.first(), flips, first=True))
@@ -153,7 +157,7 @@ class Support:
     @torch.no_grad()
     def error(self, weight: Tensor) -> float:
         """Return the largest ``|weight - project(weight)|``: 0.0 exactly where the constraint holds, NaN stays NaN."""
-        matrix, held = (self.grid.covered(self.grid.matrix(x)) for x in (weight, self.project(weight)))
+        matrix, held = (self.grid.covered(self.grid.matrix(x)) for x in (weight, self.copy().project(weight)))
         return float((matrix - held).abs().max()) if matrix.numel() else 0.0
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -178,10 +182,13 @@ class Support:
         return {}
 
     @torch.no_grad()
-    def _write_(self, weight: Tensor, values: Callable[[Pieces, Tensor | None, slice], Tensor]) -> Tensor:
+    def _write_(
+        self, weight: Tensor, values: Callable[[Pieces, Tensor | None, slice], Tensor], prune: bool = True
+    ) -> Tensor:
         """Prune in place, and write ``s * values`` into the unified blocks, part by part."""
         matrix = self._matrix(weight)
-        self._prune_(bits(self.grid.covered(matrix)))
+        if prune and self._prunes:
+            self._prune_(bits(self.grid.covered(matrix)))
         rows, cols = self.grid.block_shape
         for pieces, flips, part in self._unified(matrix):
             # -0.0 + 0.0 is 0.0: a sign on zero would be one
@@ -193,8 +200,6 @@ class Support:
 
     def _prune_(self, covered: Tensor) -> None:
         """Write zeros on the bits: dense weights pass whatever they hold, and no branch is taken for a weight."""
-        if not self._prunes:
-            return
         tall, known = self.grid.tall(covered), self._masks.get(covered.dtype)
         if known is None and self._may_keep_mask(covered):
             known = self._masks[covered.dtype] = self._mask(slice(None), covered.dtype)

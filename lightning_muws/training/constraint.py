@@ -62,7 +62,7 @@ class Constraint:
         for name, (support, magnitudes) in chosen.items():
             weight = weights[name].detach()
             moved, size = weight.clone(), max(norm(weight), torch.finfo(weight.dtype).tiny)
-            apply_(weight, support, Support.place_, magnitudes)
+            apply_(weight, support.copy(), Support.place_, magnitudes)
             local(moved).sub_(local(weight))
             constraint.primal[name] = norm(moved) / size
         return constraint
@@ -88,7 +88,8 @@ class Constraint:
             if self.unified == "tied":
                 apply_(weight.detach(), self.supports[name], Support.tie_)
             else:
-                apply_(weight.detach(), self.supports[name], Support.place_, self.magnitudes[name])
+                apply_(weight.detach(), self._directions[name], Support.project_)  # whose mask is there already
+                apply_(weight.detach(), self.supports[name], Support.fill_, self.magnitudes[name])
 
     def verify(self, weights: Mapping[str, Tensor]) -> None:
         """Check that each of these weights fulfils its constraint with ``==``.
