@@ -109,8 +109,8 @@ class Hookless:
     def step(self, closure):
         with torch.enable_grad():
             closure()
-        for parameter in self.param_groups[0]["params"]:
-            parameter -= 0.05 * parameter.grad
+        for parameter in self.param_groups[0]["params"]:  # by rows, which pulls the rows of a block apart
+            parameter -= 0.01 * torch.nn.functional.normalize(parameter.grad, dim=-1)
 
     def zero_grad(self, set_to_none=True):
         for parameter in self.param_groups[0]["params"]:
