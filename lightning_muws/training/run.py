@@ -156,13 +156,15 @@ class CompressionRun:
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
-        projected = {
-            n: like(e.structure.project(whole(self.weights[n]), e.grid, n), self.weights[n])
-            for n, e in self.entries.items()
-        }
-        self._raw = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        for name, value in projected.items():
-            self.weights[name].copy_(value)
+        try:
+            for name, entry in self.entries.items():  # one at a time: never two copies of all weights
+                weight = self.weights[name]
+                projected = like(entry.structure.project(whole(weight), entry.grid, name), weight)
+                self._raw[name] = weight.detach().clone()
+                weight.copy_(projected)
+        except StateError:
+            self.show_raw()
+            raise
 
     @torch.no_grad()
     def show_raw(self) -> None:
