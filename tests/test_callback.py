@@ -79,6 +79,34 @@ def test_windows_may_change_their_length():
     assert_same_after_admm(Accumulating(), ExplicitAccumulating(), options=lambda: {"precision": "64-true"})
 
 
+class Thawing(TwoLayers):
+    """Its first layer is frozen until the third epoch."""
+
+    def on_train_epoch_start(self):
+        self.layer[0].requires_grad_(self.current_epoch >= 2)
+
+
+class Joining(TwoLayers):
+    """Its first layer joins the optimizer in the third epoch."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.layer[2].parameters(), 0.05, momentum=0.9)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            self.optimizers().add_param_group({"params": list(self.layer[0].parameters())})
+
+
+@pytest.mark.parametrize("kind", [Thawing, Joining])
+def test_layers_that_begin_to_learn_in_mid_fit_get_their_penalty(kind):
+    class ExplicitKind(ExplicitLayers, kind):
+        def on_train_epoch_start(self):
+            kind.on_train_epoch_start(self)
+            super().on_train_epoch_start()
+
+    assert_same_after_admm(kind(), ExplicitKind(), options=lambda: {"precision": "64-true"})
+
+
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")
 @pytest.mark.parametrize("accumulate", [1, 3, 4])
 def test_steps_that_return_none_get_their_share(accumulate):

@@ -361,3 +361,21 @@ def test_a_run_verifies_only_when_frozen():
     run = CompressionRun(plan.weights(layer), plan.covered, Phases(), Retraining())
     with pytest.raises(StateError, match="in its dense phase"):
         run.verify()
+
+
+def test_projected_weights_are_shown_all_or_none():
+    network = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)).double()
+    plan = make_plan(network, JOINT)
+    run = CompressionRun(plan.weights(network), plan.covered, Phases(), Retraining())
+    raw = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    run.show_projected()
+    for name, weight in run.weights.items():
+        assert same_bits(weight.detach(), JOINT.project(raw[name]))
+        assert same_bits(run.raw[name], raw[name])
+    run.show_raw()
+    assert all(same_bits(weight.detach(), raw[name]) for name, weight in run.weights.items())
+    network[1].weight.data[0, 0] = raw["1.weight"][0, 0] = math.nan
+    with pytest.raises(StateError, match=r"1\.weight holds 1 values"):
+        run.show_projected()
+    assert all(same_bits(weight.detach(), raw[name]) for name, weight in run.weights.items())
+    assert run.raw == {}

@@ -109,8 +109,8 @@ class Hookless:
     def step(self, closure):
         with torch.enable_grad():
             closure()
-        for parameter in self.param_groups[0]["params"]:
-            parameter -= 0.05 * parameter.grad
+        for parameter in self.param_groups[0]["params"]:  # by rows, which pulls the rows of a block apart
+            parameter -= 0.01 * torch.nn.functional.normalize(parameter.grad, dim=-1)
 
     def zero_grad(self, set_to_none=True):
         for parameter in self.param_groups[0]["params"]:
@@ -166,3 +166,21 @@ def test_a_restarted_schedule_lets_go_of_the_optimizer_before():
     fit(Decaying("adam"), WeightUnificationCallback(STRUCTURE, phases=PHASES), Look(), max_epochs=6)
     assert len(made) == 2
     assert alive == [1] * 6
+
+
+def test_an_optimizer_that_is_made_anew_within_a_batch_is_held_at_once():
+    class Remade(TwoLayers):
+        def configure_optimizers(self):  # fused: torch counts no change of a weight that it steps
+            return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.2, fused=True)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.current_epoch == 5 and batch_idx == 3:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    class Verify(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if callback.phase == "retraining":
+                callback.verify()
+
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, retraining=Retraining("frozen"))
+    fit(Remade(), callback, Verify(), max_epochs=6)

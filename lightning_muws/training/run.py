@@ -66,7 +66,7 @@ class CompressionRun:
         self.history: list[Update] = []
         self._last_tick: float = -1
         self._raw: dict[str, Tensor] = {}
-        self._owned: dict[int, tuple[Optimizer, dict[str, nn.Parameter]]] = {}
+        self._owned: dict[int, tuple[Optimizer, int, dict[str, nn.Parameter]]] = {}
 
     @property
     def phase(self) -> Phase:
@@ -132,13 +132,14 @@ class CompressionRun:
             self.constraint.enforce(self.owned(optimizer))
 
     def owned(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """Return the covered weights that an optimizer steps."""
-        known, owned = self._owned.get(id(optimizer), (None, {}))
-        if known is not optimizer:
+        """Return the covered weights that an optimizer steps now: not those that are frozen at the moment."""
+        n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may join in mid-fit
+        known, n_known, owned = self._owned.get(id(optimizer), (None, 0, {}))
+        if known is not optimizer or n_known != n_parameters:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            owned = {name: p for name, p in self.weights.items() if id(p) in ids and p.requires_grad}
-            self._owned[id(optimizer)] = optimizer, owned
-        return owned
+            owned = {name: p for name, p in self.weights.items() if id(p) in ids}
+            self._owned[id(optimizer)] = optimizer, n_parameters, owned
+        return {name: p for name, p in owned.items() if p.requires_grad}
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Return what there is to log: phase (0, 1, 2), rho, penalty, and the residuals of the last update."""
@@ -156,13 +157,15 @@ class CompressionRun:
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
-        projected = {
-            n: like(e.structure.project(whole(self.weights[n]), e.grid, n), self.weights[n])
-            for n, e in self.entries.items()
-        }
-        self._raw = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        for name, value in projected.items():
-            self.weights[name].copy_(value)
+        try:
+            for name, entry in self.entries.items():  # one at a time: never two copies of all weights
+                weight = self.weights[name]
+                projected = like(entry.structure.project(whole(weight), entry.grid, name), weight)
+                self._raw[name] = weight.detach().clone()
+                weight.copy_(projected)
+        except StateError:
+            self.show_raw()
+            raise
 
     @torch.no_grad()
     def show_raw(self) -> None:

@@ -32,10 +32,13 @@ class StepWatch:
         now = {id(optimizer): optimizer for optimizer in optimizers}
         for key in set(self._hooks) - set(now):
             self._hooks.pop(key)[1].remove()
-        for key in set(now) - set(self._hooks):
-            if not hasattr(now[key], "_optimizer_step_post_hooks"):
-                continue  # it never called Optimizer.__init__ and calls no hooks: its weights are held after the batch
-            self._hooks[key] = now[key], now[key].register_step_post_hook(self._saw)
+        for optimizer in now.values():
+            self._hook(optimizer)
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        # One that never called Optimizer.__init__ calls no hooks: its weights are held when the batch ends.
+        if id(optimizer) not in self._hooks and hasattr(optimizer, "_optimizer_step_post_hooks"):
+            self._hooks[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._saw)
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Begin a batch."""
@@ -43,7 +46,8 @@ class StepWatch:
         self._versions = {name: weight._version for name, weight in weights.items()}
 
     def announce(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Expect a step of an optimizer that owns the weights of these names."""
+        """Expect a step of an optimizer, perhaps made within this batch, that owns the weights of these names."""
+        self._hook(optimizer)
         self._announced.add(id(optimizer))
         self._known.update(names)
 
