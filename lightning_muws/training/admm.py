@@ -162,15 +162,18 @@ class Admm:
         z_old, total = self._place(name, scratch.copy(v, 0)), scratch.copy(v, 1)
         local(total).sub_(local(z_old)).neg_().add_(local(weight))
         support, magnitudes = self._choose(name, total)
-        z = scratch.copy(total, 2)
+        z = v  # whose memory is free now
+        local(z).copy_(local(total))
         apply_(z, support, Support.place_, magnitudes)
+        size = max(norm(weight), torch.finfo(z.dtype).tiny)
+        local(z_old).sub_(local(z))
+        dual = norm(z_old) / size
+        local(z_old).copy_(local(z)).sub_(local(weight))
+        primal = norm(z_old) / size
         # V = Z - shrink * (total - Z), which on a dense block is the weight, bit for bit
         torch.lerp(local(total), local(z), 1 + shrink, out=local(v))
         self._splits[name] = _Split(v, magnitudes, support.state_dict())
-        size = max(norm(weight), torch.finfo(z.dtype).tiny)
-        local(z_old).sub_(local(z))
-        local(z).sub_(local(weight))
-        return Residuals(norm(z) / size, norm(z_old) / size)
+        return Residuals(primal, dual)
 
     def _choose(self, name: str, total: Tensor) -> tuple[Support, Tensor]:
         """Return what becomes of a weight's blocks, this rank's: all of the weight is gathered for the moment."""
