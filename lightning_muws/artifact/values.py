@@ -1,0 +1,216 @@
+"""Weights <-> patterns: bit for bit, as whole multiples of a step, or rounded to 16 bits. Decides which, for a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, sign_bit, slabs
+from lightning_muws.errors import SettingError
+from lightning_muws.structure.blocks import BlockGrid
+
+FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+GRID = "grid"  # patterns of 16 bits: the sign, and how many steps
+MAX_STEPS = (1 << 15) - 1
+WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, GRID: np.dtype(np.uint16)}
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAMPLED = 4096
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """How far weights may move, and which ones.
+
+    Args:
+        max_error: The largest ``|w - w'|``, in units that ``relative_to`` names; 0 for none.
+        relative_to: ``tensor_max`` or ``model_max``, the largest ``|w|``; or ``absolute``.
+        value_dtype: Round to this dtype instead.
+        which: ``weights``, the parameters of two or more axes; or ``all`` floating tensors.
+
+    Raises:
+        SettingError: A value is not allowed.
+    """
+
+    max_error: float = 0.0
+    relative_to: Literal["tensor_max", "model_max", "absolute"] = "tensor_max"
+    value_dtype: Literal["float16", "bfloat16"] | None = None
+    which: Literal["weights", "all"] = "weights"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
+            raise SettingError(f"max_error={self.max_error!r} is not allowed: give a number >= 0")
+        if not 0 <= self.max_error < float("inf"):
+            raise SettingError(f"max_error={self.max_error!r} is not allowed: give a finite number >= 0")
+        allowed = {
+            "relative_to": ("tensor_max", "model_max", "absolute"),
+            "value_dtype": (None, "float16", "bfloat16"),
+            "which": ("weights", "all"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r} is not allowed: give {' or '.join(map(repr, values))}"
+                )
+        if self.max_error and self.value_dtype:
+            raise SettingError(
+                f"max_error={self.max_error} and value_dtype={self.value_dtype!r} are two ways to lose precision: "
+                "give one of them"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.max_error or self.value_dtype)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of a tensor are written.
+
+    Args:
+        stored: A floating dtype, or ``grid``: whole multiples of ``step``.
+        step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
+    """
+
+    stored: str
+    step: float = 0.0
+
+    def patterns(self, x: Tensor, block_shape: tuple[int, int] | None = None) -> Patterns:
+        """Return the patterns of values, of the same shape.
+
+        Args:
+            x: Contiguous, on the CPU.
+            block_shape: Of a matrix of whole blocks whose unified blocks must not become zero; None where all is flat.
+        """
+        if self.stored != GRID:
+            return bits(x.to(getattr(torch, self.stored)))
+        values = _numpy(x)
+        steps = np.rint(np.abs(values) / values.dtype.type(self.step)).astype(np.uint16)
+        if block_shape is not None:
+            nonzero = _in_unified_blocks(bits(x), block_shape) & (values != 0)
+            steps[nonzero & (steps == 0)] = 1
+        return steps | (np.signbit(values).astype(np.uint16) << np.uint16(15))
+
+    def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
+        """Return the values of patterns, of the same shape, in this dtype."""
+        if self.stored != GRID:
+            return from_bits(u, getattr(torch, self.stored)).to(dtype)
+        wide = np.float64 if dtype == torch.float64 else np.float32
+        magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
+        return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def bits(x: Tensor) -> Patterns:
+    """Return the bits of a contiguous floating tensor on the CPU, in the same memory."""
+    return x.view(SIGNED[x.element_size()]).numpy().view(f"u{x.element_size()}")
+
+
+def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`bits`."""
+    return torch.from_numpy(u.view(f"i{u.itemsize}")).view(dtype)
+
+
+def choose(x: Tensor, grid: BlockGrid | None, lossy: Lossy, largest: float) -> Form:
+    """Return the form that makes a floating tensor small: exact wherever no loss is allowed, or none fits the bound.
+
+    Args:
+        x: Contiguous, on the CPU.
+        grid: How it is cut; None where it is flat.
+        lossy: What may be lost.
+        largest: What ``lossy.max_error`` is relative to.
+    """
+    exact = Form(str(x.dtype).removeprefix("torch."))
+    if not x.numel():
+        return exact
+    low, high = (float(value) for value in torch.aminmax(x.view(-1)))
+    top = max(-low, high)
+    if not np.isfinite(top):
+        return exact
+    if lossy.value_dtype:
+        rounded = Form(lossy.value_dtype)
+        return rounded if _keeps_blocks(x, grid, rounded) else exact
+    step = _exact_step(x.view(-1), top)
+    if lossy.max_error:
+        # Half a step, and what the product and the tensor's own dtype round off.
+        room = lossy.max_error * largest - top * torch.finfo(x.dtype).eps
+        if room > 0:
+            coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid)))
+            if coarse > step and top / coarse < MAX_STEPS - 1:
+                step = float(coarse)
+    return Form(GRID, step) if step else exact
+
+
+def _numpy(x: Tensor) -> NDArray[Any]:
+    """Return the values as float64 for float64, else as float32, which holds them exactly."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).numpy()
+
+
+def _wide(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _exact_step(flat: Tensor, top: float) -> float:
+    """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
+    sample = flat[:: max(1, len(flat) // SAMPLED)].clone()
+    magnitudes = np.abs(_numpy(sample)).astype(np.float64)
+    if not (magnitudes > 0).any():
+        return 0.0
+    least = float(magnitudes[magnitudes > 0].min())
+    for divisor in range(1, 9):  # the smallest value that was seen need not be one step
+        n_steps = round(top / least * divisor)
+        if n_steps > MAX_STEPS:
+            return 0.0
+        wide = _wide(flat.dtype)
+        guess = wide(top / n_steps)
+        for step in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
+            form = Form(GRID, float(step))
+            if step and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
+                return float(step)
+    return 0.0
+
+
+def _is_exact(flat: Tensor, form: Form) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array_equal(bits(form.values(form.patterns(flat), flat.dtype)), bits(flat))
+
+
+def _in_unified_blocks(u: Patterns, block_shape: tuple[int, int]) -> NDArray[np.bool_]:
+    unified = is_unified(kinds_of(*block_bits(u, block_shape)))
+    return unified.repeat(block_shape[0], 0).repeat(block_shape[1], 1)
+
+
+def _slabs(x: Tensor, grid: BlockGrid) -> Any:
+    """Yield slabs of whole blocks of a tensor, contiguous."""
+    covered = grid.covered(grid.matrix(x))
+    for rows in slabs(*covered.shape, grid.block_shape[0]):
+        yield covered[rows].contiguous()
+
+
+def _smallest_magnitude(x: Tensor, grid: BlockGrid | None) -> float:
+    """Return the smallest magnitude of a unified block that is not zero; infinity if there is none."""
+    smallest = np.inf
+    for slab in _slabs(x, grid) if grid else ():
+        ors, ands = block_bits(bits(slab), grid.block_shape)  # type: ignore[union-attr]
+        found = (ands & ~sign_bit(ands.dtype))[is_unified(kinds_of(ors, ands))]
+        found = found[found > 0]
+        if len(found):  # patterns are ordered as their values
+            smallest = min(smallest, float(from_bits(found.min(keepdims=True), x.dtype)))
+    return smallest
+
+
+def _keeps_blocks(x: Tensor, grid: BlockGrid | None, form: Form) -> bool:
+    """Return whether no finite value overflows in the form, and no unified block becomes zero."""
+    for part in _slabs(x, grid) if grid else (x.view(-1)[s] for s in slabs(x.numel(), 1)):
+        there = form.values(form.patterns(part), x.dtype)
+        if not torch.isfinite(there).all():
+            return False
+        if grid and (_in_unified_blocks(bits(part), grid.block_shape) & (part != 0).numpy() & (there == 0).numpy()).any():
+            return False
+    return not grid or all(torch.isfinite(form.values(bits_of, x.dtype)).all() for bits_of in _edge_bits(x, grid, form))
+
+
+def _edge_bits(x: Tensor, grid: BlockGrid, form: Form) -> list[Patterns]:
+    return [form.patterns(edge.contiguous()) for edge in grid.edges(grid.matrix(x))]
