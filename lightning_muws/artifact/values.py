@@ -202,15 +202,12 @@ def _smallest_magnitude(x: Tensor, grid: BlockGrid | None) -> float:
 
 
 def _keeps_blocks(x: Tensor, grid: BlockGrid | None, form: Form) -> bool:
-    """Return whether no finite value overflows in the form, and no unified block becomes zero."""
-    for part in _slabs(x, grid) if grid else (x.view(-1)[s] for s in slabs(x.numel(), 1)):
-        there = form.values(form.patterns(part), x.dtype)
-        if not torch.isfinite(there).all():
+    """Return whether in this form no finite value overflows, and no unified block becomes zero."""
+    flat = x.view(-1)
+    if not all(torch.isfinite(form.values(form.patterns(flat[s]), x.dtype)).all() for s in slabs(len(flat), 1)):
+        return False
+    for slab in _slabs(x, grid) if grid else ():
+        lost = (slab != 0).numpy() & (form.values(form.patterns(slab), x.dtype) == 0).numpy()
+        if (lost & _in_unified_blocks(bits(slab), grid.block_shape)).any():  # type: ignore[union-attr]
             return False
-        if grid and (_in_unified_blocks(bits(part), grid.block_shape) & (part != 0).numpy() & (there == 0).numpy()).any():
-            return False
-    return not grid or all(torch.isfinite(form.values(bits_of, x.dtype)).all() for bits_of in _edge_bits(x, grid, form))
-
-
-def _edge_bits(x: Tensor, grid: BlockGrid, form: Form) -> list[Patterns]:
-    return [form.patterns(edge.contiguous()) for edge in grid.edges(grid.matrix(x))]
+    return True
