@@ -11,7 +11,7 @@ import shutil
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,7 @@ class Frame:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        file.seek(0)
         self.n_bytes = os.fstat(file.fileno()).st_size
         header = self._header()
         self.metadata = header.pop("__metadata__", None)
@@ -163,8 +164,21 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def write(path: Path, manifest: Mapping[str, Any], lengths: Mapping[str, int], body: IO[bytes]) -> int:
-    """Write a file of these streams, whose bytes are in ``body`` in this order; return how many bytes before them.
+def write(
+    path: Path,
+    manifest: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    body: IO[bytes],
+    check: Callable[[IO[bytes]], None],
+) -> int:
+    """Write a file of these streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+
+    Args:
+        path: Where the file will be.
+        manifest: What it says of itself.
+        lengths: The bytes of each stream, by name.
+        body: The streams.
+        check: Gets the file before it takes its place, and raises if that must not be.
 
     Raises:
         FormatError: The manifest is larger than a reader would accept.
@@ -194,6 +208,8 @@ def write(path: Path, manifest: Mapping[str, Any], lengths: Mapping[str, int], b
         body.seek(0)
         shutil.copyfileobj(body, file, 1 << 20)
         file.write(packed)
+        file.flush()
+        check(file)
     return 8 + len(header) + len(packed)
 
 
@@ -202,7 +218,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file that takes the place of the one at ``path`` when all is written and on the disk, or never."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        with temporary.open("xb") as file:  # with the mode that the umask gives
+        with temporary.open("x+b") as file:  # with the mode that the umask gives
             if path.exists():
                 temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             yield file

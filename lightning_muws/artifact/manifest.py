@@ -188,7 +188,7 @@ def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEnt
     shape = _ints(said, "shape", range(MAX_AXES + 1))
     if dtype not in DTYPES:
         raise FormatError(f"{name!r} has dtype {dtype!r}, which this reader does not know")
-    if math.prod(shape) >= 1 << 60:
+    if math.prod(max(1, n) for n in shape) >= 1 << 60:
         raise FormatError(f"{name!r} has shape {shape}, more than any memory holds")
     if "same_as" in said:
         return _shared(TensorEntry(name, dtype, shape, same_as=_get(said, "same_as", int)), before)
@@ -221,7 +221,8 @@ def _form(said: Mapping[str, Any], name: str, dtype: str) -> Form | None:
         if stored != dtype or step:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
         return None
-    if stored not in WIDTHS or (stored == GRID) != (step != 0) or not 0 <= step < math.inf:
+    held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
+    if stored not in WIDTHS or (stored == GRID) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which cannot be")
     return Form(stored, step)
 
