@@ -73,10 +73,13 @@ class Form:
     Args:
         stored: A floating dtype, or ``grid``: whole multiples of ``step``.
         step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
+        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Of no meaning to
+            a reader.
     """
 
     stored: str
     step: float = 0.0
+    is_lossy: bool = False
 
     def patterns(self, x: Tensor, block_shape: tuple[int, int] | None = None) -> Patterns:
         """Return the patterns of values, of the same shape.
@@ -89,10 +92,12 @@ class Form:
             return bits(x.to(getattr(torch, self.stored)))
         values = _numpy(x)
         steps = np.rint(np.abs(values) / values.dtype.type(self.step)).astype(np.uint16)
-        if block_shape is not None:
-            nonzero = _in_unified_blocks(bits(x), block_shape) & (values != 0)
-            steps[nonzero & (steps == 0)] = 1
-        return steps | (np.signbit(values).astype(np.uint16) << np.uint16(15))
+        negative = np.signbit(values)
+        if self.is_lossy:
+            if block_shape is not None:
+                steps[_in_unified_blocks(bits(x), block_shape) & (values != 0) & (steps == 0)] = 1
+            negative &= steps > 0
+        return steps | (negative.astype(np.uint16) << np.uint16(15))
 
     def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
         """Return the values of patterns, of the same shape, in this dtype."""
@@ -132,14 +137,14 @@ def choose(x: Tensor, grid: BlockGrid | None, lossy: Lossy, largest: float) -> F
     if lossy.value_dtype:
         rounded = Form(lossy.value_dtype)
         return rounded if _keeps_blocks(x, grid, rounded) else exact
-    step = _exact_step(x.view(-1), top)
+    step = _exact_step(x.view(-1), top) if top else 0.0
     if lossy.max_error:
         # Half a step, and what the product and the tensor's own dtype round off.
         room = lossy.max_error * largest - top * torch.finfo(x.dtype).eps
         if room > 0:
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid)))
             if coarse > step and top / coarse < MAX_STEPS - 1:
-                step = float(coarse)
+                return Form(GRID, float(coarse), is_lossy=True)
     return Form(GRID, step) if step else exact
 
 
@@ -155,20 +160,20 @@ def _wide(dtype: torch.dtype) -> Any:
 def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
     sample = flat[:: max(1, len(flat) // SAMPLED)].clone()
-    magnitudes = np.abs(_numpy(sample)).astype(np.float64)
-    if not (magnitudes > 0).any():
-        return 0.0
-    least = float(magnitudes[magnitudes > 0].min())
-    for divisor in range(1, 9):  # the smallest value that was seen need not be one step
-        n_steps = round(top / least * divisor)
-        if n_steps > MAX_STEPS:
+    seen = np.unique(np.abs(_numpy(sample)).astype(np.float64))
+    seen = np.append(seen[(seen > 0) & (seen < top)], top)
+    gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
+    for divisor in range(1, 9):  # the smallest gap that was seen need not be one step
+        step = gap / divisor
+        if top / step > MAX_STEPS:
             return 0.0
-        wide = _wide(flat.dtype)
-        guess = wide(top / n_steps)
-        for step in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
-            form = Form(GRID, float(step))
-            if step and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
-                return float(step)
+        for value in seen:  # each one larger makes it more precise
+            step = value / max(1, round(value / step))
+        guess = wide(step)
+        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
+            form = Form(GRID, float(near))
+            if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
+                return float(near)
     return 0.0
 
 
