@@ -159,7 +159,9 @@ def _wide(dtype: torch.dtype) -> Any:
 
 def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
-    sample = flat[:: max(1, len(flat) // SAMPLED)].clone()
+    # A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
+    at = np.unique(np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1 * len(flat)).astype(np.int64)
+    sample = flat[torch.from_numpy(at)]
     seen = np.unique(np.abs(_numpy(sample)).astype(np.float64))
     seen = np.append(seen[(seen > 0) & (seen < top)], top)
     gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
