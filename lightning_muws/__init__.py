@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
     from lightning_muws.artifact.save import save_compressed
+    from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.structure.sets import MicroStructure
-    from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.training.phases import Phases, Retraining
 
 __version__ = "0.1.0"

@@ -9,7 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_muws"
 # A room may import what stands before it; rooms of one line know nothing of each other.
-ORDER = [["errors"], ["structure"], ["report"], ["training", "artifact"], ["callback", "pytorch_lightning", "plots", "command"]]
+ORDER = [
+    ["errors"],
+    ["structure"],
+    ["report"],
+    ["training", "artifact"],
+    ["callback", "pytorch_lightning", "plots", "command"],
+]
 ORDER += [["cli", "__main__"]]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT_LIGHTNING = {"callback.py", "pytorch_lightning.py", "cli.py"}

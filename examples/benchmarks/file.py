@@ -109,7 +109,9 @@ def peers(state: Mapping[str, Tensor]) -> dict[str, int]:
         sizes["+ zstd 19"] = len(zstandard.ZstdCompressor(level=19).compress(plain))
     if zipnn:
         coder = zipnn.ZipNN(input_format="torch")
-        sizes["zipnn"] = sum(len(coder.compress(v.clone())) if v.numel() > 16 else v.numel() * 4 for v in state.values())
+        sizes["zipnn"] = sum(
+            len(coder.compress(v.clone())) if v.numel() > 16 else v.numel() * 4 for v in state.values()
+        )
     return sizes
 
 
@@ -124,7 +126,15 @@ def sizes(folder: Path) -> None:
         dense = sum(v.numel() * v.element_size() for v in state.values())
         table = Table(title=f"{name}, {dense / 1e6:.2f} MB: dense bytes over bytes of the file, bit for bit")
         columns = list(peers({"x": torch.zeros(32)}))
-        for header in ("pruned/unified/free", *columns, ".muws", "order-0 bound", "over the bound", "smallest", "block"):
+        for header in (
+            "pruned/unified/free",
+            *columns,
+            ".muws",
+            "order-0 bound",
+            "over the bound",
+            "smallest",
+            "block",
+        ):
             table.add_column(header, justify="right")
         for mix in (*MIXES, "dense"):
             stored = structured(state, mix)
@@ -145,7 +155,16 @@ def sizes(folder: Path) -> None:
 
 def integers(folder: Path) -> None:
     table = Table(title="The same integers: dense bytes of the weights over bytes of the whole file, header included")
-    for header in ("network", "pruned/unified/free", "bits", "nncodec", ".muws", "smaller by", "bytes", "order-0 bound"):
+    for header in (
+        "network",
+        "pruned/unified/free",
+        "bits",
+        "nncodec",
+        ".muws",
+        "smaller by",
+        "bytes",
+        "order-0 bound",
+    ):
         table.add_column(header, justify="right")
     for (name, mix), published in NNC.items():
         state = {k: v for k, v in part(name).items() if v.ndim >= 2}
@@ -182,7 +201,9 @@ def speeds(folder: Path) -> None:
     }
     if zstandard:
         saves["safetensors + zstd 3"] = zstd(3)
-        loads["safetensors + zstd 3"] = lambda: load(zstandard.ZstdDecompressor().decompress(paths[".zst"].read_bytes()))
+        loads["safetensors + zstd 3"] = lambda: load(
+            zstandard.ZstdDecompressor().decompress(paths[".zst"].read_bytes())
+        )
     written, read = interleaved(saves, 5), interleaved(loads, 5)
     table = Table(title=f"CREPE, {dense / 1e6:.0f} MB of float32, 50/30/20: MB of float32 a second, one thread")
     for header in ("", "save", "load"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.coding import Bytes
-from lightning_muws.artifact.manifest import DTYPES, Piece, TensorEntry
+from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
 from lightning_muws.artifact.streams import (
     KINDS_A_BYTE,
     Parts,
@@ -79,7 +79,7 @@ class ChunkWriter:
             return Measured((0, 0, 0), error)
         counts, error = np.zeros(5, np.int64), 0.0
         covered = entry.grid.covered(units)
-        for rows in slabs(*covered.shape, entry.block_rows) if covered.numel() else ():
+        for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
             slab = covered[rows].contiguous()
             u = entry.form.patterns(slab, entry.grid.block_shape)
             error = max(error, _error(entry.form, u, slab))
@@ -164,9 +164,7 @@ class ChunkReader:
                 needed[f"free.{_stored(piece.entry)}"] += _n_edge(piece)
         self.signs = unpack_signs(read("signs", -(-n_signs // 8)), n_signs)
         self.values = {name: _values(name, n, read) for name, n in needed.items() if n}
-        n_other = sum(
-            (piece.stop - piece.start) * DTYPES[piece.entry.dtype].itemsize for piece in pieces if not piece.entry.form
-        )
+        n_other = sum(piece_bytes(piece) for piece in pieces if not piece.entry.form)
         self.other = read("other", n_other)
         self._at: dict[str, int] = defaultdict(int)
 
@@ -182,7 +180,7 @@ class ChunkReader:
             self._fill_free(entry.form, units)
             return 0, 0, 0
         counts, covered = np.zeros(5, np.int64), entry.grid.covered(units)
-        for rows in slabs(*covered.shape, entry.block_rows) if covered.numel() else ():
+        for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
             counts += self._fill_blocks(entry.form, entry.grid, covered[rows])
         for edge in entry.grid.edges(units):
             flat = torch.empty(edge.numel(), dtype=units.dtype)

@@ -1,4 +1,4 @@
-"""The frame of a file: a safetensors header over byte streams, read without trust, written in one piece or not at all."""
+"""The frame of a file: a safetensors header over byte streams; read without trust, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Frame:
         """
         data = self._read(*self._spans[name])
         if zlib.crc32(data) != checksum:
-            raise FormatError(f"stream {name!r} has checksum {zlib.crc32(data)}, expected {checksum}: the file is damaged")
+            raise FormatError(
+                f"stream {name!r} has checksum {zlib.crc32(data)}, expected {checksum}: the file is damaged"
+            )
         return data
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -73,7 +75,9 @@ class Frame:
         prefix = self._file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= self.n_bytes - 8:
-            kind = next((f": it begins like {what}" for mark, what in LOOKS_LIKE.items() if prefix.startswith(mark)), "")
+            kind = next(
+                (f": it begins like {what}" for mark, what in LOOKS_LIKE.items() if prefix.startswith(mark)), ""
+            )
             raise FormatError(f"this is no .muws file, or one cut short, of {self.n_bytes} bytes{kind}")
         if length > largest_header(self.n_bytes):
             raise FormatError(f"the header has {length} bytes, at most {largest_header(self.n_bytes)} are allowed")
@@ -106,7 +110,11 @@ class Frame:
             if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
                 raise FormatError(f"stream {name!r} says not where it is")
             start, stop = offsets
-            if start != end or stop < start or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}:
+            if (
+                start != end
+                or stop < start
+                or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
+            ):
                 raise FormatError(f"stream {name!r} is not where and what it should be: {str(entry)[:100]}")
             spans[name], end = (start, stop), stop
         if self._base + end != self.n_bytes:
@@ -171,7 +179,7 @@ def write(
     body: IO[bytes],
     check: Callable[[IO[bytes]], None],
 ) -> int:
-    """Write a file of these streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
 
     Args:
         path: Where the file will be.

@@ -6,7 +6,7 @@ import contextlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -89,9 +89,7 @@ def inspect_compressed(path: str | Path) -> FileInfo:
         )
 
 
-def verify_compressed(
-    path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None
-) -> FileInfo:
+def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
     """Check all of a `.muws` file, every checksum and every stream, and return what :func:`inspect_compressed` does.
 
     Raises:

@@ -55,7 +55,7 @@ class TensorEntry:
     @property
     def n_bytes(self) -> int:
         """Its bytes in memory."""
-        return self.numel * DTYPES[self.dtype].itemsize
+        return self.numel * item_bytes(self.dtype)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -167,7 +167,9 @@ class Manifest:
             (at, unit) = chunk.until
             whole = at <= n and (unit == 0 or (at < n and self.tensors[at].same_as is None))
             if not whole or not before < (at, unit):
-                raise FormatError(f"a chunk ends at tensor {at}, unit {unit}, which is not after {before} and within {n}")
+                raise FormatError(
+                    f"a chunk ends at tensor {at}, unit {unit}, which is not after {before} and within {n}"
+                )
             if unit and (unit >= self.tensors[at].matrix_shape[0] or unit % self.tensors[at].block_rows):
                 raise FormatError(f"a chunk ends within {self.tensors[at].name}, at {unit}, where no block row does")
             before = (at, unit)
@@ -178,9 +180,14 @@ class Manifest:
                 raise FormatError(f"a chunk has {size} bytes, at most {MAX_CHUNK} are allowed")
 
 
+def item_bytes(dtype: str) -> int:
+    """Return the bytes of an element."""
+    return int(DTYPES[dtype].itemsize)
+
+
 def piece_bytes(piece: Piece) -> int:
     """Return the bytes of a piece in memory."""
-    return (piece.stop - piece.start) * piece.entry.matrix_shape[1] * DTYPES[piece.entry.dtype].itemsize
+    return (piece.stop - piece.start) * piece.entry.matrix_shape[1] * item_bytes(piece.entry.dtype)
 
 
 def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEntry:
@@ -209,7 +216,7 @@ def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEnt
 
 def _shared(entry: TensorEntry, before: Sequence[TensorEntry]) -> TensorEntry:
     """Return the entry, if it is the same as an earlier one that is stored."""
-    other = before[entry.same_as] if 0 <= (entry.same_as or 0) < len(before) else None
+    other = before[entry.same_as] if entry.same_as is not None and 0 <= entry.same_as < len(before) else None
     if other is None or other.same_as is not None or (other.shape, other.dtype) != (entry.shape, entry.dtype):
         raise FormatError(f"{entry.name!r} is said to be tensor {entry.same_as}, which it cannot be")
     return entry

@@ -103,7 +103,9 @@ class SaveReport:
         for s in self.streams:
             share = f"{s.n_bytes / self.n_bytes:.1%}"
             table.add_row(s.name, f"{s.n_bytes:,}", share, f"{s.raw_bytes:,}", f"{s.entropy_bytes:,.0f}", s.coder)
-        table.add_row("header, manifest", f"{self.header_bytes:,}", f"{self.header_bytes / self.n_bytes:.1%}", "", "", "")
+        table.add_row(
+            "header, manifest", f"{self.header_bytes:,}", f"{self.header_bytes / self.n_bytes:.1%}", "", "", ""
+        )
         return table
 
 

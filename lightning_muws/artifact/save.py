@@ -22,7 +22,7 @@ from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Form, Lossy, choose
+from lightning_muws.artifact.values import Lossy, choose
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.blocks import BlockGrid
 
@@ -82,7 +82,7 @@ def save_compressed(
     state = read_state(model)
     _check_blocks(blocks, state)
     _check_extra(extra or {})
-    with tempfile.SpooledTemporaryFile(max_size=CHUNK_BYTES, dir=path.parent) as body:
+    with tempfile.SpooledTemporaryFile(max_size=CHUNK_BYTES, dir=str(path.parent)) as body:
         writer = _Writer(state, loss, body, progress or (lambda done, total: None))
         manifest = writer.run(blocks, extra or {})
         check = _checker(state, manifest) if loss else lambda file: None
@@ -112,7 +112,9 @@ class _Writer:
         """Write all streams, and return the manifest."""
         entries: list[TensorEntry] = []
         seen: dict[tuple[Any, ...], int] = {}
-        total = sum(x.numel() * x.element_size() for x in {identity(x): x for x in self.state.tensors.values()}.values())
+        total = sum(
+            x.numel() * x.element_size() for x in {identity(x): x for x in self.state.tensors.values()}.values()
+        )
         largest = self._largest()
         for i, (name, tensor) in enumerate(self.state.tensors.items()):
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -151,7 +153,7 @@ class _Writer:
         """Write a tensor, over as many chunks as it takes; return the entry with what was measured."""
         units = entry.grid.matrix(x) if entry.grid else x.reshape(-1)
         unit_bytes = max(1, x.numel() * x.element_size() // max(1, len(units)))
-        counts, error, at = np.zeros(3, np.int64), 0.0, 0
+        counts, error, at = (0, 0, 0), 0.0, 0
         while at < len(units):
             fit = max(0, CHUNK_BYTES - self.chunk.n_bytes) // unit_bytes // entry.block_rows * entry.block_rows
             if not fit and self.chunk.n_bytes:
@@ -160,11 +162,13 @@ class _Writer:
             stop = min(len(units), at + max(fit, entry.block_rows))
             measured = self.chunk.add(entry, units[at:stop])
             self.symbols.append((entry.name, dict(self.chunk.symbols)))
-            counts, error = counts + measured.counts, max(error, measured.error)
+            n = measured.counts
+            counts = (counts[0] + n[0], counts[1] + n[1], counts[2] + n[2])
+            error = max(error, measured.error)
             self.done += (stop - at) * unit_bytes
             self.progress(self.done, total)
             at = stop
-        return replace(entry, counts=tuple(counts.tolist()), error=error)
+        return replace(entry, counts=counts, error=error)
 
     def _flush(self, until: tuple[int, int]) -> None:
         """Code the streams of a chunk and write them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 from torch import Tensor
 
@@ -53,6 +52,4 @@ def _cost(u: Patterns, shape: tuple[int, int], value_bytes: float) -> float:
     n_unified = len(kinds) - counts[Kind.DENSE] - counts[Kind.PRUNED]
     n_free = counts[Kind.DENSE] * numel + u.size - covered.size
     coded = entropy_bytes(np.bincount(pack_kinds(kinds)))
-    return float(
-        coded + counts[Kind.UNIFIED] * numel / 8 + n_unified * (value_bytes - 1 / 8) + n_free * value_bytes
-    )
+    return float(coded + counts[Kind.UNIFIED] * numel / 8 + n_unified * (value_bytes - 1 / 8) + n_free * value_bytes)

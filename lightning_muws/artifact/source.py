@@ -76,7 +76,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
         raise SettingError(
             f"{path} cannot be read as tensors and plain values alone, and nothing else is run: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; save the module's state_dict and pack that"
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; save its state_dict and pack that"
         ) from None
     if not isinstance(found, Mapping):
         raise SettingError(f"{path} holds a {type(found).__name__}, a state_dict or a Lightning checkpoint is needed")

@@ -74,7 +74,7 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
     """Return which blocks have a magnitude of their own."""
-    return (kinds != Kind.DENSE) & (kinds != Kind.PRUNED)
+    return np.logical_and(kinds != Kind.DENSE, kinds != Kind.PRUNED)
 
 
 def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
@@ -117,7 +117,8 @@ def slabs(n_rows: int, n_cols: int, rows: int = 1) -> Iterator[slice]:
 def pack_kinds(kinds: Bytes) -> Bytes:
     """Return three kinds a byte, the first one in the lowest place to base 5: neighbours are coded together."""
     groups = np.concatenate([kinds, np.zeros(-len(kinds) % KINDS_A_BYTE, np.uint8)]).reshape(-1, KINDS_A_BYTE)
-    return groups[:, 0] + groups[:, 1] * np.uint8(N_KINDS) + groups[:, 2] * np.uint8(N_KINDS**2)
+    packed: Bytes = (groups * np.array([1, N_KINDS, N_KINDS**2], np.uint8)).sum(axis=1, dtype=np.uint8)
+    return packed
 
 
 def unpack_kinds(packed: Bytes, n: int) -> Bytes:
@@ -144,14 +145,14 @@ def unpack_signs(packed: Bytes, n: int) -> NDArray[np.bool_]:
 
 def rotate(u: Patterns) -> Patterns:
     """Return patterns turned left by one bit: the exponent fills the top byte, and the sign comes last."""
-    top = u.dtype.type(8 * u.dtype.itemsize - 1)
-    return (u << u.dtype.type(1)) | (u >> top)
+    one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
+    return np.bitwise_or(u << one, u >> top)
 
 
 def rotate_back(u: Patterns) -> Patterns:
     """Undo :func:`rotate`."""
-    top = u.dtype.type(8 * u.dtype.itemsize - 1)
-    return (u >> u.dtype.type(1)) | (u << top)
+    one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
+    return np.bitwise_or(u >> one, u << top)
 
 
 def plane(values: Patterns, i: int) -> Bytes:

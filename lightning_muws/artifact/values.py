@@ -1,4 +1,4 @@
-"""Weights <-> patterns: bit for bit, as whole multiples of a step, or rounded to 16 bits. Decides which, for a tensor."""
+"""Weights <-> patterns: bit for bit, as whole multiples of a step, or rounded to 16 bits; and which for a tensor."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Form:
     Args:
         stored: A floating dtype, or ``grid``: whole multiples of ``step``.
         step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
-        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Of no meaning to
-            a reader.
+        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. A reader need not
+            know.
     """
 
     stored: str
@@ -103,14 +103,15 @@ class Form:
         """Return the values of patterns, of the same shape, in this dtype."""
         if self.stored != GRID:
             return from_bits(u, getattr(torch, self.stored)).to(dtype)
-        wide = np.float64 if dtype == torch.float64 else np.float32
+        wide = _wide(dtype)
         magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
         return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
 
 
 def bits(x: Tensor) -> Patterns:
     """Return the bits of a contiguous floating tensor on the CPU, in the same memory."""
-    return x.view(SIGNED[x.element_size()]).numpy().view(f"u{x.element_size()}")
+    patterns: Patterns = x.view(SIGNED[x.element_size()]).numpy().view(f"u{x.element_size()}")
+    return patterns
 
 
 def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
@@ -192,7 +193,7 @@ def _in_unified_blocks(u: Patterns, block_shape: tuple[int, int]) -> NDArray[np.
 def _slabs(x: Tensor, grid: BlockGrid) -> Any:
     """Yield slabs of whole blocks of a tensor, contiguous."""
     covered = grid.covered(grid.matrix(x))
-    for rows in slabs(*covered.shape, grid.block_shape[0]):
+    for rows in slabs(len(covered), covered.shape[1], grid.block_shape[0]):
         yield covered[rows].contiguous()
 
 

@@ -17,7 +17,9 @@ from lightning_muws.structure.shards import whole
 class Saved(Protocol):
     """What a writer says of the file that it wrote."""
 
-    n_bytes: int
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the file."""
 
     @property
     def compression_ratio(self) -> float:
@@ -58,5 +60,7 @@ def save(writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bo
     if not is_global_zero:
         return None
     saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()})
-    rank_zero_info(f"muws: {path} has {saved.n_bytes:,} bytes, {saved.compression_ratio:.1f} x smaller than its tensors")
+    rank_zero_info(
+        f"muws: {path} has {saved.n_bytes:,} bytes, {saved.compression_ratio:.1f} x smaller than its tensors"
+    )
     return saved
