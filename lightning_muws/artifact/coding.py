@@ -24,7 +24,7 @@ LOW = 1 << 16  # states are in [LOW, LOW << 16); words are of 16 bits
 SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
-WORTH = 0.995  # coding has to save this much, or the stream stays raw
+WORTH = 0.999  # coding has to save this much, or the stream stays raw
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
 

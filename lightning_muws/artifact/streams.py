@@ -74,7 +74,8 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
     """Return which blocks have a magnitude of their own."""
-    return np.logical_and(kinds != Kind.DENSE, kinds != Kind.PRUNED)
+    unified: NDArray[np.bool_] = (kinds != Kind.DENSE) & (kinds != Kind.PRUNED)
+    return unified
 
 
 def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
@@ -146,13 +147,15 @@ def unpack_signs(packed: Bytes, n: int) -> NDArray[np.bool_]:
 def rotate(u: Patterns) -> Patterns:
     """Return patterns turned left by one bit: the exponent fills the top byte, and the sign comes last."""
     one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
-    return np.bitwise_or(u << one, u >> top)
+    turned: Patterns = (u << one) | (u >> top)
+    return turned
 
 
 def rotate_back(u: Patterns) -> Patterns:
     """Undo :func:`rotate`."""
     one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
-    return np.bitwise_or(u >> one, u << top)
+    turned: Patterns = (u >> one) | (u << top)
+    return turned
 
 
 def plane(values: Patterns, i: int) -> Bytes:

@@ -73,8 +73,8 @@ class Form:
     Args:
         stored: A floating dtype, or ``grid``: whole multiples of ``step``.
         step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
-        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. A reader need not
-            know.
+        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Readers need
+            not know.
     """
 
     stored: str
@@ -110,8 +110,8 @@ class Form:
 
 def bits(x: Tensor) -> Patterns:
     """Return the bits of a contiguous floating tensor on the CPU, in the same memory."""
-    patterns: Patterns = x.view(SIGNED[x.element_size()]).numpy().view(f"u{x.element_size()}")
-    return patterns
+    signed: NDArray[Any] = x.view(SIGNED[x.element_size()]).numpy()
+    return signed.view(f"u{x.element_size()}")
 
 
 def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
