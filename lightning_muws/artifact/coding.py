@@ -25,6 +25,7 @@ SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
 WORTH = 0.999  # coding has to save this much, or the stream stays raw
+STRETCH = 1 << 14  # symbols, the fewest that may have a table of their own
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
 
@@ -34,15 +35,14 @@ def encode(data: Bytes) -> tuple[str, bytes]:
     Args:
         data: ``(n,)`` uint8.
     """
-    counts = np.bincount(data, minlength=256)
     best, coder, coded = WORTH * len(data), "raw", b""
-    expected = entropy_bytes(counts)
     if len(data) <= SAMPLE or _repeats(data):
         packed = zlib.compress(data.tobytes(), 9 if len(data) <= SAMPLE else 6)
         if len(packed) < best:
             best, coder, coded = len(packed), "zlib", packed
-    if expected < best:
-        packed = _rans_encode(data, _frequencies(counts))
+    stretches = _stretches(data)
+    if sum(_cost(counts) for _, counts in stretches) < best:
+        packed = _rans_encode(data, stretches)
         if len(packed) < best:
             coder, coded = "rans", packed
     return (coder, coded) if coder != "raw" else (coder, data.tobytes())
@@ -114,87 +114,146 @@ def _frequencies(counts: Ints) -> Ints:
     return f
 
 
-def _rans_encode(data: Bytes, f: Ints) -> bytes:
-    """Return table, states and words; symbols are coded last to first, so that they are decoded first to last."""
-    lanes, n = n_lanes(len(data)), len(data)
-    steps = -(-n // lanes)
-    start = np.cumsum(f) - f
-    frequency, base = f.astype(np.float64), start.astype(np.float64)
-    inverse = 1 / np.maximum(frequency, 1)
-    # Floats hold states below 2**32 exactly, and floor((x + 0.5) / f) is x // f without an integer division.
-    x, words = np.full(lanes, float(LOW)), []
-    rows = max(1, AT_A_TIME // lanes)
-    for top in range(steps, 0, -rows):
-        bottom = max(0, top - rows)
-        symbols = data[bottom * lanes : top * lanes]
-        if (missing := (top - bottom) * lanes - len(symbols)) > 0:
-            symbols = np.concatenate([symbols, np.full(missing, np.argmax(f), np.uint8)])
-        shape = (top - bottom, lanes)
-        fs, cs, invs = (table[symbols].reshape(shape) for table in (frequency, base, inverse))
-        limits, halves, rests = fs * float(1 << 20), invs * 0.5, TOTAL - fs
-        for t in range(top - bottom - 1, -1, -1):
-            full = np.flatnonzero(x >= limits[t])
-            if len(full):
-                states = x[full].astype(np.uint32)
-                words.append(states.astype(np.uint16))
-                x[full] = states >> 16
-            q = np.floor(x * invs[t] + halves[t])
-            x += q * rests[t] + cs[t]
+def _stretches(data: Bytes) -> list[tuple[int, Ints]]:
+    """Return how many steps each table holds for, and the counts of its symbols: a new one wherever it pays.
+
+    A stream runs over many tensors, and what is frequent changes from one to the next.
+    """
+    lanes = n_lanes(len(data))
+    steps = max(1, STRETCH // lanes)
+    found: list[tuple[int, Ints]] = []
+    for start in range(0, len(data), steps * lanes):
+        part = data[start : start + steps * lanes]
+        n, counts = -(-len(part) // lanes), np.bincount(part, minlength=256)
+        if found and _cost(found[-1][1] + counts) <= _cost(found[-1][1]) + _cost(counts):
+            n, counts = n + found[-1][0], counts + found[-1][1]
+            found.pop()
+        found.append((n, counts))
+    return found
+
+
+def _cost(counts: Ints) -> float:
+    """Return about how many bytes symbols take with a table of their own."""
+    there = np.flatnonzero(counts)
+    return entropy_bytes(counts) + 1.2 * float(there[-1] - there[0] + 1) + 4 if len(there) else 0.0
+
+
+def _rans_encode(data: Bytes, stretches: list[tuple[int, Ints]]) -> bytes:
+    """Return tables, states and words; symbols are coded last to first, so that they are decoded first to last."""
+    lanes, tables = n_lanes(len(data)), [_frequencies(counts) for _, counts in stretches]
+    x, stop = np.full(lanes, float(LOW)), sum(steps for steps, _ in stretches)
+    words: list[NDArray[np.uint16]] = []
+    for (steps, _), f in zip(reversed(stretches), reversed(tables), strict=True):
+        for top in range(stop, stop - steps, -max(1, AT_A_TIME // lanes)):
+            bottom = max(stop - steps, top - max(1, AT_A_TIME // lanes))
+            symbols = data[bottom * lanes : top * lanes]
+            filled = np.full((top - bottom) * lanes, np.argmax(f), np.uint8)
+            filled[: len(symbols)] = symbols
+            x = _encode_steps(filled.reshape(-1, lanes), f, x, words)
+        stop -= steps
+    head = _number(len(tables)) + b"".join(_number(steps) for steps, _ in stretches[:-1])
     stream = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
-    return _table(f) + x.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
+    return head + b"".join(map(_table, tables)) + x.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
+
+
+def _encode_steps(symbols: Bytes, f: Ints, x: Floats, words: list[NDArray[np.uint16]]) -> Floats:
+    """Return the states after some steps ``(steps, lanes)``, last one first; append the words they gave off."""
+    # Floats hold states below 2**32 exactly, and floor((x + 0.5) / f) is x // f without an integer division.
+    start, inverse = (np.cumsum(f) - f).astype(np.float64), 1 / np.maximum(f, 1)
+    fs, starts, inverses = f.astype(np.float64)[symbols], start[symbols], inverse[symbols]
+    limits, halves, rests = fs * float(LOW << 16 >> TABLE_BITS), inverses * 0.5, TOTAL - fs
+    for t in range(len(symbols) - 1, -1, -1):
+        full = np.flatnonzero(x >= limits[t])
+        if len(full):
+            states = x[full].astype(np.uint32)
+            words.append(states.astype(np.uint16))
+            x[full] = states >> 16
+        x += np.floor(x * inverses[t] + halves[t]) * rests[t] + starts[t]
+    return x
 
 
 def _rans_decode(coded: bytes, n: int) -> Bytes:
-    f, at = _read_table(coded)
-    lanes = n_lanes(n)
-    if len(coded) < at + 4 * lanes or (len(coded) - at) % 2:
+    lanes, head = n_lanes(n), _Head(coded)
+    steps = -(-n // lanes)
+    stretches = head.stretches(steps)
+    if len(coded) < head.at + 4 * lanes or (len(coded) - head.at) % 2:
         raise FormatError("a rans stream ends within its states")
-    x = np.frombuffer(coded, "<u4", lanes, at).astype(np.int64)
-    words = np.frombuffer(coded, "<u2", -1, at + 4 * lanes).astype(np.int64)
-    symbol = np.repeat(np.arange(256, dtype=np.uint8), f)
-    frequency = np.repeat(f, f)
-    offset = np.arange(TOTAL) - np.repeat(np.cumsum(f) - f, f)
-    steps, read = -(-n // lanes), 0
-    out = np.empty((steps, lanes), np.uint8)
-    for t in range(steps):
-        slot = x & (TOTAL - 1)
-        out[t] = symbol[slot]
-        x >>= TABLE_BITS
-        x *= frequency[slot]
-        x += offset[slot]
-        low = np.flatnonzero(x < LOW)
-        if len(low):
-            fresh = words[read : read + len(low)]
-            if len(fresh) < len(low):
-                raise FormatError("a rans stream ends too early")
-            x[low] = (x[low] << 16) | fresh
-            read += len(low)
+    x = np.frombuffer(coded, "<u4", lanes, head.at).astype(np.int64)
+    words = np.frombuffer(coded, "<u2", -1, head.at + 4 * lanes).astype(np.int64)
+    out, read, done = np.empty((steps, lanes), np.uint8), 0, 0
+    for n_steps, f in stretches:
+        symbol = np.repeat(np.arange(256, dtype=np.uint8), f)
+        frequency = np.repeat(f, f)
+        offset = np.arange(TOTAL) - np.repeat(np.cumsum(f) - f, f)
+        for t in range(done, done + n_steps):
+            slot = x & (TOTAL - 1)
+            out[t] = symbol[slot]
+            x >>= TABLE_BITS
+            x *= frequency[slot]
+            x += offset[slot]
+            low = np.flatnonzero(x < LOW)
+            if len(low):
+                fresh = words[read : read + len(low)]
+                if len(fresh) < len(low):
+                    raise FormatError("a rans stream ends too early")
+                x[low] = (x[low] << 16) | fresh
+                read += len(low)
+        done += n_steps
     if read != len(words) or (x != LOW).any():
         raise FormatError("a rans stream does not end where it should")
     return out.reshape(-1)[:n]
 
 
+def _number(value: int) -> bytes:
+    """Return a number, 7 bits a byte, the lowest first, the top bit set in all bytes but the last."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
 def _table(f: Ints) -> bytes:
-    """Return the first and the last symbol that occur, and the frequencies from one to the other, 7 bits a byte."""
+    """Return the first and the last symbol that occur, and the frequencies from one to the other."""
     found = np.flatnonzero(f)
-    table = bytearray([found[0], found[-1]])
-    for value in f[found[0] : found[-1] + 1].tolist():
-        table += bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
-    return bytes(table)
+    frequencies = f[found[0] : found[-1] + 1].tolist()
+    return bytes([found[0], found[-1]]) + b"".join(map(_number, frequencies))
 
 
-def _read_table(coded: bytes) -> tuple[Ints, int]:
-    """Return the frequencies, and where they end."""
-    f, at = np.zeros(256, np.int64), 2
-    try:
-        for symbol in range(coded[0], coded[1] + 1):
-            value = coded[at]
-            if value > 127:
-                at += 1
-                value = value & 127 | coded[at] << 7
-            f[symbol], at = value, at + 1
-    except IndexError:
-        raise FormatError("a rans stream ends within its table") from None
-    if int(f.sum()) != TOTAL:
-        raise FormatError(f"the frequencies of a rans stream sum to {int(f.sum())}, they have to sum to {TOTAL}")
-    return f, at
+class _Head:
+    """Reads what stands before the states: how many tables there are, for how many steps each but the last, they."""
+
+    def __init__(self, coded: bytes) -> None:
+        self._coded, self.at = coded, 0
+
+    def stretches(self, steps: int) -> list[tuple[int, Ints]]:
+        """Return the steps and the frequencies of each table."""
+        n_tables = self._number()
+        if not 1 <= n_tables <= min(steps, len(self._coded)):
+            raise FormatError(f"a rans stream of {steps} steps speaks of {n_tables} tables")
+        lengths = [self._number() for _ in range(n_tables - 1)]
+        lengths.append(steps - sum(lengths))
+        if min(lengths) < 1:
+            raise FormatError(f"the tables of a rans stream are not for its {steps} steps")
+        return [(length, self._table()) for length in lengths]
+
+    def _table(self) -> Ints:
+        f = np.zeros(256, np.int64)
+        first, last = self._byte(), self._byte()
+        for symbol in range(first, last + 1):
+            f[symbol] = self._number()
+        if int(f.sum()) != TOTAL:
+            raise FormatError(f"the frequencies of a rans stream sum to {int(f.sum())}, they have to sum to {TOTAL}")
+        return f
+
+    def _number(self) -> int:
+        value = shift = 0
+        while (byte := self._byte()) > 127 and shift < 21:
+            value, shift = value | (byte & 127) << shift, shift + 7
+        return value | byte << shift
+
+    def _byte(self) -> int:
+        if self.at >= len(self._coded):
+            raise FormatError("a rans stream ends within its tables")
+        self.at += 1
+        return self._coded[self.at - 1]

@@ -111,7 +111,8 @@ class Form:
 def bits(x: Tensor) -> Patterns:
     """Return the bits of a contiguous floating tensor on the CPU, in the same memory."""
     signed: NDArray[Any] = x.view(SIGNED[x.element_size()]).numpy()
-    return signed.view(f"u{x.element_size()}")
+    unsigned: Patterns = signed.view(f"u{x.element_size()}")
+    return unsigned
 
 
 def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
