@@ -25,7 +25,7 @@ SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
 WORTH = 0.999  # coding has to save this much, or the stream stays raw
-STRETCH = 1 << 14  # symbols, the fewest that may have a table of their own
+STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
 
@@ -75,8 +75,7 @@ def inflate(coded: bytes, n: int) -> bytes:
     """
     stream = zlib.decompressobj()
     try:
-        data = stream.decompress(coded, n) if n else stream.decompress(coded, 1)
-        data += stream.flush(1) if not stream.eof else b""
+        data = stream.decompress(coded, n + 1)
     except zlib.error as error:
         raise FormatError(f"a zlib stream is broken: {error}") from None
     if len(data) != n or not stream.eof or stream.unused_data or stream.unconsumed_tail:

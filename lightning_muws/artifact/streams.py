@@ -53,7 +53,7 @@ def block_bits(u: Patterns, block_shape: tuple[int, int]) -> tuple[Patterns, Pat
     They tell a block's kind: its magnitudes are one where both agree in all bits but the sign.
     """
     rows, cols = block_shape
-    tall = u.reshape(len(u) // rows, rows, -1)
+    tall = u.reshape(len(u) // rows, rows, u.shape[1])
     ors, ands = (f.reduce(tall, axis=1) for f in (np.bitwise_or, np.bitwise_and))
     return (
         reduce(np.bitwise_or, (ors[:, j::cols] for j in range(cols))),

@@ -97,7 +97,8 @@ class Form:
             if block_shape is not None:
                 steps[_in_unified_blocks(bits(x), block_shape) & (values != 0) & (steps == 0)] = 1
             negative &= steps > 0
-        return steps | (negative.astype(np.uint16) << np.uint16(15))
+        signed: Patterns = steps | (negative.astype(np.uint16) << np.uint16(15))
+        return signed
 
     def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
         """Return the values of patterns, of the same shape, in this dtype."""
