@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_muws.artifact.container import replacing
 from lightning_muws.artifact.load import MAX_BYTES, inspect_compressed, load_compressed, verify_compressed
 from lightning_muws.artifact.save import save_compressed
-from lightning_muws.artifact.source import read_state
+from lightning_muws.artifact.source import plain, read_state
 from lightning_muws.errors import MuwsError, SettingError
 
 DONE, NO, TROUBLE = 0, 1, 2  # exit codes: all is well; broken or different; the command could not be carried out
@@ -145,7 +145,7 @@ def _difference(a: Tensor | None, b: Tensor | None) -> tuple[str, float | None]:
         return f"only in the {'other' if a is None else 'first'}", None
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}", None
-    if torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))):
+    if torch.equal(*(plain(x).reshape(-1).view(torch.uint8) for x in (a, b))):
         return "", 0.0
     wide = torch.complex128 if a.is_complex() else torch.float64
     return "values", float((a.to(wide) - b.to(wide)).abs().nan_to_num(float("inf")).max())

@@ -111,4 +111,6 @@ def identity(x: Tensor) -> tuple[Any, ...]:
 
 def plain(x: Tensor) -> Tensor:
     """Return the tensor contiguous and on the CPU: itself where it is."""
-    return x.cpu().resolve_conj().resolve_neg().contiguous()
+    x = x.cpu().resolve_conj().resolve_neg().contiguous()
+    # a single element counts as contiguous whatever its strides are, and then cannot be viewed as bytes
+    return x.clone(memory_format=torch.contiguous_format) if x.numel() == 1 else x
