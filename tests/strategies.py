@@ -60,7 +60,9 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
                 shape = draw(st.lists(st.integers(0, 6), max_size=4))
                 dtype = draw(st.sampled_from(DTYPES))
                 raw = torch.randint(0, 256, (*shape, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
-                tensor = raw.to(torch.uint8).view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
+                tensor = (
+                    raw.to(torch.uint8).view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
+                )
             case "other":
                 shape = draw(st.lists(st.integers(0, 6), max_size=4))
                 tensor = torch.randint(-3, 3, shape, generator=torch.Generator().manual_seed(seed))
@@ -74,7 +76,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
                 tensor = flat[len(flat) // 3 :]
             case _:
                 tensor = torch.tensor(1.5)
-        state[draw(st.sampled_from(["", "a.", "\u00e9\n\"", "layer.0."])) + str(i)] = tensor
+        state[draw(st.sampled_from(["", "a.", '\u00e9\n"', "layer.0."])) + str(i)] = tensor
     return state
 
 

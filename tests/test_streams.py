@@ -136,9 +136,7 @@ def test_a_lossless_form_is_exact_and_ordinary_weights_stay_as_they_are(seed, dt
         assert form == Form(str(dtype).removeprefix("torch."))
 
 
-@given(
-    st.integers(0, 10**6), st.sampled_from(DTYPES), st.sampled_from([0.3, 0.05, 2**-8, 2**-11, 1e-4]), st.booleans()
-)
+@given(st.integers(0, 10**6), st.sampled_from(DTYPES), st.sampled_from([0.3, 0.05, 2**-8, 2**-11, 1e-4]), st.booleans())
 def test_a_lossy_form_keeps_its_bound_and_every_unified_block(seed, dtype, max_error, is_tiny):
     structure = MicroStructure((2, 2), 0.3, 0.4)
     w = structure.project(normal(seed, 16, 20, dtype=dtype))

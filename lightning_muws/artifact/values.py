@@ -142,8 +142,9 @@ def choose(x: Tensor, grid: BlockGrid | None, lossy: Lossy, largest: float) -> F
         return rounded if _keeps_blocks(x, grid, rounded) else exact
     step = _exact_step(x.view(-1), top) if top else 0.0
     if lossy.max_error:
-        # Half a step, and what the product and the tensor's own dtype round off.
-        room = lossy.max_error * largest - top * torch.finfo(x.dtype).eps
+        # Half a step, and what the step, the product and the tensor's own dtype round off.
+        bound = lossy.max_error * largest
+        room = bound - (top + 2 * bound) * torch.finfo(x.dtype).eps
         if room > 0:
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid)))
             if coarse > step and top / coarse < MAX_STEPS - 1:
