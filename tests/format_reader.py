@@ -1,4 +1,4 @@
-"""A reader of `.muws` files in plain Python and numpy, written from docs/format.md alone: slow, trusting, independent."""
+"""Reads `.muws` files in plain Python and numpy, written from docs/format.md alone: slow, trusting, independent."""
 
 import hashlib
 import json

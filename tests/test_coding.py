@@ -1,5 +1,6 @@
 """The entropy coder: exact, near the entropy, and strict about what it reads."""
 
+import contextlib
 import tracemalloc
 import zlib
 
@@ -135,10 +136,8 @@ def test_a_damaged_rans_stream_is_refused_or_read_as_so_many_bytes(data, draw):
     coded = bytearray(rans(data))
     for _ in range(draw.draw(st.integers(1, 4))):
         coded[draw.draw(st.integers(0, len(coded) - 1))] = draw.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(FormatError):
         assert len(coding._rans_decode(bytes(coded), len(data))) == len(data)
-    except FormatError:
-        pass
 
 
 def test_a_zlib_bomb_takes_no_memory():

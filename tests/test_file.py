@@ -87,8 +87,7 @@ def test_blocks_of_any_grid_come_back(w, structure, data, path, monkeypatch):
     state = {"w": structure.project(w, grid)}
     save_compressed(state, path, blocks={"w": grid})
     assert_same(load_compressed(path), state)
-    dtype, shape, raw = format_reader.read(path)["w"]
-    assert raw == raw_bytes(state["w"])
+    assert format_reader.read(path)["w"][2] == raw_bytes(state["w"])
 
 
 def test_nothing_special_is_lost(path):
@@ -407,7 +406,7 @@ def test_inspect_reads_the_manifest_only(path):
     assert info.version == "1.0"
     assert sum(info.streams.values()) < info.n_bytes == path.stat().st_size
     json.dumps(info.to_dict())
-    with pytest.raises(FormatError, match="stream 'c0.kinds' has checksum"):
+    with pytest.raises(FormatError, match=r"stream 'c0\.kinds' has checksum"):
         verify_compressed(path)
 
 
