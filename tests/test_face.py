@@ -27,7 +27,8 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
+        "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
+        "inspect_compressed", "load_compressed", "save_compressed", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
         assert getattr(lightning_muws, name).__name__ == name
@@ -35,7 +36,7 @@ def test_the_public_names():
 
 
 def test_a_wrong_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has LayerRule"):
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has FormatError"):
         _ = lightning_muws.accelerat
 
 
@@ -69,7 +70,7 @@ def test_every_error_is_of_the_family():
     from lightning_muws import errors
 
     kinds = [k for k in vars(errors).values() if inspect.isclass(k)]
-    assert len(kinds) == 4
+    assert len(kinds) == 5
     assert all(issubclass(kind, MuwsError) for kind in kinds)
 
 

@@ -66,3 +66,17 @@ def test_structures_and_runs_work_without_lightning():
         "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  our own code
+
+
+def test_files_are_written_and_read_without_lightning(tmp_path):
+    code = (
+        "import sys, torch, lightning_muws as m\n"
+        f"m.save_compressed(torch.nn.Linear(8, 8), {str(tmp_path / 'm.muws')!r})\n"
+        f"m.load_compressed({str(tmp_path / 'm.muws')!r}, into=torch.nn.Linear(8, 8))\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  our own code
+
+
+def test_the_coder_knows_no_torch():
+    assert not [name for name in imports("artifact/coding.py") if name.startswith("torch")]
