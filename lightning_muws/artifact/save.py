@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import ChunkWriter
-from lightning_muws.artifact.coding import encode, entropy_bytes
+from lightning_muws.artifact.coding import count, encode, entropy_bytes
 from lightning_muws.artifact.container import dump, write
 from lightning_muws.artifact.load import check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
@@ -26,7 +26,8 @@ from lightning_muws.artifact.values import Lossy, choose
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.blocks import BlockGrid
 
-CHUNK_BYTES = 64 << 20  # of tensors that are coded together
+CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
 Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
 
 
@@ -82,7 +83,7 @@ def save_compressed(
     state = read_state(model)
     _check_blocks(blocks, state)
     _check_extra(extra or {})
-    with tempfile.SpooledTemporaryFile(max_size=CHUNK_BYTES, dir=str(path.parent)) as body:
+    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as body:
         writer = _Writer(state, loss, body, progress or (lambda done, total: None))
         manifest = writer.run(blocks, extra or {})
         check = _checker(state, manifest) if loss else lambda file: None
@@ -178,7 +179,7 @@ class _Writer:
             self.body.write(coded)
             streams[name] = (coder, zlib.crc32(coded))
             self.lengths[f"c{len(self.chunks)}.{name}"] = len(coded)
-            self.coded[name].append((coder, len(coded), len(data), entropy_bytes(np.bincount(data))))
+            self.coded[name].append((coder, len(coded), len(data), entropy_bytes(count(data))))
             self._share(name, len(coded))
         self.chunks.append(ChunkEntry(until, streams))
         self.chunk = ChunkWriter()
