@@ -25,6 +25,7 @@ SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
 WORTH = 0.999  # coding has to save this much, or the stream stays raw
+MAX_STRETCHES = 256
 STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
@@ -125,15 +126,18 @@ def _stretches(data: Bytes) -> list[tuple[int, Ints]]:
     A stream runs over many tensors, and what is frequent changes from one to the next.
     """
     lanes = n_lanes(len(data))
-    steps = max(1, STRETCH // lanes)
+    steps = max(1, max(STRETCH, len(data) // MAX_STRETCHES) // lanes)
     found: list[tuple[int, Ints]] = []
+    cost = 0.0  # of the last one
     for start in range(0, len(data), steps * lanes):
         part = data[start : start + steps * lanes]
         n, counts = -(-len(part) // lanes), np.bincount(part, minlength=256)
-        if found and _cost(found[-1][1] + counts) <= _cost(found[-1][1]) + _cost(counts):
-            n, counts = n + found[-1][0], counts + found[-1][1]
-            found.pop()
-        found.append((n, counts))
+        apart, together = _cost(counts), _cost(found[-1][1] + counts) if found else 0.0
+        if found and together <= cost + apart:
+            found[-1], cost = (found[-1][0] + n, found[-1][1] + counts), together
+        else:
+            found.append((n, counts))
+            cost = apart
     return found
 
 
