@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("inspect", _inspect, "show what a file says of itself, without decoding it", "file")
     limited = [command("verify", _verify, "check every checksum and every stream of a file", "file")]
-    pack = command("pack", _pack, "make a file of a .ckpt, .pt, .pth or .safetensors", "source", "file")
+    pack = command(
+        "pack", _pack, "make a file of a .ckpt, .pt, .pth, .safetensors, or anew of a .muws", "source", "file"
+    )
     pack.add_argument("--block", type=_shape, metavar="ROWSxCOLS", help="one block shape for all; else found")
     pack.add_argument("--max-error", type=float, default=0.0, help="how far a weight may move (0)")
     names = ("tensor_max", "model_max", "absolute")

@@ -52,14 +52,16 @@ def test_the_demo_runs_on_digits(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own script
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d)", last)
+    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d) file_ratio (\d+\.\d)", last)
     assert found, last
-    dense, compressed, sparsity = map(float, found.groups())
+    dense, compressed, sparsity, ratio = map(float, found.groups())
     assert dense > 0.9
     assert compressed > 0.5
     assert 0.7 < sparsity < 0.9
     assert "ADMM residuals" in done.stdout
-    assert {"blocks.png", "residuals.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"blocks.png", "residuals.png", "dense.pt", "model.muws"} <= {path.name for path in tmp_path.iterdir()}
+    sizes = [(tmp_path / name).stat().st_size for name in ("dense.pt", "model.muws")]
+    assert ratio == round(sizes[0] / sizes[1], 1) > 5
 
 
 def test_installed_data_is_taken_first(datasets, tmp_path):

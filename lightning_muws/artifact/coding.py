@@ -171,7 +171,7 @@ def _encode_steps(symbols: Bytes, f: Ints, x: Floats, words: list[bytes]) -> Flo
     fs, starts, inverses = f.astype(np.float64)[symbols], start[symbols], inverse[symbols]
     limits, halves, rests = fs * float(LOW << 16 >> TABLE_BITS), inverses * 0.5, TOTAL - fs
     for t in range(len(symbols) - 1, -1, -1):
-        full = np.flatnonzero(x >= limits[t])
+        full = (x >= limits[t]).nonzero()[0]
         if len(full):
             states = x[full].astype(np.uint32)
             words.append(states.astype("<u2").tobytes())
@@ -199,7 +199,7 @@ def _rans_decode(coded: bytes, n: int) -> Bytes:
             x >>= TABLE_BITS
             x *= frequency[slot]
             x += offset[slot]
-            low = np.flatnonzero(x < LOW)
+            low = (x < LOW).nonzero()[0]
             if len(low):
                 fresh = words[read : read + len(low)]
                 if len(fresh) < len(low):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_muws.artifact.load import load_compressed
 from lightning_muws.artifact.manifest import DTYPES
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import clean_name
@@ -61,11 +62,14 @@ def read_state(source: Source) -> State:
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """Return what is in a `.safetensors` file, or in one that torch.save wrote, read without running any code.
+    """Return what is in a `.muws` or `.safetensors` file, or one that torch.save wrote, without running any code.
 
     Raises:
-        SettingError: It is neither, or holds more than tensors and plain values.
+        SettingError: It is none of these, or holds more than tensors and plain values.
+        FormatError: It is a broken `.muws` file.
     """
+    if path.suffix == ".muws":
+        return load_compressed(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
