@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 import lightning_muws.artifact.save
 from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed, verify_compressed
@@ -301,6 +302,23 @@ def test_wrong_settings_are_refused_before_anything_is_written(path, tmp_path):
     with pytest.raises(SettingError, match="is a folder, or is in none"):
         save_compressed(state, tmp_path / "none" / "model.muws")
     assert not list(tmp_path.iterdir())
+
+
+def test_pruned_by_torch_is_stored_with_a_word_on_what_to_do(path):
+    module = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    with pytest.warns(
+        UserWarning, match=r"weight_orig and its mask are of torch\.nn\.utils\.prune.*call prune\.remove"
+    ):
+        save_compressed(module, path)
+    assert_same(load_compressed(path), module.state_dict())
+
+
+def test_a_bound_beyond_all_weights_leaves_the_unified_blocks(path):
+    w = MicroStructure((4, 4), 0.25, 0.25).project(normal(0, 16, 16, dtype=torch.float32))
+    report = save_compressed({"w": w}, path, max_error=100.0, blocks=(4, 4))
+    loaded = load_compressed(path)["w"]
+    assert torch.isfinite(loaded).all()
+    assert report.tensors[0].counts == (0, 4, 12)
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.* is deprecated")

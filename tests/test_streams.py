@@ -10,7 +10,7 @@ from lightning_muws import MicroStructure
 from lightning_muws.artifact import streams
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.streams import Parts, join, pack_kinds, pack_signs, split, unpack_kinds, unpack_signs
-from lightning_muws.artifact.values import GRID, Form, Lossy, bits, choose
+from lightning_muws.artifact.values import GRID, Form, Loss, bits, choose
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.bits import pack
 from lightning_muws.structure.blocks import BlockGrid
@@ -121,7 +121,7 @@ def test_whole_multiples_of_a_step_are_found_and_exact(seed, dtype, largest, ste
     steps = torch.randint(-largest, largest + 1, (40, 30), generator=torch.Generator().manual_seed(seed))
     steps[0, 0] = 1
     w = (steps.to(wide) * torch.tensor(step, dtype=wide)).to(dtype)
-    form = choose(w, None, Lossy(), 1.0)
+    form = choose(w, None, Loss(), 1.0)
     if dtype in (torch.float32, torch.float64):
         assert form.stored == GRID
     assert same_bits(form.values(form.patterns(w), dtype), w)
@@ -130,7 +130,7 @@ def test_whole_multiples_of_a_step_are_found_and_exact(seed, dtype, largest, ste
 @given(st.integers(0, 10**6), st.sampled_from(DTYPES))
 def test_a_lossless_form_is_exact_and_ordinary_weights_stay_as_they_are(seed, dtype):
     w = normal(seed, 30, 20, dtype=dtype)
-    form = choose(w, BlockGrid(), Lossy(), 1.0)
+    form = choose(w, BlockGrid(), Loss(), 1.0)
     assert same_bits(form.values(form.patterns(w), dtype), w)
     if dtype in (torch.float32, torch.float64):
         assert form == Form(str(dtype).removeprefix("torch."))
@@ -143,7 +143,7 @@ def test_a_lossy_form_keeps_its_bound_and_every_unified_block(seed, dtype, max_e
     if is_tiny:  # unified blocks far below the bound
         w = torch.where(split_mask(w), w / 64, w)
     largest = float(w.abs().max())
-    form = choose(w, BlockGrid((2, 2)), Lossy(max_error), largest)
+    form = choose(w, BlockGrid((2, 2)), Loss(max_error), largest)
     u = form.patterns(w, (2, 2))
     decoded = form.values(u, dtype)
     assert (decoded.double() - w.double()).abs().max() <= max_error * largest
@@ -162,7 +162,7 @@ def split_mask(w: torch.Tensor) -> torch.Tensor:
 
 def test_a_coarse_bound_rounds_small_free_weights_to_plain_zeros():
     w = torch.tensor([[1.0, -0.01], [0.02, -0.5]])
-    form = choose(w, None, Lossy(0.1), 1.0)
+    form = choose(w, None, Loss(0.1), 1.0)
     decoded = form.values(form.patterns(w), torch.float32)
     assert decoded[0, 1] == 0
     assert not torch.signbit(decoded[0, 1])
@@ -171,16 +171,16 @@ def test_a_coarse_bound_rounds_small_free_weights_to_plain_zeros():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_exact(value):
     w = torch.tensor([[1.0, value]])
-    for lossy in (Lossy(), Lossy(0.1), Lossy(value_dtype="float16")):
+    for lossy in (Loss(), Loss(0.1), Loss(value_dtype="float16")):
         assert choose(w, None, lossy, 1.0) == Form("float32")
 
 
 def test_a_dtype_that_would_overflow_or_lose_a_block_is_not_taken():
-    half = Lossy(value_dtype="float16")
+    half = Loss(value_dtype="float16")
     assert choose(torch.full((4, 4), 1e6), BlockGrid(), half, 1.0) == Form("float32")
     assert choose(torch.full((4, 4), 1e-9), BlockGrid(), half, 1.0) == Form("float32")
     assert choose(torch.full((4, 4), 1e-9), None, half, 1.0) == Form("float16")
-    assert choose(torch.full((4, 4), 1e-9), BlockGrid(), Lossy(value_dtype="bfloat16"), 1.0) == Form("bfloat16")
+    assert choose(torch.full((4, 4), 1e-9), BlockGrid(), Loss(value_dtype="bfloat16"), 1.0) == Form("bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_dtype_that_would_overflow_or_lose_a_block_is_not_taken():
         ({"max_error": "1"}, "max_error='1'"),
         ({"relative_to": "norm"}, "relative_to='norm' is not allowed: give 'tensor_max' or 'model_max' or 'absolute'"),
         ({"value_dtype": "int8"}, "value_dtype='int8'"),
-        ({"which": "norms"}, "which='norms'"),
+        ({"lossy": "norms"}, "lossy='norms'"),
         ({"max_error": 0.1, "value_dtype": "float16"}, "give one of them"),
     ],
 )
 def test_wrong_settings_are_refused(settings, says):
     with pytest.raises(SettingError, match=says):
-        Lossy(**settings)
+        Loss(**settings)
 
 
 # ---- block shapes

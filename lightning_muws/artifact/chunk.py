@@ -15,6 +15,7 @@ from lightning_muws.artifact.coding import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
 from lightning_muws.artifact.streams import (
     KINDS_A_BYTE,
+    N_KINDS,
     Parts,
     Patterns,
     is_unified,
@@ -77,7 +78,7 @@ class ChunkWriter:
         if entry.grid is None:
             error = self._free(entry.form, units, units.dtype)
             return Measured((0, 0, 0), error)
-        counts, error = np.zeros(5, np.int64), 0.0
+        counts, error = np.zeros(N_KINDS, np.int64), 0.0
         covered = entry.grid.covered(units)
         for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
             slab = covered[rows].contiguous()
@@ -85,11 +86,10 @@ class ChunkWriter:
             error = max(error, _error(entry.form, u, slab))
             parts = split(u, entry.grid.block_shape)
             self._parts(entry.form, parts)
-            counts += np.bincount(parts.kinds, minlength=5)
+            counts += np.bincount(parts.kinds, minlength=N_KINDS)
         for edge in entry.grid.edges(units):
             error = max(error, self._free(entry.form, edge.reshape(-1), units.dtype))
-        n = counts.tolist()
-        return Measured((n[0], n[1] + n[3] + n[4], n[2]), error)
+        return Measured(_tally(counts), error)
 
     def _free(self, form: Form, flat: Tensor, dtype: torch.dtype) -> float:
         """Add values in no block, and return their error."""
@@ -179,15 +179,14 @@ class ChunkReader:
         if entry.grid is None:
             self._fill_free(entry.form, units)
             return 0, 0, 0
-        counts, covered = np.zeros(5, np.int64), entry.grid.covered(units)
+        counts, covered = np.zeros(N_KINDS, np.int64), entry.grid.covered(units)
         for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
             counts += self._fill_blocks(entry.form, entry.grid, covered[rows])
         for edge in entry.grid.edges(units):
             flat = torch.empty(edge.numel(), dtype=units.dtype)
             self._fill_free(entry.form, flat)
             edge.copy_(flat.view(edge.shape))
-        n = counts.tolist()
-        return n[0], n[1] + n[3] + n[4], n[2]
+        return _tally(counts)
 
     def _fill_free(self, form: Form, flat: Tensor) -> None:
         name = f"free.{form.stored}"
@@ -207,12 +206,18 @@ class ChunkReader:
         u = np.empty(slab.shape, width)
         join(Parts(kinds, signs, taken[0], taken[1].reshape(-1, *grid.block_shape)), u, grid.block_shape)
         slab.copy_(form.values(u, slab.dtype))
-        return np.bincount(kinds, minlength=5)
+        return np.bincount(kinds, minlength=N_KINDS)
 
     def _take(self, name: str, values: Any, n: int) -> Any:
         start = self._at[name]
         self._at[name] = start + n
         return values[start : start + n]
+
+
+def _tally(counts: Any) -> tuple[int, int, int]:
+    """Return how many blocks are dense, unified, pruned, from how many there are of each number in the file."""
+    n = counts.tolist()
+    return n[Kind.DENSE], sum(n) - n[Kind.DENSE] - n[Kind.PRUNED], n[Kind.PRUNED]
 
 
 def _stored(entry: TensorEntry) -> str:

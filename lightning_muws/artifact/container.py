@@ -238,7 +238,6 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # some network file systems cannot; the file is in its place already
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)

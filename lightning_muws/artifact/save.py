@@ -17,18 +17,17 @@ from torch import Tensor
 from lightning_muws.artifact.chunk import ChunkWriter
 from lightning_muws.artifact.coding import count, encode, entropy_bytes
 from lightning_muws.artifact.container import dump, write
-from lightning_muws.artifact.load import check_errors
+from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Lossy, choose
+from lightning_muws.artifact.values import Loss, choose
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.blocks import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
-Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
 
 
 def save_compressed(
@@ -65,6 +64,7 @@ def save_compressed(
 
     Raises:
         SettingError: A setting is not allowed, or the model holds more than tensors.
+        FormatError: The model has so many tensors that no reader would accept the manifest.
         OSError: The file cannot be written; what was there before is there still.
 
     Example:
@@ -77,7 +77,7 @@ def save_compressed(
         >>> layer.load_state_dict(load_compressed(path))
         <All keys matched successfully>
     """
-    loss, path = Lossy(max_error, relative_to, value_dtype, lossy), Path(path)
+    loss, path = Loss(max_error, relative_to, value_dtype, lossy), Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(f"{path} cannot be written: it is a folder, or is in none")
     state = read_state(model)
@@ -98,7 +98,7 @@ class _Writer:
     """One run over all tensors: their streams go to ``body``, what is to be said of them is kept."""
 
     state: State
-    lossy: Lossy
+    loss: Loss
     body: IO[bytes]
     progress: Progress
     chunk: ChunkWriter = field(default_factory=ChunkWriter)
@@ -113,9 +113,8 @@ class _Writer:
         """Write all streams, and return the manifest."""
         entries: list[TensorEntry] = []
         seen: dict[tuple[Any, ...], int] = {}
-        total = sum(
-            x.numel() * x.element_size() for x in {identity(x): x for x in self.state.tensors.values()}.values()
-        )
+        stored = {identity(x): x.numel() * x.element_size() for x in self.state.tensors.values()}
+        total = sum(stored.values())
         largest = self._largest()
         for i, (name, tensor) in enumerate(self.state.tensors.items()):
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -132,9 +131,9 @@ class _Writer:
 
     def _largest(self) -> float:
         """Return the largest ``|w|`` of the model, if the error is relative to it; else what it is relative to."""
-        if self.lossy.relative_to != "model_max" or not self.lossy.max_error:
+        if self.loss.relative_to != "model_max" or not self.loss.max_error:
             return 1.0
-        names = self.state.tensors if self.lossy.which == "all" else self.state.weights
+        names = self.state.tensors if self.loss.lossy == "all" else self.state.weights
         found = (self.state.tensors[name] for name in names)
         return max((_top(x) for x in found if x.is_floating_point() and x.numel()), default=0.0)
 
@@ -145,10 +144,10 @@ class _Writer:
         if not x.is_floating_point() or x.element_size() == 1:
             return entry
         grid = _grid(entry.name, x, blocks)
-        loses = self.lossy.which == "all" or entry.name in self.state.weights
-        if self.lossy.max_error and loses and self.lossy.relative_to == "tensor_max" and x.numel():
+        loses = self.loss.lossy == "all" or entry.name in self.state.weights
+        if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = _top(x)
-        return replace(entry, grid=grid, form=choose(x, grid, self.lossy if loses else Lossy(), largest))
+        return replace(entry, grid=grid, form=choose(x, grid, self.loss if loses else Loss(), largest))
 
     def _write(self, i: int, entry: TensorEntry, x: Tensor, total: int) -> TensorEntry:
         """Write a tensor, over as many chunks as it takes; return the entry with what was measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,12 @@ def read_state(source: Source) -> State:
         if name in tensors:
             raise SettingError(f"two tensors are named {name!r} once the marks of compiled modules are gone")
         tensors[name] = whole(value.detach())
+    if masked := [n for n in tensors if n.endswith("_orig") and f"{n.removesuffix('orig')}mask" in tensors]:
+        warnings.warn(
+            f"{masked[0]} and its mask are of torch.nn.utils.prune, and stored as they are, dense: "
+            "call prune.remove on the module before, or silence this UserWarning",
+            stacklevel=3,
+        )
     weights = frozenset(name for name, x in tensors.items() if x.ndim >= 2 and name not in buffers)
     modules = {clean_name(f"{name}.")[:-1]: about for name, about in (getattr(state, "_metadata", None) or {}).items()}
     return State(tensors, weights, {name: about for name, about in modules.items() if _is_unusual(about)})

@@ -23,14 +23,14 @@ SAMPLED = 4096
 
 
 @dataclass(frozen=True)
-class Lossy:
+class Loss:
     """How far weights may move, and which ones.
 
     Args:
         max_error: The largest ``|w - w'|``, in units that ``relative_to`` names; 0 for none.
         relative_to: ``tensor_max`` or ``model_max``, the largest ``|w|``; or ``absolute``.
         value_dtype: Round to this dtype instead.
-        which: ``weights``, the parameters of two or more axes; or ``all`` floating tensors.
+        lossy: ``weights``, the parameters of two or more axes; or ``all`` floating tensors.
 
     Raises:
         SettingError: A value is not allowed.
@@ -39,7 +39,7 @@ class Lossy:
     max_error: float = 0.0
     relative_to: Literal["tensor_max", "model_max", "absolute"] = "tensor_max"
     value_dtype: Literal["float16", "bfloat16"] | None = None
-    which: Literal["weights", "all"] = "weights"
+    lossy: Literal["weights", "all"] = "weights"
 
     def __post_init__(self) -> None:
         if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
@@ -49,7 +49,7 @@ class Lossy:
         allowed = {
             "relative_to": ("tensor_max", "model_max", "absolute"),
             "value_dtype": (None, "float16", "bfloat16"),
-            "which": ("weights", "all"),
+            "lossy": ("weights", "all"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -121,14 +121,14 @@ def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(u.view(f"i{u.itemsize}")).view(dtype)
 
 
-def choose(x: Tensor, grid: BlockGrid | None, lossy: Lossy, largest: float) -> Form:
+def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> Form:
     """Return the form that makes a floating tensor small: exact wherever no loss is allowed, or none fits the bound.
 
     Args:
         x: Contiguous, on the CPU.
         grid: How it is cut; None where it is flat.
-        lossy: What may be lost.
-        largest: What ``lossy.max_error`` is relative to.
+        loss: What may be lost.
+        largest: What ``loss.max_error`` is relative to.
     """
     exact = Form(str(x.dtype).removeprefix("torch."))
     if not x.numel():
@@ -137,16 +137,17 @@ def choose(x: Tensor, grid: BlockGrid | None, lossy: Lossy, largest: float) -> F
     top = max(-low, high)
     if not np.isfinite(top):
         return exact
-    if lossy.value_dtype:
-        rounded = Form(lossy.value_dtype)
+    if loss.value_dtype:
+        rounded = Form(loss.value_dtype)
         return rounded if _keeps_blocks(x, grid, rounded) else exact
     step = _exact_step(x.view(-1), top) if top else 0.0
-    if lossy.max_error:
+    if loss.max_error:
         # Half a step, and what the step, the product and the tensor's own dtype round off.
-        bound = lossy.max_error * largest
+        bound = loss.max_error * largest
         room = bound - (top + 2 * bound) * torch.finfo(x.dtype).eps
         if room > 0:
-            coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid)))
+            # a unified block below half a step becomes one step, so that has to be within reach of the smallest one
+            coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
             if coarse > step and top / coarse < MAX_STEPS - 1:
                 return Form(GRID, float(coarse), is_lossy=True)
     return Form(GRID, step) if step else exact
