@@ -138,7 +138,7 @@ class Frame:
 
 def largest_header(n_bytes: int) -> int:
     """Return how long the header, and the manifest, of a file may be: small files must not cost much to refuse."""
-    return min(16 << 20, (1 << 20) + n_bytes // 8)
+    return min(16 << 20, (1 << 19) + n_bytes // 8)
 
 
 def parse(raw: bytes, what: str) -> dict[str, Any]:

@@ -156,7 +156,10 @@ class Manifest:
         if len({entry.name for entry in entries}) < len(entries):
             raise FormatError("two tensors of the file have one name")
         chunks = tuple(_chunk(_is(chunk, dict, "a chunk")) for chunk in _get(said, "chunks", list))
-        manifest = cls(tuple(entries), chunks, _get(said, "modules", dict, {}), _get(said, "extra", dict, {}))
+        modules = _get(said, "modules", dict, {})
+        for name, about in modules.items():  # load_state_dict trusts them
+            _get(_is(about, dict, f"what is said of module {name!r}"), "version", int, 1)
+        manifest = cls(tuple(entries), chunks, modules, _get(said, "extra", dict, {}))
         manifest._check_chunks()
         return manifest
 
