@@ -137,7 +137,7 @@ MORE = {
         edited(lambda m: m["chunks"][0]["streams"].update(kinds=["raw"])), "neither coder nor checksum",
     ),
     "a module of no version": (edited(lambda m: m.update(modules={"a": {"version": "2"}})), "version is '2', a int is"),
-    "a module of nothing": (edited(lambda m: m.update(modules={"a": 2})), "what is said of module 'a' is '2', a dict is"),
+    "a module of nothing": (edited(lambda m: m.update(modules={"a": 2})), "module 'a' is '2', a dict is needed"),
     "a manifest that is no object": (reframed(raw=b"[]"), "is no JSON object"),
     "a manifest with a key twice": (reframed(raw=b'{"a":1,"a":1}'), "a key is there twice"),
     "a manifest of NaN": (reframed(raw=b'{"a":NaN}'), "NaN is no number"),

@@ -122,6 +122,10 @@ def test_trouble_has_an_exit_code_of_its_own_and_one_sentence(capsys, path, tmp_
     assert ended.value.code == 2
 
 
+def test_the_command_is_installed():
+    assert 'muws = "lightning_muws.command:main"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+
 def test_it_is_a_module_too_and_needs_no_lightning(path):
     code = (
         "import runpy, sys\n"

@@ -64,8 +64,7 @@ def read_state(source: Source) -> State:
             stacklevel=3,
         )
     weights = frozenset(name for name, x in tensors.items() if x.ndim >= 2 and name not in buffers)
-    modules = {clean_name(f"{name}.")[:-1]: about for name, about in (getattr(state, "_metadata", None) or {}).items()}
-    return State(tensors, weights, {name: about for name, about in modules.items() if _is_unusual(about)})
+    return State(tensors, weights, _versions(getattr(state, "_metadata", None) or {}))
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -109,8 +108,11 @@ def _checked(key: object, value: object) -> str:
     return clean_name(key)
 
 
-def _is_unusual(about: object) -> bool:
-    return isinstance(about, dict) and about not in ({}, {"version": 1})
+def _versions(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what modules say of the version of their state, where it is not 1, as of almost all."""
+    versions = {name: about.get("version", 1) for name, about in metadata.items() if isinstance(about, dict)}
+    unusual = {name: version for name, version in versions.items() if type(version) is int and version != 1}
+    return {clean_name(f"{name}.")[:-1]: {"version": version} for name, version in unusual.items()}
 
 
 def identity(x: Tensor) -> tuple[Any, ...]:
