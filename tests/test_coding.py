@@ -117,6 +117,7 @@ def rans(data: np.ndarray) -> bytes:
         ("rans", b"", 1, "ends within its tables"),
         ("rans", bytes([0]), 1, "speaks of 0 tables"),
         ("rans", bytes([2, 0, 0, 1]), 1, "speaks of 2 tables"),
+        ("rans", bytes([0x81, 8]) + bytes([1]) * 9999, 5000, "speaks of 1025 tables"),
         ("rans", bytes([2, 9]) + bytes([5, 5, 0x80, 0x20]) * 2, 9, "are not for its 9 steps"),
         ("rans", bytes([1, 5, 5, 0x81, 0x20]), 1, "sum to 4097"),
         ("rans", bytes([1, 5, 4]), 1, "sum to 0"),

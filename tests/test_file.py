@@ -372,6 +372,14 @@ def test_files_of_anything_else_are_refused_and_no_code_runs(thing, path, tmp_pa
         save_compressed(tmp_path / "m.safetensors", path)
 
 
+def test_more_tensors_than_a_reader_would_accept_are_refused(path):
+    small_model(path)
+    before = path.read_bytes()
+    with pytest.raises(FormatError, match=r"the manifest would have .* save the model in several files"):
+        save_compressed({f"a.long.name.{i}": torch.ones(1) for i in range(12_000)}, path)
+    assert path.read_bytes() == before
+
+
 # ---- loading
 
 

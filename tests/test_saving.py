@@ -29,6 +29,17 @@ def test_the_file_is_written_with_the_blocks_of_the_plan(tmp_path):
         assert tensors[layer.name].counts == (layer.n_dense, layer.n_unified, layer.n_pruned)
 
 
+def test_shared_weights_stay_shared(tmp_path):
+    class Tied(TwoLayers):
+        def __init__(self):
+            super().__init__()
+            self.also = self.layer[0]
+
+    fit(Tied(), WeightUnificationCallback(STRUCTURE, save_to=tmp_path / "m.muws"), max_epochs=5)
+    loaded = load_compressed(tmp_path / "m.muws")
+    assert loaded["also.weight"] is loaded["layer.0.weight"]
+
+
 def test_it_replaces_the_old_file_and_works_for_the_other_namespace(tmp_path):
     import pytorch_lightning as pl
     from pytorch_lightning.demos.boring_classes import BoringModel

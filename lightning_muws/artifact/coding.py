@@ -1,6 +1,6 @@
 """Entropy coder: bytes to fewer bytes and back. Knows nothing of weights.
 
-Three coders, by name: ``raw`` (as it is), ``zlib``, and ``rans``, an interleaved range coder with one static table
+Three coders, by name: ``raw`` (as it is), ``zlib``, and ``rans``, an interleaved range coder with static tables
 (Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.3392), vectorised over its lanes.
 """
 
@@ -25,7 +25,8 @@ SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
 WORTH = 0.999  # coding has to save this much, or the stream stays raw
-MAX_STRETCHES = 256
+MAX_STRETCHES = 256  # that are looked at
+MAX_TABLES = 1024  # in a stream: a table takes more memory than bytes
 STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
@@ -229,7 +230,7 @@ def _table(f: Ints) -> bytes:
 
 
 class _Head:
-    """Reads what stands before the states: how many tables there are, for how many steps each but the last, they."""
+    """Reads what stands before the states: the number of tables, the steps of each but the last, and the tables."""
 
     def __init__(self, coded: bytes) -> None:
         self._coded, self.at = coded, 0
@@ -237,7 +238,7 @@ class _Head:
     def stretches(self, steps: int) -> list[tuple[int, Ints]]:
         """Return the steps and the frequencies of each table."""
         n_tables = self._number()
-        if not 1 <= n_tables <= min(steps, len(self._coded)):
+        if not 1 <= n_tables <= min(steps, MAX_TABLES):
             raise FormatError(f"a rans stream of {steps} steps speaks of {n_tables} tables")
         lengths = [self._number() for _ in range(n_tables - 1)]
         lengths.append(steps - sum(lengths))

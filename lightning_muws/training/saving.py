@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import Plan
-from lightning_muws.structure.shards import whole
+from lightning_muws.structure.shards import is_sharded, whole
 
 
 class Saved(Protocol):
@@ -55,8 +55,9 @@ def save(writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bo
     """Write the module's state_dict with the plan's blocks, on rank 0; sharded weights are gathered on all ranks."""
     state = module.state_dict()
     for name, value in state.items():
-        full = whole(value.detach())
-        state[name] = full.cpu() if is_global_zero else full[:0] if full.ndim else full
+        if is_sharded(value):  # others stay where they are, so that shared ones are known to be shared
+            full = whole(value.detach())
+            state[name] = full.cpu() if is_global_zero else full.new_empty(0)
     if not is_global_zero:
         return None
     saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()})
