@@ -30,8 +30,8 @@ MIXES = {  # shares pruned and unified
     "50/30/20": (0.5, 0.3), "70/20/10": (0.7, 0.2), "90/8/2": (0.9, 0.08), "0/80/20": (0.0, 0.8), "0/100/0": (0.0, 1.0),
 }  # fmt: skip
 BITS = (8, 6, 4)
-# Dense bytes over bytes of nncodec 2.1.3 (an implementation of ISO/IEC 15938-17) on the same integers, lossless, for
-# 8, 6 and 4 bits; measured once, in an environment of its own, as it needs numpy < 2.
+# Dense bytes over bytes of nncodec 2.1.3 (an implementation of ISO/IEC 15938-17), lossless, for 8, 6 and 4 bits.
+# Measured once, in an environment of its own (it needs numpy < 2), on integers made by the recipe of impose, quantised.
 NNC = {
     ("MTCNN", "50/30/20"): (12.2, 18.0, 60.4),
     ("MTCNN", "90/8/2"): (54.8, 76.1, 120.7),
