@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 # One thread: two on a busy machine can be ten times slower.
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test check bench sweep clean
+.PHONY: help demo test check attack bench sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   measure the projection, the cost of a step, and ADMM against one-shot (40 minutes)"
+	@echo "make attack  damage files in 10,000 ways, and kill the process that writes one 200 times (2 minutes)"
+	@echo "make bench   measure files, the projection, the cost of a step, and ADMM against one-shot (50 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it
@@ -33,7 +34,13 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+attack: $(READY)
+	$(ENV) $(BIN)/python -m tests.fuzz_file 10000
+	$(ENV) $(BIN)/python -m tests.kill_writer 200
+
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "without zstandard and zipnn, which files are compared to"
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/file.py
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)

@@ -1,8 +1,8 @@
 """A convolutional network learns Fashion-MNIST, and is compressed by one callback. Run: make demo.
 
 The dense network is trained first. Then the same LightningModule goes through the same kind of Trainer once more, with
-WeightUnificationCallback in its list and nothing else changed. All accuracies are of the test set, which nothing is
-chosen by.
+WeightUnificationCallback in its list and nothing else changed. The callback writes a file, which is loaded into a fresh
+instance and tested once more. All accuracies are of the test set, which nothing is chosen by.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from datasets import DataError, Images, load
 from networks import ConvNet
 
-from lightning_muws import MicroStructure, WeightUnificationCallback
+from lightning_muws import MicroStructure, WeightUnificationCallback, load_compressed
 from lightning_muws.plots import plot_before_after, plot_residuals
 from lightning_muws.structure.blocks import BlockGrid
 
@@ -37,6 +37,12 @@ def train(module: L.LightningModule, data: Images, epochs: int, *callbacks: L.Ca
         num_sanity_val_steps=0,
     )
     trainer.fit(module, data)
+    return test(module, data)
+
+
+def test(module: L.LightningModule, data: Images) -> float:
+    """Return the test accuracy of a module."""
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
     return trainer.test(module, data, verbose=False)[0]["test_accuracy"]
 
 
@@ -61,12 +67,20 @@ def main() -> None:
     dense = train(module, data, dense_epochs)
     before = copy.deepcopy(module.state_dict())
 
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    dense_file, file = chosen.output / "dense.pt", chosen.output / "model.muws"
+    torch.save(before, dense_file)
     structure = MicroStructure(prune_ratio=chosen.prune_ratio, unify_ratio=chosen.unify_ratio)
-    callback = WeightUnificationCallback(structure)
+    callback = WeightUnificationCallback(structure, save_to=file)
     compressed = train(module, data, epochs, callback)
     callback.verify()
 
-    chosen.output.mkdir(parents=True, exist_ok=True)
+    fresh = ConvNet(side=data.train.images.shape[-1])
+    fresh.load_state_dict(load_compressed(file))
+    if (loaded := test(fresh, data)) != compressed:
+        sys.exit(f"the network from {file} has accuracy {loaded}, the one that was saved {compressed}")
+    dense_bytes, n_bytes = dense_file.stat().st_size, file.stat().st_size
+
     grid = BlockGrid(structure.block_shape)
     picture = plot_before_after(
         *(grid.matrix(weights[PICTURED])[:64, :128] for weights in (before, module.state_dict())),
@@ -76,7 +90,11 @@ def main() -> None:
     picture.savefig(chosen.output / "blocks.png", dpi=150)
     plot_residuals(callback.report).figure.savefig(chosen.output / "residuals.png", dpi=150)
     print(f"pictures: {chosen.output / 'blocks.png'}, {chosen.output / 'residuals.png'}")
-    print(f"dense {dense:.4f} compressed {compressed:.4f} sparsity {callback.report.sparsity:.2f}")
+    print(f"{dense_file} has {dense_bytes:,} bytes, {file} {n_bytes:,}; loaded anew its accuracy is {loaded:.4f} again")
+    ratio = dense_bytes / n_bytes
+    print(
+        f"dense {dense:.4f} compressed {compressed:.4f} sparsity {callback.report.sparsity:.2f} file_ratio {ratio:.1f}"
+    )
 
 
 if __name__ == "__main__":

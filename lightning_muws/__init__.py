@@ -26,22 +26,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_muws.errors import MuwsError
+    from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
+    from lightning_muws.artifact.save import save_compressed
+    from lightning_muws.callback import WeightUnificationCallback
+    from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.structure.sets import MicroStructure
-    from lightning_muws.training.callback import WeightUnificationCallback
     from lightning_muws.training.phases import Phases, Retraining
 
 __version__ = "0.1.0"
-__all__ = ["LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback"]
+__all__ = [
+    "FormatError",
+    "LayerRule",
+    "MicroStructure",
+    "MuwsError",
+    "Phases",
+    "Retraining",
+    "WeightUnificationCallback",
+    "inspect_compressed",
+    "load_compressed",
+    "save_compressed",
+    "verify_compressed",
+]
 
 _HOMES = {
+    "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.sets",
     "MuwsError": "lightning_muws.errors",
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",
-    "WeightUnificationCallback": "lightning_muws.training.callback",
+    "WeightUnificationCallback": "lightning_muws.callback",
+    "inspect_compressed": "lightning_muws.artifact.load",
+    "load_compressed": "lightning_muws.artifact.load",
+    "save_compressed": "lightning_muws.artifact.save",
+    "verify_compressed": "lightning_muws.artifact.load",
 }
 
 

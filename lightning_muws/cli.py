@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_muws.training.callback import WeightUnificationCallback
+from lightning_muws.callback import WeightUnificationCallback
 
 
 class MuwsCLI(LightningCLI):

@@ -17,3 +17,7 @@ class PlanError(MuwsError, ValueError):
 
 class StateError(MuwsError, RuntimeError):
     """The weights or the run are in a state that the call cannot work with."""
+
+
+class FormatError(MuwsError, ValueError):
+    """A file is no `.muws` file, or is broken, or asks for more than is allowed; nothing of it was used."""

@@ -66,7 +66,10 @@ def main(folder: Path) -> None:
         torch.manual_seed(0)
         explicit, module = ExplicitUnused(), Unused()
         module.load_state_dict(explicit.state_dict())
-        callback, last = WeightUnificationCallback(STRUCTURE, phases=PHASES), Snapshot()
+        callback, last = (
+            WeightUnificationCallback(STRUCTURE, phases=PHASES, save_to=folder / f"{name}.muws"),
+            Snapshot(),
+        )
         probe = Probe(callback)
         common = {**ON, "precision": "64-true", **options}
         fit(module, last, callback, probe, max_epochs=7, strategy=ddp(name), **common)
@@ -79,6 +82,8 @@ def main(folder: Path) -> None:
             "kinds": {n: s.kinds.cpu() for n, s in callback.supports.items()},
             "history": [vars(update) for update in callback.history],
             "checked": probe.n_checked,
+            "wrote": callback.saved is not None,
+            "file": str(folder / f"{name}.muws"),
         }
     try:
         fit(

@@ -70,7 +70,8 @@ def main(folder: Path) -> None:
         for optimizer in ("sgd", "adam"):
             module = Sharded(optimizer)
             structure, retraining = MicroStructure((4, 2), 0.4, 0.3), Retraining(unified)
-            callback = WeightUnificationCallback(structure, phases=PHASES, retraining=retraining)
+            file = folder / f"{unified}-{optimizer}.muws"
+            callback = WeightUnificationCallback(structure, phases=PHASES, retraining=retraining, save_to=file)
             watch, options = Watch(callback), {"max_epochs": 7, "limit_val_batches": 1}
             if os.environ["SHARDED"] == "1":
                 strategy = ModelParallelStrategy(
@@ -84,6 +85,7 @@ def main(folder: Path) -> None:
                 "errors": watch.errors,
                 "sharded": watch.sharded,
                 "rows": watch.kinds,
+                "file": str(file),
                 "history": [tuple(vars(update).values()) for update in callback.history],
             }
     torch.save(results, folder / f"{os.environ['LOCAL_RANK']}.pt")

@@ -43,6 +43,59 @@ def structures(draw: st.DrawFn) -> MicroStructure:
     return MicroStructure(shape, prune, unify, draw(st.sampled_from(["free", "shared"])))
 
 
+OTHERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64)
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Return what a state_dict may be: any dtype and shape, any bits, structured weights, shared and overlapping."""
+    state: dict[str, torch.Tensor] = {}
+    for i in range(draw(st.integers(0, 5))):
+        seed = draw(st.integers(0, 10**6))
+        match draw(st.sampled_from(["structured", "any bits", "other", "few", "shared", "overlapping"])):
+            case "structured":
+                structure, w = draw(structures()), draw(weights(max_side=20))
+                tensor = structure.project(w)
+            case "any bits":  # NaN payloads, infinities, subnormals
+                shape = draw(st.lists(st.integers(0, 6), max_size=4))
+                dtype = draw(st.sampled_from(DTYPES))
+                raw = torch.randint(0, 256, (*shape, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
+                tensor = (
+                    raw.to(torch.uint8).view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
+                )
+            case "other":
+                shape = draw(st.lists(st.integers(0, 6), max_size=4))
+                tensor = torch.randint(-3, 3, shape, generator=torch.Generator().manual_seed(seed))
+                tensor = tensor.to(draw(st.sampled_from(OTHERS)))
+            case "few":
+                tensor = small_integers(seed, 12, 9, dtype=draw(st.sampled_from(DTYPES))) * 0.1
+            case "shared" if state:
+                tensor = draw(st.sampled_from(list(state.values())))
+            case "overlapping" if state:
+                flat = draw(st.sampled_from(list(state.values()))).view(-1) if all_contiguous(state) else torch.ones(3)
+                tensor = flat[len(flat) // 3 :]
+            case _:
+                tensor = torch.tensor(1.5)
+        state[draw(st.sampled_from(["", "a.", '\u00e9\n"', "layer.0."])) + str(i)] = tensor
+    return state
+
+
+def all_contiguous(state: dict[str, torch.Tensor]) -> bool:
+    return all(x.is_contiguous() for x in state.values())
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors of any dtype are equal in dtype, shape and every bit."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return raw_bytes(a) == raw_bytes(b)
+
+
+def raw_bytes(x: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor, row by row."""
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+
 @st.composite
 def grids(draw: st.DrawFn, weight: torch.Tensor, block_shape: tuple[int, int]) -> BlockGrid:
     """Return a grid on the weight, its outputs on either axis, grouped where they can be."""

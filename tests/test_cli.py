@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, DemoModel
 
-from lightning_muws import LayerRule, MicroStructure, WeightUnificationCallback
+from lightning_muws import LayerRule, MicroStructure, WeightUnificationCallback, load_compressed
 from lightning_muws.cli import MuwsCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `validation_step`")
@@ -94,6 +94,18 @@ def test_short_flags():
     callback.verify()
 
 
+def test_flags_alone_are_enough_for_a_file(tmp_path):
+    words = ("--compress.structure.prune_ratio=0.5", "--compress.phases.admm_end=2")
+    callback = run(*words, f"--compress.save_to={tmp_path / 'm.muws'}", cli=MuwsCLI)
+    module = DemoModel()
+    module.load_state_dict(load_compressed(tmp_path / "m.muws"))
+    assert int((module.l1.weight == 0).sum()) == callback.report.layers[0].n_pruned * 16
+    run(
+        US, SHAPE, "--trainer.callbacks.structure.prune_ratio=0.5", f"--trainer.callbacks.save_to={tmp_path / 'n.muws'}"
+    )
+    assert load_compressed(tmp_path / "n.muws").keys() == module.state_dict().keys()
+
+
 def test_short_settings_in_yaml(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("compress: {structure: {block_shape: [2, 4], prune_ratio: 0.5}, phases: {admm_end: 2}}\n")
@@ -124,6 +136,7 @@ FIELDS = {
     "retraining.lr": "Learning rate at the beginning",
     "rules": "Structures of their own",
     "validate_projected": "validate the network",
+    "save_to": "File to write at the end of fit",
 }
 
 

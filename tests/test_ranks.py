@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_muws import WeightUnificationCallback
+from lightning_muws import WeightUnificationCallback, load_compressed
 from tests.ddp_worker import CASES, Unused
 from tests.explicit import PHASES
 from tests.modules import STRUCTURE, Probe, fit
@@ -61,6 +61,13 @@ def test_ranks_hold_the_same_bits(ranks, case):
         assert torch.equal(one["kinds"][name], two["kinds"][name])
     assert one["history"] == two["history"]
     assert one["checked"] == two["checked"] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_rank_writes_the_file(ranks, case):
+    assert [rank[case]["wrote"] for rank in ranks] == [True, False]
+    state = load_compressed(ranks[0][case]["file"])
+    assert all(same_bits(state[name], weight) for name, weight in ranks[1][case]["final"].items())
 
 
 def test_a_layer_that_is_never_used_is_compressed_too(ranks):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_muws import load_compressed
 from tests.strategies import same_bits
 from tests.test_ranks import launch
 
@@ -25,6 +26,13 @@ def test_the_constraint_is_exact_on_shards(ranks, case):
     for rank in ranks:
         assert len(rank[case]["errors"]) == 3 * 8 * 3
         assert all(error == 0 for error in rank[case]["errors"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_holds_whole_weights(ranks, case):
+    state = load_compressed(ranks[0][case]["file"])
+    for name, weight in ranks[1][case]["weights"].items():
+        assert same_bits(state[name], weight), name
 
 
 @pytest.mark.parametrize("case", CASES)

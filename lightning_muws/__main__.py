@@ -1,0 +1,8 @@
+"""`python -m lightning_muws` is the `muws` command."""
+
+import sys
+
+from lightning_muws.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

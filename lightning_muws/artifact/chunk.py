@@ -1,0 +1,249 @@
+"""A chunk: pieces of tensors whose parts are coded together, as one stream for each kind of part."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_muws.artifact.coding import Bytes
+from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
+from lightning_muws.artifact.streams import (
+    KINDS_A_BYTE,
+    N_KINDS,
+    Parts,
+    Patterns,
+    is_unified,
+    join,
+    pack_kinds,
+    pack_signs,
+    plane,
+    rotate,
+    rotate_back,
+    slabs,
+    split,
+    unpack_kinds,
+    unpack_signs,
+)
+from lightning_muws.artifact.values import WIDTHS, Form
+from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.sets import Kind
+
+ROLES = ("magnitudes", "free")
+ORDER = [f"{role}.{stored}" for role in ROLES for stored in WIDTHS]  # of the streams of values in a chunk
+
+
+class Measured(NamedTuple):
+    """What was found of a piece while it was taken apart.
+
+    Args:
+        counts: Its blocks: dense, unified, pruned.
+        error: The largest ``|w - w'|``, from its decoded values.
+    """
+
+    counts: tuple[int, int, int]
+    error: float
+
+
+@dataclass
+class ChunkWriter:
+    """Takes pieces apart, and hands out their streams before coding."""
+
+    kinds: list[Bytes] = field(default_factory=list)
+    signs: list[Any] = field(default_factory=list)
+    values: dict[str, list[Patterns]] = field(default_factory=lambda: defaultdict(list))
+    other: list[Bytes] = field(default_factory=list)
+    n_bytes: int = 0
+    symbols: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # of the last piece
+
+    def add(self, entry: TensorEntry, units: Tensor) -> Measured:
+        """Add a piece: the rows of the matrix that blocks lie on, or the elements of a flat tensor.
+
+        Args:
+            entry: What becomes of the tensor.
+            units: ``(n, cols)`` or ``(n,)``, on the CPU.
+        """
+        self.symbols.clear()
+        self.n_bytes += units.numel() * units.element_size()
+        if entry.form is None:
+            raw = units.contiguous().view(torch.uint8).numpy().reshape(len(units), -1)
+            self.other.append(np.ascontiguousarray(raw.T).reshape(-1))
+            self.symbols["other"] += raw.size
+            return Measured((0, 0, 0), 0.0)
+        if entry.grid is None:
+            error = self._free(entry.form, units, units.dtype)
+            return Measured((0, 0, 0), error)
+        counts, error = np.zeros(N_KINDS, np.int64), 0.0
+        covered = entry.grid.covered(units)
+        for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
+            slab = covered[rows].contiguous()
+            u = entry.form.patterns(slab, entry.grid.block_shape)
+            error = max(error, _error(entry.form, u, slab))
+            parts = split(u, entry.grid.block_shape)
+            self._parts(entry.form, parts)
+            counts += np.bincount(parts.kinds, minlength=N_KINDS)
+        for edge in entry.grid.edges(units):
+            error = max(error, self._free(entry.form, edge.reshape(-1), units.dtype))
+        return Measured(_tally(counts), error)
+
+    def _free(self, form: Form, flat: Tensor, dtype: torch.dtype) -> float:
+        """Add values in no block, and return their error."""
+        error = 0.0
+        for part in slabs(len(flat), 1):
+            x = flat[part].contiguous()
+            u = form.patterns(x)
+            error = max(error, _error(form, u, x))
+            self._add(f"free.{form.stored}", rotate(u))
+        return error
+
+    def _parts(self, form: Form, parts: Parts) -> None:
+        self.kinds.append(parts.kinds)
+        self.signs.append(parts.signs.reshape(-1))
+        self.symbols["kinds"] += len(parts.kinds)
+        self.symbols["signs"] += parts.signs.size
+        self._add(f"magnitudes.{form.stored}", rotate(parts.magnitudes))
+        self._add(f"free.{form.stored}", rotate(parts.free.reshape(-1)))
+
+    def _add(self, name: str, values: Patterns) -> None:
+        self.values[name].append(values)
+        self.symbols[name] += len(values)
+
+    def streams(self) -> Iterator[tuple[str, Bytes]]:
+        """Yield each stream that is not all zero, by name, in the order of the file; a plane at a time."""
+        for name, data in self._streams():
+            if data.any():
+                yield name, data
+
+    def _streams(self) -> Iterator[tuple[str, Bytes]]:
+        if self.kinds:
+            yield "kinds", pack_kinds(np.concatenate(self.kinds))
+            yield "signs", pack_signs(np.concatenate(self.signs))
+        for name in ORDER:
+            for i in range(WIDTHS[name.partition(".")[2]].itemsize if self.values.get(name) else 0):
+                yield f"{name}.{i}", np.concatenate([plane(values, i) for values in self.values[name]])
+        if self.other:
+            yield "other", np.concatenate(self.other)
+
+
+def _error(form: Form, u: Patterns, x: Tensor) -> float:
+    """Return the largest ``|w - w'|``, from the values that a reader would get."""
+    if form.stored == str(x.dtype).removeprefix("torch."):
+        return 0.0
+    apart = form.values(u, x.dtype).to(torch.float64) - x.to(torch.float64)
+    return float(apart.abs_().max()) if x.numel() else 0.0
+
+
+class ChunkReader:
+    """Puts the pieces of a chunk together again.
+
+    Args:
+        pieces: The pieces, of a manifest that was checked.
+        read: Returns a stream of so many bytes, decoded; zeros if the chunk has none of that name.
+
+    Raises:
+        FormatError: The streams do not fit the pieces.
+    """
+
+    def __init__(self, pieces: list[Piece], read: Callable[[str, int], Bytes]) -> None:
+        grids = [(piece.entry, *_n_blocks(piece)) for piece in pieces if piece.entry.grid]
+        n_kinds = sum(n for _, n, _ in grids)
+        self.kinds = unpack_kinds(read("kinds", -(-n_kinds // KINDS_A_BYTE)), n_kinds)
+        needed, at, n_signs = dict.fromkeys(ORDER, 0), 0, 0
+        for entry, n, numel in grids:
+            kinds, at = self.kinds[at : at + n], at + n
+            n_signs += int(np.count_nonzero(kinds == Kind.UNIFIED)) * numel
+            needed[f"magnitudes.{_stored(entry)}"] += int(np.count_nonzero(is_unified(kinds)))
+            needed[f"free.{_stored(entry)}"] += int(np.count_nonzero(kinds == Kind.DENSE)) * numel
+        for piece in pieces:
+            if piece.entry.form:
+                needed[f"free.{_stored(piece.entry)}"] += _n_edge(piece)
+        self.signs = unpack_signs(read("signs", -(-n_signs // 8)), n_signs)
+        self.values = {name: _values(name, n, read) for name, n in needed.items() if n}
+        n_other = sum(piece_bytes(piece) for piece in pieces if not piece.entry.form)
+        self.other = read("other", n_other)
+        self._at: dict[str, int] = defaultdict(int)
+
+    def fill(self, piece: Piece, units: Tensor) -> tuple[int, int, int]:
+        """Write the next piece into its units, see :meth:`ChunkWriter.add`; return its blocks of each kind."""
+        entry = piece.entry
+        if entry.form is None:
+            width = units.element_size()
+            raw = self._take("other", self.other, len(units) * width).reshape(width, len(units))
+            units.view(torch.uint8).copy_(torch.from_numpy(np.array(raw.T, order="C")).reshape(-1))
+            return 0, 0, 0
+        if entry.grid is None:
+            self._fill_free(entry.form, units)
+            return 0, 0, 0
+        counts, covered = np.zeros(N_KINDS, np.int64), entry.grid.covered(units)
+        for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
+            counts += self._fill_blocks(entry.form, entry.grid, covered[rows])
+        for edge in entry.grid.edges(units):
+            flat = torch.empty(edge.numel(), dtype=units.dtype)
+            self._fill_free(entry.form, flat)
+            edge.copy_(flat.view(edge.shape))
+        return _tally(counts)
+
+    def _fill_free(self, form: Form, flat: Tensor) -> None:
+        name = f"free.{form.stored}"
+        for part in slabs(len(flat), 1):
+            u = rotate_back(self._take(name, self.values[name], part.stop - part.start))
+            flat[part] = form.values(u, flat.dtype)
+
+    def _fill_blocks(self, form: Form, grid: BlockGrid, slab: Tensor) -> Any:
+        width, numel = WIDTHS[form.stored], grid.block_numel
+        kinds = self._take("kinds", self.kinds, slab.numel() // numel)
+        n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (Kind.UNIFIED, Kind.DENSE))
+        taken = []
+        for role, n in (("magnitudes", int(np.count_nonzero(is_unified(kinds)))), ("free", n_free * numel)):
+            values = self.values.get(f"{role}.{form.stored}", np.zeros(0, width))
+            taken.append(rotate_back(self._take(f"{role}.{form.stored}", values, n)))
+        signs = self._take("signs", self.signs, n_mixed * numel).reshape(-1, *grid.block_shape)
+        u = np.empty(slab.shape, width)
+        join(Parts(kinds, signs, taken[0], taken[1].reshape(-1, *grid.block_shape)), u, grid.block_shape)
+        slab.copy_(form.values(u, slab.dtype))
+        return np.bincount(kinds, minlength=N_KINDS)
+
+    def _take(self, name: str, values: Any, n: int) -> Any:
+        start = self._at[name]
+        self._at[name] = start + n
+        return values[start : start + n]
+
+
+def _tally(counts: Any) -> tuple[int, int, int]:
+    """Return how many blocks are dense, unified, pruned, from how many there are of each number in the file."""
+    n = counts.tolist()
+    return n[Kind.DENSE], sum(n) - n[Kind.DENSE] - n[Kind.PRUNED], n[Kind.PRUNED]
+
+
+def _stored(entry: TensorEntry) -> str:
+    return entry.form.stored if entry.form else ""
+
+
+def _n_blocks(piece: Piece) -> tuple[int, int]:
+    """Return the blocks of a piece, and the weights of a block."""
+    grid = piece.entry.grid or BlockGrid()
+    cols = piece.entry.matrix_shape[1]
+    return (piece.stop - piece.start) // grid.block_shape[0] * (cols // grid.block_shape[1]), grid.block_numel
+
+
+def _n_edge(piece: Piece) -> int:
+    """Return the values of a piece that lie in no block."""
+    n = (piece.stop - piece.start) * piece.entry.matrix_shape[1]
+    if piece.entry.grid is None:
+        return n
+    n_blocks, numel = _n_blocks(piece)
+    return n - n_blocks * numel
+
+
+def _values(name: str, n: int, read: Callable[[str, int], Bytes]) -> Patterns:
+    """Return ``n`` values from their byte planes."""
+    width = WIDTHS[name.partition(".")[2]]
+    raw = np.empty((n, width.itemsize), np.uint8)
+    for i in range(width.itemsize):
+        raw[:, i] = read(f"{name}.{i}", n)
+    return raw.reshape(-1).view(width.newbyteorder("<")).astype(width, copy=False)

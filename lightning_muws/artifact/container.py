@@ -1,0 +1,243 @@
+"""The frame of a file: a safetensors header over byte streams; read without trust, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_muws.artifact.coding import inflate
+from lightning_muws.errors import FormatError
+
+FORMAT = "muws"
+VERSION = "1.0"
+MANIFEST = "manifest"
+LOOKS_LIKE = {b"PK": "a zip archive, such as torch.save writes", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
+
+
+class Frame:
+    """An open file whose header was checked: its manifest, and its streams by name.
+
+    Args:
+        file: Open for reading, seekable.
+
+    Raises:
+        FormatError: It is no `.muws` file, of another major version, too large in its header, or broken.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        file.seek(0)
+        self.n_bytes = os.fstat(file.fileno()).st_size
+        header = self._header()
+        self.metadata = header.pop("__metadata__", None)
+        version = self._check_metadata()
+        self._spans = self._check_streams(header)
+        self.manifest = self._read_manifest()
+        if self.manifest.get("version") != version:
+            raise FormatError(f"the header says version {version}, the manifest {self.manifest.get('version')!r}")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The bytes of each stream of weights, by name."""
+        return {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
+
+    def stream(self, name: str, checksum: int) -> bytes:
+        """Return the bytes of a stream.
+
+        Raises:
+            FormatError: They have another checksum, or the file ends within them.
+        """
+        data = self._read(*self._spans[name])
+        if zlib.crc32(data) != checksum:
+            raise FormatError(
+                f"stream {name!r} has checksum {zlib.crc32(data)}, expected {checksum}: the file is damaged"
+            )
+        return data
+
+    def _read(self, start: int, stop: int) -> bytes:
+        self._file.seek(self._base + start)
+        data = self._file.read(stop - start)
+        if len(data) != stop - start:
+            raise FormatError("the file became shorter while it was read")
+        return data
+
+    def _header(self) -> dict[str, Any]:
+        prefix = self._file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= self.n_bytes - 8:
+            kind = next(
+                (f": it begins like {what}" for mark, what in LOOKS_LIKE.items() if prefix.startswith(mark)), ""
+            )
+            raise FormatError(f"this is no .muws file, or one cut short, of {self.n_bytes} bytes{kind}")
+        if length > largest_header(self.n_bytes):
+            raise FormatError(f"the header has {length} bytes, at most {largest_header(self.n_bytes)} are allowed")
+        self._base = 8 + length
+        raw = self._file.read(length)
+        header = parse(raw, "header")
+        if raw.rstrip(b" ") != dump(header):
+            raise FormatError("the header is not written as this format writes it")
+        return header
+
+    def _check_metadata(self) -> str:
+        given = self.metadata
+        if not isinstance(given, dict) or given.get("format") != FORMAT:
+            raise FormatError("this is no .muws file: its header does not say so")
+        version = str(given.get("version"))
+        major, _, minor = version.partition(".")
+        if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
+            raise FormatError(f"version {version!r} is no version such as {VERSION}")
+        if major != VERSION.partition(".")[0]:
+            raise FormatError(f"the file has version {version}, this reader knows {VERSION}: update lightning_muws")
+        if version == VERSION and set(given) != {"format", "version", "manifest_bytes", "manifest_sha256"}:
+            raise FormatError(f"the header says {sorted(given)}, which is not what version {VERSION} says")
+        return version
+
+    def _check_streams(self, header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Return where each stream begins and ends; they follow each other without a gap, to the end of the file."""
+        spans, end = {}, 0
+        for name, entry in header.items():
+            offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+            if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+                raise FormatError(f"stream {name!r} says not where it is")
+            start, stop = offsets
+            if (
+                start != end
+                or stop < start
+                or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
+            ):
+                raise FormatError(f"stream {name!r} is not where and what it should be: {str(entry)[:100]}")
+            spans[name], end = (start, stop), stop
+        if self._base + end != self.n_bytes:
+            raise FormatError(f"the header speaks of {self._base + end} bytes, the file has {self.n_bytes}")
+        return spans
+
+    def _read_manifest(self) -> dict[str, Any]:
+        said = str(self.metadata.get("manifest_bytes"))
+        if MANIFEST not in self._spans or not said.isascii() or not said.isdigit() or len(said) > 10:
+            raise FormatError("the file has no manifest")
+        n, (start, stop) = int(said), self._spans[MANIFEST]
+        if (larger := max(n, stop - start)) > largest_header(self.n_bytes):
+            raise FormatError(f"the manifest has {larger} bytes, at most {largest_header(self.n_bytes)} are allowed")
+        raw = self._read(start, stop)
+        if len(raw) != n:
+            raw = inflate(raw, n)
+        if hashlib.sha256(raw).hexdigest() != self.metadata.get("manifest_sha256"):
+            raise FormatError("the manifest has another SHA-256 than the header says: the file is damaged")
+        return parse(raw, "manifest")
+
+
+def largest_header(n_bytes: int) -> int:
+    """Return how long the header, and the manifest, of a file may be: small files must not cost much to refuse."""
+    return min(16 << 20, (1 << 19) + n_bytes // 8)
+
+
+def parse(raw: bytes, what: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        FormatError: It is none, or has a key twice.
+    """
+    try:
+        parsed = json.loads(raw.decode("ascii"), object_pairs_hook=_once, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the {what} is not JSON that this format allows: {str(error)[:100]}") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"the {what} is no JSON object")
+    return parsed
+
+
+def dump(value: object) -> bytes:
+    """Return JSON as this format writes it: ASCII without spaces, so that equal values are equal bytes."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def write(
+    path: Path,
+    manifest: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    body: IO[bytes],
+    check: Callable[[IO[bytes]], None],
+) -> int:
+    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+
+    Args:
+        path: Where the file will be.
+        manifest: What it says of itself.
+        lengths: The bytes of each stream, by name.
+        body: The streams.
+        check: Gets the file before it takes its place, and raises if that must not be.
+
+    Raises:
+        FormatError: The manifest is larger than a reader would accept.
+        OSError: The file cannot be written; what was there before is there still.
+    """
+    raw = dump(manifest)
+    packed = min(raw, zlib.compress(raw, 9), key=len)
+    spans, end = {}, 0
+    for name, length in [*lengths.items(), (MANIFEST, len(packed))]:
+        spans[name] = {"dtype": "U8", "shape": [length], "data_offsets": [end, end + length]}
+        end += length
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "manifest_bytes": str(len(raw)),
+        "manifest_sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    header = dump({"__metadata__": about, **spans})
+    header += b" " * (-len(header) % 8)
+    if max(len(raw), len(header)) > (allowed := largest_header(8 + len(header) + end)):
+        raise FormatError(
+            f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {allowed} are allowed for "
+            f"{len(lengths)} streams: save the model in several files"
+        )
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        body.seek(0)
+        shutil.copyfileobj(body, file, 1 << 20)
+        file.write(packed)
+        file.flush()
+        check(file)
+    return 8 + len(header) + len(packed)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of the one at ``path`` when all is written and on the disk, or never."""
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        with temporary.open("x+b") as file:  # with the mode that the umask gives
+            if path.exists():
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some network file systems cannot; the file is in its place already
+            os.fsync(folder)
+        os.close(folder)

@@ -1,0 +1,210 @@
+"""Reads a `.muws` file: into a state_dict, or its manifest alone, or all of it only to see that it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_muws.artifact.chunk import ChunkReader
+from lightning_muws.artifact.coding import Bytes, decode
+from lightning_muws.artifact.container import Frame
+from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
+from lightning_muws.artifact.report import FileInfo, tensor_report
+from lightning_muws.artifact.streams import slabs
+from lightning_muws.errors import FormatError, MuwsError, StateError
+from lightning_muws.structure.plan import clean_name
+
+MAX_BYTES = 8 << 30
+Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
+
+
+def load_compressed(
+    path: str | Path,
+    into: nn.Module | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Return the state_dict that a `.muws` file holds, ready for the ``load_state_dict`` of the model's own class.
+
+    All that the file says is checked before memory is taken, all that it holds against checksums; no code of it runs.
+
+    Args:
+        path: The file.
+        into: A module to load it into as well; its names and shapes are compared before anything is decoded.
+        max_bytes: The most bytes that all tensors together may take; a tiny file can rightly ask for very many.
+        device: Where the tensors go.
+        progress: Called with the bytes done and all bytes.
+
+    Returns:
+        Each tensor by name, in the order of the model; shared ones are one tensor.
+
+    Raises:
+        FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
+        StateError: The file does not fit ``into``, which is unchanged.
+    """
+    with _opened(path) as (frame, manifest):
+        _check_size(manifest, max_bytes)
+        if into is not None:
+            _check_fit(manifest, into)
+        state: OrderedDict[str, Tensor] = OrderedDict()
+        for entry, tensor in _tensors(frame, manifest, progress):
+            state[entry.name] = (
+                state[manifest.tensors[entry.same_as].name] if entry.same_as is not None else tensor.to(device)
+            )
+    if manifest.modules:
+        state._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
+    if into is not None:
+        mine = OrderedDict((name, state[clean_name(name)]) for name in into.state_dict())
+        mine._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
+        into.load_state_dict(mine)
+    return state
+
+
+def inspect_compressed(path: str | Path) -> FileInfo:
+    """Return what a `.muws` file says of itself, from its manifest alone: nothing is decoded.
+
+    Raises:
+        FormatError: The file is no `.muws` file, or its manifest is damaged.
+    """
+    with _opened(path) as (frame, manifest):
+        streams: dict[str, int] = defaultdict(int)
+        coders: dict[str, set[str]] = defaultdict(set)
+        for i, chunk in enumerate(manifest.chunks):
+            for name, (coder, _) in chunk.streams.items():
+                streams[name] += frame.lengths[f"c{i}.{name}"]
+                coders[name].add(coder)
+        tensors = tuple(tensor_report(entry, manifest.tensors) for entry in manifest.tensors)
+        joined = {name: "+".join(sorted(found)) for name, found in coders.items()}
+        version = frame.manifest["version"]
+        return FileInfo(
+            str(path), version, frame.n_bytes, manifest.n_bytes, tensors, dict(streams), joined, manifest.extra
+        )
+
+
+def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
+    """Check all of a `.muws` file, every checksum and every stream, and return what :func:`inspect_compressed` does.
+
+    Raises:
+        FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
+    """
+    with _opened(path) as (frame, manifest):
+        _check_size(manifest, max_bytes)
+        for _ in _tensors(frame, manifest, progress):
+            pass
+    return inspect_compressed(path)
+
+
+def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
+    """Decode an open file and compare it to the tensors that it was written from.
+
+    Raises:
+        StateError: A tensor is further from its own than is said of it.
+    """
+    frame = Frame(file)
+    for entry, tensor in _tensors(frame, Manifest.from_dict(frame.manifest)):
+        if entry.same_as is None and entry.form and entry.numel:
+            ours, theirs = tensor.view(-1), tensors[entry.name].cpu().reshape(-1)
+            for part in slabs(len(ours), 1):
+                apart = ours[part].to(torch.float64) - theirs[part].to(torch.float64)
+                if float(apart.nan_to_num_(0.0).abs_().max()) > errors[entry.name]:
+                    raise StateError(f"{entry.name} decodes to other values than were measured: please report this")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
+    """Open a file and check all that it says; every refusal within names the file."""
+    with Path(path).open("rb") as file:
+        try:
+            frame = Frame(file)
+            manifest = Manifest.from_dict(frame.manifest)
+            promised = [f"c{i}.{name}" for i, chunk in enumerate(manifest.chunks) for name in chunk.streams]
+            if promised != list(frame.lengths):
+                raise FormatError("the manifest speaks of other streams than the header")
+            yield frame, manifest
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+        except MuwsError:
+            raise
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: the file contradicts itself ({type(error).__name__}: {error})") from error
+
+
+def _check_size(manifest: Manifest, max_bytes: int) -> None:
+    if manifest.n_bytes > max_bytes:
+        raise FormatError(
+            f"its tensors take {manifest.n_bytes:,} bytes, at most max_bytes={max_bytes:,} are allowed: "
+            "raise max_bytes if you trust the file"
+        )
+
+
+def _check_fit(manifest: Manifest, into: nn.Module) -> None:
+    """Compare names and shapes, before any memory is taken."""
+    own = {clean_name(name): tuple(x.shape) for name, x in into.state_dict().items()}
+    there = {entry.name: entry.shape for entry in manifest.tensors}
+    wrong = [name for name in {**own, **there} if own.get(name) != there.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise StateError(
+            f"the file does not fit {type(into).__name__} at {len(wrong)} tensors, the first one {name!r}: of shape "
+            f"{there.get(name, 'none')} in the file and {own.get(name, 'none')} in the module"
+        )
+
+
+def _tensors(
+    frame: Frame, manifest: Manifest, progress: Progress | None = None
+) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Yield each tensor in order, decoded, one chunk in memory beside it; a shared one as an empty tensor."""
+    at, done, units, counts = 0, 0, torch.empty(0), [0, 0, 0]
+    for i, pieces in enumerate(manifest.pieces()):
+        reader = _reader(frame, manifest, i, pieces)
+        for piece in pieces:
+            entry, cols = piece.entry, piece.entry.matrix_shape[1]
+            if piece.start == 0:
+                while manifest.tensors[at] is not entry:
+                    yield manifest.tensors[at], _without_values(manifest.tensors[at])
+                    at += 1
+                shape = entry.matrix_shape if entry.grid else (entry.numel,)
+                units, counts = torch.empty(shape, dtype=DTYPES[entry.dtype]), [0, 0, 0]
+            found = reader.fill(piece, units[piece.start : piece.stop])
+            counts = [a + b for a, b in zip(counts, found, strict=True)]
+            done += (piece.stop - piece.start) * cols * units.element_size()
+            if progress:
+                progress(done, manifest.n_bytes)
+            if piece.stop == len(units):
+                if tuple(counts) != entry.counts:
+                    raise FormatError(f"{entry.name} has blocks {tuple(counts)}, the manifest speaks of {entry.counts}")
+                tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
+                yield entry, tensor.contiguous()
+                at += 1
+    for entry in manifest.tensors[at:]:
+        yield entry, _without_values(entry)
+
+
+def _without_values(entry: TensorEntry) -> Tensor:
+    """Return a tensor that has no elements, or stands for one that is stored elsewhere."""
+    return torch.empty(entry.shape if entry.same_as is None else (0,), dtype=DTYPES[entry.dtype])
+
+
+def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece]) -> ChunkReader:
+    """Return the reader of a chunk, all its streams decoded."""
+    left = dict(manifest.chunks[i].streams)
+
+    def read(name: str, n: int) -> Bytes:
+        if not n or name not in left:
+            return np.zeros(n, np.uint8)
+        coder, checksum = left.pop(name)
+        return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)
+
+    reader = ChunkReader(pieces, read)
+    if left:
+        raise FormatError(f"chunk {i} has streams that belong to none of its tensors: {', '.join(left)[:100]}")
+    return reader

@@ -1,0 +1,167 @@
+"""Patterns <-> streams: block kinds, signs, magnitudes of unified blocks, and all other values. Pure functions.
+
+A pattern is the unsigned integer of a value's bits: the sign on top, and below it what orders the magnitudes. All
+decisions are taken on patterns, so that NaN payloads, infinities, subnormals and -0.0 come back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_muws.artifact.coding import Bytes
+from lightning_muws.errors import FormatError
+from lightning_muws.structure.sets import Kind
+
+Patterns = NDArray[Any]  # unsigned, of 16, 32 or 64 bits
+
+POSITIVE, NEGATIVE = 3, 4  # beside the numbers of Kind: unified blocks whose weights have all the same sign
+N_KINDS, KINDS_A_BYTE = 5, 3
+SLAB_NUMEL = 1 << 18  # weights that are worked on at a time: with their temporaries they stay in a core's cache
+
+
+class Parts(NamedTuple):
+    """What a covered matrix is made of; blocks in order, block row by block row.
+
+    Args:
+        kinds: ``(n_blocks,)`` uint8: 0 dense, 1 unified with free signs, 2 pruned, 3 unified and all positive,
+            4 unified and all negative.
+        signs: ``(n, rows, cols)`` bool, of the blocks of kind 1, True where negative.
+        magnitudes: ``(n,)`` patterns without sign, of the blocks of kinds 1, 3 and 4.
+        free: ``(n, rows, cols)`` patterns, of the blocks of kind 0.
+    """
+
+    kinds: Bytes
+    signs: NDArray[np.bool_]
+    magnitudes: Patterns
+    free: Patterns
+
+
+def sign_bit(dtype: np.dtype[Any]) -> Any:
+    """Return the pattern of -0.0."""
+    return dtype.type(1 << (8 * dtype.itemsize - 1))
+
+
+def block_bits(u: Patterns, block_shape: tuple[int, int]) -> tuple[Patterns, Patterns]:
+    """Return the OR and the AND over each block of a matrix of whole blocks, each ``(down, across)``.
+
+    They tell a block's kind: its magnitudes are one where both agree in all bits but the sign.
+    """
+    rows, cols = block_shape
+    tall = u.reshape(len(u) // rows, rows, u.shape[1])
+    ors, ands = (f.reduce(tall, axis=1) for f in (np.bitwise_or, np.bitwise_and))
+    return (
+        reduce(np.bitwise_or, (ors[:, j::cols] for j in range(cols))),
+        reduce(np.bitwise_and, (ands[:, j::cols] for j in range(cols))),
+    )
+
+
+def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
+    """Return the kind of each block, of the same shape, from :func:`block_bits`."""
+    sign = sign_bit(ors.dtype)
+    one_magnitude = ((ors ^ ands) & ~sign) == 0
+    kinds = np.where(one_magnitude, np.uint8(Kind.UNIFIED), np.uint8(Kind.DENSE))
+    kinds[one_magnitude & ((ors & sign) == 0)] = POSITIVE
+    kinds[one_magnitude & ((ands & sign) != 0)] = NEGATIVE
+    kinds[ors == 0] = Kind.PRUNED
+    return kinds
+
+
+def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
+    """Return which blocks have a magnitude of their own."""
+    unified: NDArray[np.bool_] = (kinds != Kind.DENSE) & (kinds != Kind.PRUNED)
+    return unified
+
+
+def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
+    """Return the parts of a matrix of whole blocks."""
+    ors, ands = block_bits(u, block_shape)
+    kinds, sign, tiles = kinds_of(ors, ands), sign_bit(u.dtype), _tiles(u, block_shape)
+    signs = (tiles[kinds == Kind.UNIFIED] & sign) != 0
+    return Parts(kinds.reshape(-1), signs, (ands & ~sign)[is_unified(kinds)], tiles[kinds == Kind.DENSE])
+
+
+def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
+    """Write the parts into a matrix of whole blocks: undoes :func:`split`."""
+    tiles, sign = _tiles(out, block_shape), sign_bit(out.dtype)
+    kinds = parts.kinds.reshape(tiles.shape[:2])
+    values = np.zeros(kinds.shape, out.dtype)
+    values[is_unified(kinds)] = parts.magnitudes
+    values[kinds == NEGATIVE] |= sign
+    tiles[...] = values[:, :, None, None]
+    mixed = kinds == Kind.UNIFIED
+    tiles[mixed] |= np.where(parts.signs, sign, out.dtype.type(0))
+    tiles[kinds == Kind.DENSE] = parts.free
+
+
+def _tiles(u: Patterns, block_shape: tuple[int, int]) -> Patterns:
+    """Return the view ``(down, across, rows, cols)``."""
+    rows, cols = block_shape
+    return u.reshape(len(u) // rows, rows, u.shape[1] // cols, cols).transpose(0, 2, 1, 3)
+
+
+def slabs(n_rows: int, n_cols: int, rows: int = 1) -> Iterator[slice]:
+    """Yield slices of whole block rows that together make so many rows, each of about SLAB_NUMEL weights."""
+    step = max(1, SLAB_NUMEL // max(1, rows * n_cols)) * rows
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+# ---- streams of bytes
+
+
+def pack_kinds(kinds: Bytes) -> Bytes:
+    """Return three kinds a byte, the first one in the lowest place to base 5: neighbours are coded together."""
+    groups = np.concatenate([kinds, np.zeros(-len(kinds) % KINDS_A_BYTE, np.uint8)]).reshape(-1, KINDS_A_BYTE)
+    packed: Bytes = (groups * np.array([1, N_KINDS, N_KINDS**2], np.uint8)).sum(axis=1, dtype=np.uint8)
+    return packed
+
+
+def unpack_kinds(packed: Bytes, n: int) -> Bytes:
+    """Undo :func:`pack_kinds` for ``n`` kinds.
+
+    Raises:
+        FormatError: A byte stands for no kinds.
+    """
+    if len(packed) and int(packed.max()) >= N_KINDS**KINDS_A_BYTE:
+        raise FormatError(f"{int(packed.max())} stands for no kinds of blocks, only numbers below 125 do")
+    table = np.array([word[::-1] for word in product(range(N_KINDS), repeat=KINDS_A_BYTE)], np.uint8)
+    return table[packed].reshape(-1)[:n]
+
+
+def pack_signs(signs: NDArray[np.bool_]) -> Bytes:
+    """Return eight signs a byte, the first one in the lowest bit, as :func:`lightning_muws.structure.bits.pack`."""
+    return np.packbits(signs, bitorder="little")
+
+
+def unpack_signs(packed: Bytes, n: int) -> NDArray[np.bool_]:
+    """Undo :func:`pack_signs` for ``n`` signs."""
+    return np.unpackbits(packed, count=n, bitorder="little").astype(np.bool_)
+
+
+def rotate(u: Patterns) -> Patterns:
+    """Return patterns turned left by one bit: the exponent fills the top byte, and the sign comes last."""
+    one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
+    turned: Patterns = (u << one) | (u >> top)
+    return turned
+
+
+def rotate_back(u: Patterns) -> Patterns:
+    """Undo :func:`rotate`."""
+    one, top = u.dtype.type(1), u.dtype.type(8 * u.dtype.itemsize - 1)
+    turned: Patterns = (u >> one) | (u << top)
+    return turned
+
+
+def plane(values: Patterns, i: int) -> Bytes:
+    """Return byte ``i`` of each value, the lowest one first."""
+    return np.ascontiguousarray(_little(values).reshape(-1, 1).view(np.uint8)[:, i])
+
+
+def _little(values: Patterns) -> Patterns:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False)

@@ -1,0 +1,225 @@
+"""Weights <-> patterns: bit for bit, as whole multiples of a step, or rounded to 16 bits; and which for a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, sign_bit, slabs
+from lightning_muws.errors import SettingError
+from lightning_muws.structure.blocks import BlockGrid
+
+FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+GRID = "grid"  # patterns of 16 bits: the sign, and how many steps
+MAX_STEPS = (1 << 15) - 1
+WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, GRID: np.dtype(np.uint16)}
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAMPLED = 4096
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far weights may move, and which ones.
+
+    Args:
+        max_error: The largest ``|w - w'|``, in units that ``relative_to`` names; 0 for none.
+        relative_to: ``tensor_max`` or ``model_max``, the largest ``|w|``; or ``absolute``.
+        value_dtype: Round to this dtype instead.
+        lossy: ``weights``, the parameters of two or more axes; or ``all`` floating tensors.
+
+    Raises:
+        SettingError: A value is not allowed.
+    """
+
+    max_error: float = 0.0
+    relative_to: Literal["tensor_max", "model_max", "absolute"] = "tensor_max"
+    value_dtype: Literal["float16", "bfloat16"] | None = None
+    lossy: Literal["weights", "all"] = "weights"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_error, bool) or not isinstance(self.max_error, (int, float)):
+            raise SettingError(f"max_error={self.max_error!r} is not allowed: give a number >= 0")
+        if not 0 <= self.max_error < float("inf"):
+            raise SettingError(f"max_error={self.max_error!r} is not allowed: give a finite number >= 0")
+        allowed = {
+            "relative_to": ("tensor_max", "model_max", "absolute"),
+            "value_dtype": (None, "float16", "bfloat16"),
+            "lossy": ("weights", "all"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r} is not allowed: give {' or '.join(map(repr, values))}"
+                )
+        if self.max_error and self.value_dtype:
+            raise SettingError(
+                f"max_error={self.max_error} and value_dtype={self.value_dtype!r} are two ways to lose precision: "
+                "give one of them"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.max_error or self.value_dtype)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of a tensor are written.
+
+    Args:
+        stored: A floating dtype, or ``grid``: whole multiples of ``step``.
+        step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
+        is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Readers need
+            not know.
+    """
+
+    stored: str
+    step: float = 0.0
+    is_lossy: bool = False
+
+    def patterns(self, x: Tensor, block_shape: tuple[int, int] | None = None) -> Patterns:
+        """Return the patterns of values, of the same shape.
+
+        Args:
+            x: Contiguous, on the CPU.
+            block_shape: Of a matrix of whole blocks whose unified blocks must not become zero; None where all is flat.
+        """
+        if self.stored != GRID:
+            return bits(x.to(getattr(torch, self.stored)))
+        values = _numpy(x)
+        steps = np.rint(np.abs(values) / values.dtype.type(self.step)).astype(np.uint16)
+        negative = np.signbit(values)
+        if self.is_lossy:
+            if block_shape is not None:
+                steps[_in_unified_blocks(bits(x), block_shape) & (values != 0) & (steps == 0)] = 1
+            negative &= steps > 0
+        signed: Patterns = steps | (negative.astype(np.uint16) << np.uint16(15))
+        return signed
+
+    def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
+        """Return the values of patterns, of the same shape, in this dtype."""
+        if self.stored != GRID:
+            return from_bits(u, getattr(torch, self.stored)).to(dtype)
+        wide = _wide(dtype)
+        magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
+        return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def bits(x: Tensor) -> Patterns:
+    """Return the bits of a contiguous floating tensor on the CPU, in the same memory."""
+    signed: NDArray[Any] = x.view(SIGNED[x.element_size()]).numpy()
+    unsigned: Patterns = signed.view(f"u{x.element_size()}")
+    return unsigned
+
+
+def from_bits(u: Patterns, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`bits`."""
+    return torch.from_numpy(u.view(f"i{u.itemsize}")).view(dtype)
+
+
+def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> Form:
+    """Return the form that makes a floating tensor small: exact wherever no loss is allowed, or none fits the bound.
+
+    Args:
+        x: Contiguous, on the CPU.
+        grid: How it is cut; None where it is flat.
+        loss: What may be lost.
+        largest: What ``loss.max_error`` is relative to.
+    """
+    exact = Form(str(x.dtype).removeprefix("torch."))
+    if not x.numel():
+        return exact
+    low, high = (float(value) for value in torch.aminmax(x.view(-1)))
+    top = max(-low, high)
+    if not np.isfinite(top):
+        return exact
+    if loss.value_dtype:
+        rounded = Form(loss.value_dtype)
+        return rounded if _keeps_blocks(x, grid, rounded) else exact
+    step = _exact_step(x.view(-1), top) if top else 0.0
+    if loss.max_error:
+        # Half a step, and what the step, the product and the tensor's own dtype round off.
+        bound = loss.max_error * largest
+        room = bound - (top + 2 * bound) * torch.finfo(x.dtype).eps
+        if room > 0:
+            # a unified block below half a step becomes one step, so that has to be within reach of the smallest one
+            coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
+            if coarse > step and top / coarse < MAX_STEPS - 1:
+                return Form(GRID, float(coarse), is_lossy=True)
+    return Form(GRID, step) if step else exact
+
+
+def _numpy(x: Tensor) -> NDArray[Any]:
+    """Return the values as float64 for float64, else as float32, which holds them exactly."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).numpy()
+
+
+def _wide(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def _exact_step(flat: Tensor, top: float) -> float:
+    """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
+    # A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
+    at = np.unique(np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1 * len(flat)).astype(np.int64)
+    sample = flat[torch.from_numpy(at)]
+    seen = np.unique(np.abs(_numpy(sample)).astype(np.float64))
+    seen = np.append(seen[(seen > 0) & (seen < top)], top)
+    gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
+    for divisor in range(1, 9):  # the smallest gap that was seen need not be one step
+        step = gap / divisor
+        if top / step > MAX_STEPS:
+            return 0.0
+        for value in seen:  # each one larger makes it more precise
+            step = value / max(1, round(value / step))
+        guess = wide(step)
+        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
+            form = Form(GRID, float(near))
+            if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
+                return float(near)
+    return 0.0
+
+
+def _is_exact(flat: Tensor, form: Form) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array_equal(bits(form.values(form.patterns(flat), flat.dtype)), bits(flat))
+
+
+def _in_unified_blocks(u: Patterns, block_shape: tuple[int, int]) -> NDArray[np.bool_]:
+    unified = is_unified(kinds_of(*block_bits(u, block_shape)))
+    return unified.repeat(block_shape[0], 0).repeat(block_shape[1], 1)
+
+
+def _slabs(x: Tensor, grid: BlockGrid) -> Any:
+    """Yield slabs of whole blocks of a tensor, contiguous."""
+    covered = grid.covered(grid.matrix(x))
+    for rows in slabs(len(covered), covered.shape[1], grid.block_shape[0]):
+        yield covered[rows].contiguous()
+
+
+def _smallest_magnitude(x: Tensor, grid: BlockGrid | None) -> float:
+    """Return the smallest magnitude of a unified block that is not zero; infinity if there is none."""
+    smallest = np.inf
+    for slab in _slabs(x, grid) if grid else ():
+        ors, ands = block_bits(bits(slab), grid.block_shape)  # type: ignore[union-attr]
+        found = (ands & ~sign_bit(ands.dtype))[is_unified(kinds_of(ors, ands))]
+        found = found[found > 0]
+        if len(found):  # patterns are ordered as their values
+            smallest = min(smallest, float(from_bits(found.min(keepdims=True), x.dtype)))
+    return smallest
+
+
+def _keeps_blocks(x: Tensor, grid: BlockGrid | None, form: Form) -> bool:
+    """Return whether in this form no finite value overflows, and no unified block becomes zero."""
+    flat = x.view(-1)
+    if not all(torch.isfinite(form.values(form.patterns(flat[s]), x.dtype)).all() for s in slabs(len(flat), 1)):
+        return False
+    for slab in _slabs(x, grid) if grid else ():
+        lost = (slab != 0).numpy() & (form.values(form.patterns(slab), x.dtype) == 0).numpy()
+        if (lost & _in_unified_blocks(bits(slab), grid.block_shape)).any():  # type: ignore[union-attr]
+            return False
+    return True
