@@ -1,0 +1,175 @@
+"""Looks into the forward of small modules: folds batch norm into the layer before it, and ReLU and sums into kernels.
+
+Only a module whose forward takes one tensor and can be traced is changed. Its class, attributes and children stay; its
+``forward`` runs the traced steps while the input is shaped as the example was, and is the old one for any other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel, with_relu
+from lightning_muws.runtime.observe import Calls, Example, has_hooks, observe, replace
+
+NORMS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+
+
+class _OneLevel(fx.Tracer):
+    """Traces a forward down to its children; plain Sequentials are looked through."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is not nn.Sequential or has_hooks(m)
+
+
+def trace(module: nn.Module) -> fx.Graph | None:
+    """Return the steps of the module's forward, or None where they depend on values or use tensors of its own."""
+    try:
+        graph = _OneLevel().trace(module)
+    except Exception:  # noqa: BLE001  a forward is anybody's code, and what tracing it raises is anybody's guess
+        return None
+    if any(node.op == "get_attr" for node in graph.nodes) or sum(n.op == "placeholder" for n in graph.nodes) != 1:
+        return None
+    return graph
+
+
+def fold(model: nn.Module, example: Example) -> int:
+    """Fold each batch norm in eval mode into the Linear or convolution whose only reader it is; return how many.
+
+    The model is changed in place. Both must have run once in the example.
+    """
+    calls, n_folded = observe(model, example), 0
+    for module in _traceable(calls):
+        graph = trace(module)
+        for node in graph.nodes if graph else ():
+            if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+                continue
+            before = node.args[0]
+            if before.op != "call_module" or len(before.users) != 1:
+                continue
+            layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
+            if _folds(layer, norm, calls):
+                fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+                replace(model, layer, fuse(layer, norm))
+                replace(model, norm, nn.Identity())
+                n_folded += 1
+    return n_folded
+
+
+def _folds(layer: nn.Module, norm: nn.Module, calls: Mapping[nn.Module, Calls]) -> bool:
+    """Return whether the norm only scales and shifts the layer's outputs, on the one path that the example took."""
+    if type(layer) not in LAYER_TYPES or type(norm) is not NORMS[type(layer)]:
+        return False
+    if norm.training or norm.running_mean is None or has_hooks(layer) or has_hooks(norm):
+        return False
+    seen = (calls.get(layer), calls.get(norm))
+    if any(c is None or c.n != 1 for c in seen):
+        return False
+    return not isinstance(layer, nn.Linear) or all(x.dim() == 2 for x in calls[layer].inputs)
+
+
+def _traceable(calls: Mapping[nn.Module, Calls]) -> list[nn.Module]:
+    """Return the modules with children whose forward takes one tensor, and did."""
+    return [m for m, seen in calls.items() if seen.takes_one and len(m._modules) and not isinstance(m, Kernel)]
+
+
+class FusedForward(nn.Module):
+    """The forward of a module as traced steps, for inputs of the shape that was traced.
+
+    Args:
+        module: Whose forward it is; it keeps its own.
+        graph: The traced steps.
+        children: The modules that they call.
+        shape: Of the example without its batch; other shapes go the old way.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, children: Mapping[str, nn.Module], shape: torch.Size):
+        super().__init__()
+        self.__dict__["module"] = module  # not a child of its own part
+        self.shape = shape
+        self.steps = fx.GraphModule(dict(children), graph)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the module's forward returns."""
+        if x.shape[1:] == self.shape:
+            return self.steps(x)
+        return type(self.module).forward(self.module, x)
+
+
+def fuse(model: nn.Module, example: Example) -> int:
+    """Let kernels apply the ReLU that follows them, and sums and ReLUs work in place; return how many steps went.
+
+    The model is changed in place. What a kernel packed is shared with its twin that applies ReLU.
+    """
+    n_fused = 0
+    for module, seen in observe(model, example).items():
+        if not (seen.takes_one and len(module._modules) and len(seen.inputs) == 1) or has_hooks(module):
+            continue
+        if isinstance(module, Kernel) or (graph := trace(module)) is None:
+            continue
+        children = {str(n.target): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
+        n = _fuse(graph, children)
+        if n:
+            module.forward = FusedForward(module, graph, children, seen.inputs[0].shape[1:]).forward  # type: ignore[method-assign]
+            n_fused += n
+    return n_fused
+
+
+def add_into(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a + b``, in a's memory where it has the sum's shape and dtype."""
+    return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
+
+
+def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
+    """Rewrite the graph in place, and return how many steps were saved or work in place."""
+    n_fused = 0
+    for node in list(graph.nodes):
+        if node.op == "call_module" and type(children[str(node.target)]) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if _is_relu(node, children) and isinstance(source := node.args[0], fx.Node) and len(source.users) == 1:
+            kernel = children.get(str(source.target)) if source.op == "call_module" else None
+            if isinstance(kernel, Kernel) and not kernel.relu:
+                children[f"{source.target}_relu"] = with_relu(kernel)
+                source.target = f"{source.target}_relu"
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+            elif _is_fresh(source, children):
+                node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
+            else:
+                continue
+            n_fused += 1
+        elif node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
+            a, b = node.args
+            if not (_is_fresh(a, children) and len(a.users) == 1):
+                a, b = b, a
+            if _is_fresh(a, children) and len(a.users) == 1 and isinstance(b, fx.Node) and a is not b:
+                node.target, node.args = add_into, (a, b)
+                n_fused += 1
+    return n_fused
+
+
+def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(children[str(node.target)]) is nn.ReLU
+    return (node.op == "call_function" and node.target in RELUS) or (
+        node.op == "call_method" and node.target in ("relu", "relu_")
+    )
+
+
+def _is_fresh(value: object, children: Mapping[str, nn.Module]) -> bool:
+    """Return whether the step's output is in memory that nothing else looks at."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_module":
+        child = children[str(value.target)]
+        return isinstance(child, Kernel) or (type(child) in LAYER_TYPES and not has_hooks(child))
+    return value.op == "call_function" and value.target in (add_into, *ADDITIONS, torch.relu_)
