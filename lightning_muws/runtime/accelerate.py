@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.blocks import find_block_shape
-from lightning_muws.runtime.choose import ERRORS, Choice, build_all, choose, describe
+from lightning_muws.runtime.choose import ERRORS, Choice, build_all, choose, describe, left_alone
 from lightning_muws.runtime.graph import fold, fuse
-from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
-from lightning_muws.runtime.kernels.base import LAYER_TYPES
+from lightning_muws.runtime.kernels import DENSE, KERNELS
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
 from lightning_muws.runtime.network import bf16_form, dense_forms, expected_output, judge
-from lightning_muws.runtime.observe import Calls, Example, has_hooks, inference, observe
+from lightning_muws.runtime.observe import Calls, Example, inference, observe
 from lightning_muws.runtime.observe import replace as replace_module
 from lightning_muws.runtime.speed import LayerSpeed, Machine, SpeedReport
+from lightning_muws.runtime.stored import void
 from lightning_muws.runtime.timing import Timing, clock_for
 
 LAYER_TIMING = Timing(rounds=9, least_rounds=3, budget_s=0.5)
@@ -45,7 +46,8 @@ class Settings:
     kernels: tuple[str, ...] = tuple(KERNELS)
 
     def __post_init__(self) -> None:
-        if isinstance(self.min_gain, bool) or not isinstance(self.min_gain, (int, float)) or not self.min_gain >= 1:
+        gain: object = self.min_gain  # anything may have been given
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not gain >= 1:
             raise SettingError(f"min_gain={self.min_gain!r} is not allowed: give a number of at least 1, such as 1.1")
         if self.dtype not in ("", "float32", "bfloat16"):
             raise SettingError(f"dtype={self.dtype!r} is not allowed: give None, torch.float32 or torch.bfloat16")
@@ -96,7 +98,9 @@ def accelerate(
         >>> torch.testing.assert_close(fast(torch.ones(3, 512)), model(torch.ones(3, 512)))
     """
     settings = Settings(
-        min_gain, "" if dtype is None else str(dtype).removeprefix("torch."), tuple(KERNELS if kernels is None else kernels)
+        min_gain,
+        "" if dtype is None else str(dtype).removeprefix("torch."),
+        tuple(KERNELS if kernels is None else kernels),
     )
     source = getattr(model, "_orig_mod", model)
     if source.training:
@@ -108,10 +112,25 @@ def accelerate(
         return _accelerate(model, source, Example.of(example_input), settings, plan, block_shapes or {})
 
 
+class Root(nn.Module):
+    """Holds the model, so that one which is a single layer can be swapped like any other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        return self.model(*args, **kwargs)
+
+
 def _check_names(source: nn.Module, block_shapes: Mapping[str, tuple[int, int]]) -> None:
     names = {name.removeprefix(PREFIX) for name, _ in source.named_parameters(remove_duplicate=False)}
     if unknown := [name for name in block_shapes if name.removeprefix(PREFIX) not in names]:
-        raise SettingError(f"block_shapes names {unknown[:3]!r}, which the model does not have: give its weights' names")
+        raise SettingError(
+            f"block_shapes names {unknown[:3]!r}, which the model does not have: give its weights' names"
+        )
 
 
 def _accelerate(
@@ -123,7 +142,7 @@ def _accelerate(
     block_shapes: Mapping[str, tuple[int, int]],
 ) -> tuple[nn.Module, SpeedReport]:
     stored = SpeedReport.load(plan) if isinstance(plan, (str, Path)) else plan
-    root = nn.Sequential(copy.deepcopy(source))  # so that a model that is one layer can be swapped, too
+    root = Root(copy.deepcopy(source))
     n_folded = fold(root, example)
     calls, device = observe(root, example), _device(root)
     report = SpeedReport(
@@ -139,9 +158,9 @@ def _accelerate(
         speedup=1.0,
         n_folded=n_folded,
     )
-    layers = _layers(root, source)
+    layers = _layers(root)
     if stored is not None:
-        why = _void(stored, report, layers, calls)
+        why = void(stored, report, layers, calls)
         if not why:
             return _apply(source, root, example, layers, calls, stored)
         warnings.warn(f"the stored choice of kernels is void, as {why}; everything is measured anew", stacklevel=4)
@@ -151,27 +170,27 @@ def _accelerate(
 def _measure(
     model: nn.Module,
     source: nn.Module,
-    root: nn.Sequential,
+    root: Root,
     example: Example,
     settings: Settings,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     calls: Mapping[nn.Module, Calls],
     block_shapes: Mapping[str, tuple[int, int]],
     report: SpeedReport,
 ) -> tuple[nn.Module, SpeedReport]:
     device = _device(root)
     clock, n_bytes = clock_for(device), sum(p.numel() * p.element_size() for p in root.parameters())
-    names = tuple(dict.fromkeys([*(d for d in DENSE if d in KERNELS), *settings.kernels]))
+    names = tuple(dict.fromkeys([*DENSE, *settings.kernels]))
     choice = Choice(names, settings.min_gain, settings.dtype == "bfloat16", clock, LAYER_TIMING, n_bytes)
     folded = copy.deepcopy(root)
     speeds: list[LayerSpeed] = []
     for name, layer in layers.items():
-        if reason := _left_alone(layer, calls.get(layer)):
+        if reason := left_alone(layer, calls.get(layer)):
             speeds.append(LayerSpeed(name, describe(layer), reason=reason))
             continue
         given = block_shapes.get(f"{name}.weight")
-        shape = tuple(given) if given else find_block_shape(layer.weight)
-        speed, module = choose(name, layer, calls[layer].inputs, shape, choice)  # type: ignore[arg-type]
+        shape = (given[0], given[1]) if given else find_block_shape(layer.weight)
+        speed, module = choose(name, layer, calls[layer].inputs, shape, choice)
         replace_module(root, layer, module)
         speeds.append(speed)
     report = replace(report, layers=tuple(speeds))
@@ -197,14 +216,14 @@ def _measure(
     if verdict.chosen == "dense":
         note = f"the best of its accelerated forms runs at {verdict.tried:.2f} times its best dense form's speed"
         return copy.deepcopy(source), replace(report, note=note)
-    return (root if verdict.chosen == "fast" else fused)[0], report
+    return (root if verdict.chosen == "fast" else fused).model, report
 
 
 def _apply(
     source: nn.Module,
-    root: nn.Sequential,
+    root: Root,
     example: Example,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
     calls: Mapping[nn.Module, Calls],
     stored: SpeedReport,
 ) -> tuple[nn.Module, SpeedReport]:
@@ -226,56 +245,13 @@ def _apply(
             warnings.warn(f"{speed.name} stays dense, not {speed.winner}: {why}", stacklevel=5)
     if stored.chosen == "fast_fused":
         fuse(root, example)
-    return root[0], stored
+    return root.model, stored
 
 
-def _void(
-    stored: SpeedReport, here: SpeedReport, layers: Mapping[str, nn.Module], calls: Mapping[nn.Module, Calls]
-) -> str:
-    """Return why a stored report says nothing of this model here, or an empty string."""
-    for field in ("cpu", "capability", "system", "device", "threads", "torch"):
-        then, now = getattr(stored.machine, field), getattr(here.machine, field)
-        if then != now:
-            return f"its {field} is {then!r} and this one's {now!r}"
-    for field in ("inputs", "min_gain", "dtype", "n_folded"):
-        then, now = getattr(stored, field), getattr(here, field)
-        if then != now:
-            return f"its {field} is {then!r} and here {now!r}"
-    if [s.name for s in stored.layers] != list(layers):
-        return "its layers have other names"
-    for speed in stored.layers:
-        layer = layers[speed.name]
-        reason = _left_alone(layer, calls.get(layer))
-        if describe(layer) != speed.layer or bool(reason) != bool(speed.reason):
-            return f"{speed.name} is a {describe(layer)} {reason} and was a {speed.layer} {speed.reason}"
-        if not reason and speed.n_nonzero != int(torch.count_nonzero(layer.weight)):
-            return f"{speed.name} has other weights pruned"
-        if speed.winner not in KERNELS:
-            return f"there is no kernel {speed.winner!r} here"
-    return ""
-
-
-def _layers(root: nn.Module, source: nn.Module) -> dict[str, nn.Module]:
+def _layers(root: nn.Module) -> dict[str, Layer]:
     """Return every Linear, Conv1d and Conv2d under its name in the model as given."""
-    del source
-    kinds = tuple(LAYER_TYPES)
-    found = {name: m for name, m in root.named_modules() if isinstance(m, kinds)}
-    return {name.removeprefix("0").removeprefix(".").replace(PREFIX, ""): layer for name, layer in found.items()}
-
-
-def _left_alone(layer: nn.Module, seen: Calls | None) -> str:
-    """Return why a layer is not measured, or an empty string."""
-    if type(layer) not in LAYER_TYPES:
-        return f"a {type(layer).__name__} may compute something else than the layer it inherits from"
-    if has_hooks(layer):
-        return "it has hooks"
-    if layer.weight.dtype not in ERRORS:
-        return f"its weights are of dtype {layer.weight.dtype}"
-    if seen is None or not seen.n:
-        return "the example does not come through it"
-    if not seen.takes_one or not seen.inputs or not seen.inputs[0].numel() or not layer.weight.numel():
-        return "its input is not one tensor with values"
-    return ""
+    found = {name: m for name, m in root.named_modules() if isinstance(m, LAYER_TYPES)}
+    return {name.removeprefix("model").removeprefix(".").replace(PREFIX, ""): layer for name, layer in found.items()}
 
 
 def _device(root: nn.Module) -> torch.device:

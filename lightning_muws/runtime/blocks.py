@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lightning_muws.structure.blocks import BlockGrid
@@ -36,10 +35,7 @@ def find_block_shape(weight: Tensor) -> tuple[int, int]:
         matrix = matrix[: max(1, SAMPLE // matrix.shape[1] // 128) * 128]
     columns = sorted({*COLUMNS, *(taps * n for n in (1, 2, 4))}, reverse=True)
     shares = {
-        (r, c): share
-        for r in ROWS
-        for c in columns
-        if r * c > 1 and (share := _explained(matrix, (r, c))) is not None
+        (r, c): share for r in ROWS for c in columns if r * c > 1 and (share := _explained(matrix, (r, c))) is not None
     }
     n_zero = float((matrix == 0).float().mean())
     most = max(shares.values(), default=0.0)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
 from lightning_muws.runtime.kernels.reference import reference, relative_error
+from lightning_muws.runtime.observe import Calls, has_hooks
 from lightning_muws.runtime.speed import LayerSpeed
 from lightning_muws.runtime.timing import Timing, gain, race
 
@@ -41,7 +43,7 @@ class Choice:
 
 
 def choose(
-    name: str, layer: nn.Module, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
 ) -> tuple[LayerSpeed, nn.Module]:
     """Return what was measured of a layer, and the module that stays: the layer itself where dense does.
 
@@ -97,7 +99,7 @@ def _middle(times: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
 
 
 def build_all(
-    layer: nn.Module, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
 ) -> tuple[dict[str, nn.Module], dict[str, float], dict[str, str]]:
     """Return the kernels that apply and are right, the error of each, and the reasons against the others."""
     expected = [reference(layer, x) for x in inputs]
@@ -114,8 +116,7 @@ def build_all(
             refused[kernel] = f"it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
         wrong = max(
-            relative_error(y, e) if y.shape == e.shape else float("inf")
-            for y, e in zip(outputs, expected, strict=True)
+            relative_error(y, e) if y.shape == e.shape else float("inf") for y, e in zip(outputs, expected, strict=True)
         )
         errors[kernel] = wrong
         limit = ROUNDED_ERROR if kernel in ROUNDED else ERRORS[layer.weight.dtype]
@@ -126,10 +127,24 @@ def build_all(
     return built, errors, refused
 
 
-def describe(layer: nn.Module) -> str:
+def left_alone(layer: Layer, seen: Calls | None) -> str:
+    """Return why a layer is not measured, or an empty string."""
+    if type(layer) not in LAYER_TYPES:
+        return f"a {type(layer).__name__} may compute something else than the layer it inherits from"
+    if has_hooks(layer):
+        return "it has hooks"
+    if layer.weight.dtype not in ERRORS:
+        return f"its weights are of dtype {layer.weight.dtype}"
+    if seen is None or not seen.n:
+        return "the example does not come through it"
+    if not seen.takes_one or not seen.inputs or not seen.inputs[0].numel() or not layer.weight.numel():
+        return "its input is not one tensor with values"
+    return ""
+
+
+def describe(layer: Layer) -> str:
     """Return the layer's type and sizes in few letters."""
-    weight: Tensor = layer.weight
-    sizes = "x".join(map(str, weight.shape))
+    sizes = "x".join(map(str, layer.weight.shape))
     stride = getattr(layer, "stride", (1,))
     extra = f"/{stride[0]}" if any(s != 1 for s in stride) else ""
     return f"{type(layer).__name__} {sizes}{extra}" + (f" g{layer.groups}" if getattr(layer, "groups", 1) != 1 else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +34,7 @@ def trace(module: nn.Module) -> fx.Graph | None:
     """Return the steps of the module's forward, or None where they depend on values or use tensors of its own."""
     try:
         graph = _OneLevel().trace(module)
-    except Exception:  # noqa: BLE001  a forward is anybody's code, and what tracing it raises is anybody's guess
+    except Exception:  # a forward is anybody's code; whatever it raises, it is not traced
         return None
     if any(node.op == "get_attr" for node in graph.nodes) or sum(n.op == "placeholder" for n in graph.nodes) != 1:
         return None
@@ -56,8 +57,7 @@ def fold(model: nn.Module, example: Example) -> int:
                 continue
             layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
             if _folds(layer, norm, calls):
-                fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-                replace(model, layer, fuse(layer, norm))
+                replace(model, layer, _folded(layer, norm))
                 replace(model, norm, nn.Identity())
                 n_folded += 1
     return n_folded
@@ -75,6 +75,12 @@ def _folds(layer: nn.Module, norm: nn.Module, calls: Mapping[nn.Module, Calls]) 
     return not isinstance(layer, nn.Linear) or all(x.dim() == 2 for x in calls[layer].inputs)
 
 
+def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+    folded: nn.Module = fuse(layer, norm)
+    return folded
+
+
 def _traceable(calls: Mapping[nn.Module, Calls]) -> list[nn.Module]:
     """Return the modules with children whose forward takes one tensor, and did."""
     return [m for m, seen in calls.items() if seen.takes_one and len(m._modules) and not isinstance(m, Kernel)]
@@ -90,7 +96,9 @@ class FusedForward(nn.Module):
         shape: Of the example without its batch; other shapes go the old way.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, children: Mapping[str, nn.Module], shape: torch.Size):
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, children: Mapping[str, nn.Module], shape: torch.Size
+    ) -> None:
         super().__init__()
         self.__dict__["module"] = module  # not a child of its own part
         self.shape = shape
@@ -99,8 +107,8 @@ class FusedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what the module's forward returns."""
         if x.shape[1:] == self.shape:
-            return self.steps(x)
-        return type(self.module).forward(self.module, x)
+            return cast("Tensor", self.steps(x))
+        return cast("Tensor", cast("Any", type(self.module)).forward(self.module, x))
 
 
 def fuse(model: nn.Module, example: Example) -> int:
@@ -117,7 +125,7 @@ def fuse(model: nn.Module, example: Example) -> int:
         children = {str(n.target): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
         n = _fuse(graph, children)
         if n:
-            module.forward = FusedForward(module, graph, children, seen.inputs[0].shape[1:]).forward  # type: ignore[method-assign]
+            module.forward = FusedForward(module, graph, children, seen.inputs[0].shape[1:]).forward
             n_fused += n
     return n_fused
 

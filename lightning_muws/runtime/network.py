@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_muws.runtime.graph import fuse
 from lightning_muws.runtime.kernels import dense
-from lightning_muws.runtime.kernels.base import LAYER_TYPES
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
 from lightning_muws.runtime.observe import Example, has_hooks, output_error, replace, tensors_in
 from lightning_muws.runtime.timing import Timing, gain, race
 
@@ -47,7 +47,7 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
     """Return the network dense in every way that torch has: as given, folded, channels last, and oneDNN-prepacked."""
     forms: dict[str, Form] = {"dense": (given, example), "folded": (folded, example)}
     if any(isinstance(m, nn.Conv2d) for m in folded.modules()):
-        last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+        last = channels_last(copy.deepcopy(folded))
         forms["channels_last"] = last, example.map(_channels_last)
     packed = copy.deepcopy(folded)
     layers = [m for m in packed.modules() if type(m) in LAYER_TYPES and not has_hooks(m)]
@@ -67,7 +67,7 @@ def bf16_form(folded: nn.Module, example: Example) -> dict[str, Form]:
         return {}
     half = copy.deepcopy(folded).to(torch.bfloat16)
     convolves = any(isinstance(m, nn.Conv2d) for m in half.modules())
-    half = half.to(memory_format=torch.channels_last) if convolves else half
+    half = channels_last(half) if convolves else half
     return {"bf16": (half, example.map(lambda x: _channels_last(x.to(torch.bfloat16) if x.is_floating_point() else x)))}
 
 

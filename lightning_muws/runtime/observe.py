@@ -1,4 +1,4 @@
-"""Runs a model on the example: its inputs and outputs whatever they are packed in, and what came through each module."""
+"""Runs a model on the example: inputs and outputs whatever they are packed in, and what came through each module."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def observe(model: nn.Module, example: Example) -> dict[nn.Module, Calls]:
 
     Global hooks are used, as modules with hooks of their own may go another way.
     """
-    inside, calls = set(model.modules()), {}
+    inside = set(model.modules())
+    calls: dict[nn.Module, Calls] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module not in inside:

@@ -30,7 +30,7 @@ class Machine:
     system: str
     device: str
     threads: int
-    torch: str
+    torch_version: str
 
     @classmethod
     def here(cls, device: torch.device) -> Machine:
@@ -45,7 +45,7 @@ class Machine:
             system=platform.system(),
             device=name,
             threads=torch.get_num_threads(),
-            torch=str(torch.__version__),
+            torch_version=str(torch.__version__),
         )
 
 
@@ -205,7 +205,7 @@ class SpeedReport:
         m = self.machine
         whole = ", ".join(f"{name} {1e3 * s:.3f}" for name, s in self.times.items())
         table = Table(
-            title=f"Speed on {m.cpu} ({m.capability}), {m.device}, {m.threads} thread(s), torch {m.torch}",
+            title=f"Speed on {m.cpu} ({m.capability}), {m.device}, {m.threads} thread(s), torch {m.torch_version}",
             caption=f"whole network, ms: {whole}; {self.summary()}. "
             "Layers in ms; theory is 1 / (1 - zeros), gain is over the best dense form; bf16 and int8 only compare.",
         )

@@ -20,7 +20,8 @@ class Timing:
         rounds: Rounds after one to warm up, at most.
         least_rounds: Rounds that are run whatever they cost.
         budget_s: Seconds after which no further round begins.
-        hopeless: After two rounds a task that took more than this times the best is not run again.
+        hopeless: After two rounds a task that took more than this times the best is not run again, nor after one round
+            a task that took more than its square.
     """
 
     rounds: int = 9
@@ -75,9 +76,10 @@ def race(
             tasks[name]()
             if turn:
                 times[name].append(clock() - begin)
-        if turn == 2:
+        if turn in (1, 2):
             best = min(median(times[name]) for name in running)
-            running = [n for n in running if n in keep or median(times[n]) <= timing.hopeless * best]
+            limit = timing.hopeless if turn == 2 else timing.hopeless**2
+            running = [n for n in running if n in keep or median(times[n]) <= limit * best]
     return times
 
 

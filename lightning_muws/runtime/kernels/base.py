@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these: a subclass may compute something else
 
 
@@ -48,7 +50,7 @@ class Kernel(nn.Module):
         relu: Whether ReLU ends it.
     """
 
-    def __init__(self, layer: nn.Module, relu: bool) -> None:
+    def __init__(self, layer: Layer, relu: bool) -> None:
         super().__init__()
         self.relu = relu
         self.stands_for = f"{type(layer).__name__}({layer.extra_repr()})"
@@ -68,6 +70,11 @@ class Kernel(nn.Module):
         return self.stands_for + (", relu" if self.relu else "")
 
 
+def convolution_of(layer: Layer) -> Convolution | None:
+    """Return how the layer slides, or None of a Linear."""
+    return None if isinstance(layer, nn.Linear) else Convolution.of(layer)
+
+
 def with_relu(kernel: Kernel) -> Kernel:
     """Return the same kernel with ReLU at its end; both share what is packed, also after a move to a device."""
     twin = copy.copy(kernel)
@@ -75,7 +82,12 @@ def with_relu(kernel: Kernel) -> Kernel:
     return twin
 
 
-def is_plain(layer: nn.Module) -> bool:
+def channels_last(module: nn.Module) -> nn.Module:
+    """Move the module's convolution weights to channels last, in place, and return it."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[Layer]:
     """Return whether a kernel of torch operations can stand for the layer: its type, padding and dtype."""
     return (
         type(layer) in LAYER_TYPES
@@ -85,20 +97,18 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
+def matrix_of(layer: Layer) -> Tensor:
     """Return the weight as ``(out, in * kernel)``, detached."""
-    weight: Tensor = layer.weight.detach()
+    weight = layer.weight.detach()
     return weight.reshape(len(weight), -1)
 
 
-def bias_of(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: Layer) -> Tensor | None:
     """Return a copy of the bias, detached, or None."""
-    bias: Tensor | None = layer.bias
-    return None if bias is None else bias.detach().clone()
+    return None if layer.bias is None else layer.bias.detach().clone()
 
 
-def zero_bias(layer: nn.Module) -> Tensor:
+def zero_bias(layer: Layer) -> Tensor:
     """Return the bias, zeros where there is none."""
-    weight: Tensor = layer.weight
-    bias = bias_of(layer)
+    weight, bias = layer.weight, bias_of(layer)
     return torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if bias is None else bias

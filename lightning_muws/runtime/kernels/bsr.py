@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, bias_of, is_plain, matrix_of
+from lightning_muws.runtime.kernels.base import Convolution, Kernel, Layer, bias_of, convolution_of, is_plain, matrix_of
 
 WORTH = 0.6  # of the blocks left; above, it has never won (measured: break-even at 25 to 40 %)
 SIDES = {"cpu": (16, 8, 4), "cuda": (64, 32, 16)}  # Triton's products need 16
@@ -25,9 +25,14 @@ class Bsr(Kernel):
         side: Rows and columns of a block.
     """
 
-    def __init__(self, layer: nn.Module, relu: bool, side: int) -> None:
+    first: Tensor
+    column: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Layer, relu: bool, side: int) -> None:
         super().__init__(layer, relu)
-        self.convolution = Convolution.of(layer) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+        self.convolution = convolution_of(layer)
         self.kernel_size = () if self.convolution is None else tuple(layer.weight.shape[2:])
         matrix = matrix_of(layer)
         self.shape = tuple(matrix.shape)
@@ -71,7 +76,8 @@ class Bsr(Kernel):
         return y if batched is x else y.squeeze(0)
 
     def _unfolded(self, x: Tensor, c: Convolution) -> Tensor:
-        kernel, stride, dilation, padding = self.kernel_size, c.stride, c.dilation, c.padding
+        kernel, stride, dilation = self.kernel_size, c.stride, c.dilation
+        padding = tuple(int(p) for p in c.padding)  # build refuses "same" and "valid"
         if c.n_spatial == 1:
             x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
             padding = (0, *padding)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, bias_of, is_plain, zero_bias
+from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, convolution_of, is_plain, zero_bias
 
 WORTH = 0.95  # of the weights left; above, nothing is won
 
@@ -21,17 +21,23 @@ class Compact(Kernel):
         columns: Inputs with one.
     """
 
-    def __init__(self, layer: nn.Module, relu: bool, rows: Tensor, columns: Tensor) -> None:
+    weight: Tensor
+    bias: Tensor | None
+    columns: Tensor | None
+    rows: Tensor | None
+    constant: Tensor
+
+    def __init__(self, layer: Layer, relu: bool, rows: Tensor, columns: Tensor) -> None:
         super().__init__(layer, relu)
-        weight: Tensor = layer.weight.detach()
-        self.convolution = Convolution.of(layer) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+        weight = layer.weight.detach()
+        self.convolution = convolution_of(layer)
         n_out, n_in = len(weight), weight.shape[1]
         bias = bias_of(layer)
         self.register_buffer("weight", weight[rows][:, columns].contiguous())
         self.register_buffer("columns", columns if len(columns) < n_in else None)
         self.register_buffer("rows", rows if len(rows) < n_out else None)
         self.register_buffer("bias", bias if bias is None or len(rows) == n_out else bias[rows])
-        self.register_buffer("constant", zero_bias(layer) if len(rows) < n_out else None)
+        self.register_buffer("constant", zero_bias(layer))
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the small layer's output, and the bias where every weight is zero."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, bias_of, is_plain
+from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, channels_last, convolution_of, is_plain
 
 
 def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
@@ -27,9 +27,12 @@ class Prepacked(Kernel):
         keep_layout: Give the output in the input's memory format; otherwise as oneDNN leaves it, channels last.
     """
 
-    def __init__(self, layer: nn.Module, relu: bool, keep_layout: bool = True) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Layer, relu: bool, keep_layout: bool = True) -> None:
         super().__init__(layer, relu)
-        self.convolution = Convolution.of(layer) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+        self.convolution = convolution_of(layer)
         self.keep_layout = keep_layout
         self.register_buffer("weight", layer.weight.detach().clone())
         self.register_buffer("bias", bias_of(layer))
@@ -59,14 +62,15 @@ class Prepacked(Kernel):
             return y.relu_() if self.relu else y
         attribute = "relu" if self.relu else "none"
         if c is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight(), self.bias, attribute, [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self._weight(), self.bias, attribute, [], "")
+            return cast("Tensor", y)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         y = torch.ops.mkldnn._convolution_pointwise(
             batched, self._weight(), self.bias, c.padding, c.stride, c.dilation, c.groups, attribute, [], ""
         )
         if self.keep_layout and batched.is_contiguous():
             y = y.contiguous()
-        return y if x.dim() == 4 else y.squeeze(0)
+        return cast("Tensor", y if x.dim() == 4 else y.squeeze(0))
 
 
 def build_prepacked(
@@ -80,7 +84,9 @@ def prepacked(layer: nn.Module, *, relu: bool = False, keep_layout: bool) -> Pre
     """Return the layer prepacked, or None where oneDNN does not have it."""
     if not is_plain(layer) or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return None
-    if not torch.backends.mkldnn.is_available() or isinstance(layer, nn.Conv1d) or not layer.weight.numel():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
+        return None
+    if isinstance(layer, nn.Conv1d) or not layer.weight.numel():
         return None
     if isinstance(layer, nn.Conv2d) and isinstance(layer.padding, str):
         return None
@@ -95,24 +101,27 @@ def prepacked(layer: nn.Module, *, relu: bool = False, keep_layout: bool) -> Pre
 class HalfPrecision(Kernel):
     """The layer computed in bfloat16, between float32 inputs and outputs."""
 
-    def __init__(self, layer: nn.Module, relu: bool) -> None:
+    def __init__(self, layer: Layer, relu: bool) -> None:
         super().__init__(layer, relu)
-        half = copy.deepcopy(layer).to(torch.bfloat16)
-        self.half = half.to(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else half
-        self.half.requires_grad_(False)
+        rounded = copy.deepcopy(layer).to(torch.bfloat16).requires_grad_(False)
+        self.rounded = channels_last(rounded) if isinstance(layer, nn.Conv2d) else rounded
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the layer's output, rounded to bfloat16 on the way."""
-        y: Tensor = self.half(x.to(torch.bfloat16)).to(x.dtype)
+        y: Tensor = self.rounded(x.to(torch.bfloat16)).to(x.dtype)
         return y.contiguous()
 
 
-def build_bf16(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
+def build_bf16(
+    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
+) -> nn.Module | None:
     """Return the float32 layer computed in bfloat16."""
     return HalfPrecision(layer, relu) if is_plain(layer) and layer.weight.dtype == torch.float32 else None
 
 
-def build_int8(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
+def build_int8(
+    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
+) -> nn.Module | None:
     """Return a Linear on a CPU with weights in int8 and its input quantised as it comes, where torch still has it."""
     if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32 or example.device.type != "cpu":
         return None
@@ -121,7 +130,9 @@ def build_int8(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, 
         try:
             from torch.ao.quantization import quantize_dynamic
 
-            quantized: nn.Module = quantize_dynamic(nn.Sequential(copy.deepcopy(layer)), {nn.Linear})
+            quantized: nn.Module = quantize_dynamic(  # type: ignore[no-untyped-call]  # torch's own
+                nn.Sequential(copy.deepcopy(layer)), {nn.Linear}
+            )
         except (ImportError, RuntimeError):
             return None
     return nn.Sequential(quantized, nn.ReLU()) if relu else quantized

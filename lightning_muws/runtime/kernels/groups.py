@@ -1,4 +1,4 @@
-"""Tall blocks: groups of outputs that share the inputs they keep. Gather, then a batched product or grouped convolution."""
+"""Tall blocks: groups of outputs that share the inputs they keep. Gathered, then multiplied in a batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, is_plain, zero_bias
+from lightning_muws.runtime.kernels.base import Convolution, Kernel, Layer, convolution_of, is_plain, zero_bias
 
 HEIGHTS = (256, 128, 64, 32, 16)  # outputs of a group, tallest first
 WORTH = 0.8  # of the weights computed; above, the gather costs what is saved
@@ -23,9 +23,13 @@ class Groups(Kernel):
         loop: Of a convolution: one after the other, instead of one grouped convolution.
     """
 
-    def __init__(self, layer: nn.Module, relu: bool, kept: Tensor, weight: Tensor, loop: bool) -> None:
+    kept: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Layer, relu: bool, kept: Tensor, weight: Tensor, loop: bool) -> None:
         super().__init__(layer, relu)
-        self.convolution = Convolution.of(layer) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+        self.convolution = convolution_of(layer)
         self.n_out = len(layer.weight)
         self.loop = loop
         n_groups, height = weight.shape[:2]
@@ -59,7 +63,7 @@ class Groups(Kernel):
 def _grouped(layer: nn.Module, relu: bool, loop: bool) -> nn.Module | None:
     if not is_plain(layer) or getattr(layer, "groups", 1) != 1 or not layer.weight.numel():
         return None
-    weight: Tensor = layer.weight.detach()
+    weight = layer.weight.detach()
     used = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
     best: tuple[float, Tensor, int] | None = None
     for height in HEIGHTS:

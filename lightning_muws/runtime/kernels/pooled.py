@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, is_plain, matrix_of, zero_bias
+from lightning_muws.runtime.kernels.base import (
+    Kernel,
+    Layer,
+    convolution_of,
+    is_plain,
+    matrix_of,
+    zero_bias,
+)
 from lightning_muws.structure.blocks import BlockGrid
 
 Build = Callable[..., nn.Module | None]
@@ -31,11 +38,12 @@ class Pooled(Kernel):
         free: The layer of the blocks that are free, and of the edges; None where there are none.
     """
 
-    def __init__(
-        self, layer: nn.Module, relu: bool, rows: int, pool: int, small: Tensor, free: nn.Module | None
-    ) -> None:
+    small: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Layer, relu: bool, rows: int, pool: int, small: Tensor, free: nn.Module | None) -> None:
         super().__init__(layer, relu)
-        self.convolution = Convolution.of(layer) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+        self.convolution = convolution_of(layer)
         self.rows, self.pool, self.n_out = rows, pool, len(layer.weight)
         self.free = free
         self.register_buffer("small", small.contiguous())
@@ -48,7 +56,8 @@ class Pooled(Kernel):
         pooled = x
         if self.pool > 1:
             pooled = x.narrow(axis, 0, self.small.shape[1] * self.pool)
-            pooled = pooled.unflatten(axis, (self.small.shape[1], self.pool)).sum(axis + 1)
+            sizes = (*x.shape[:axis], self.small.shape[1], self.pool, *x.shape[axis + 1 :])
+            pooled = pooled.reshape(sizes).sum(axis + 1)
         y = F.linear(pooled, self.small) if c is None else c(pooled, self.small, None)
         y = y.repeat_interleave(self.rows, axis)
         if (n_edge := self.n_out - y.shape[axis]) > 0:
