@@ -53,6 +53,12 @@ static void place(Plan& p) {
         const int64_t position = phase * p.phase_stride + (a / l.sh) * p.pitch + b / l.sw;
         p.offsets[k] = (int32_t)(c * p.channel_stride + position * p.lanes);
       }
+  if (l.logical) {
+    int32_t* all = p.offsets;
+    p.offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)most<int64_t>(1, l.n_logical));
+    for (int64_t i = 0; i < l.n_logical; i++) p.offsets[i] = all[l.logical[i]];
+    free(all);
+  }
   p.places = (int32_t*)malloc(sizeof(int32_t) * (size_t)(l.h * l.w));
   for (int64_t h = 0; h < l.h; h++)
     for (int64_t w = 0; w < l.w; w++) {

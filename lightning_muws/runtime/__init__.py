@@ -1,0 +1,1 @@
+"""Runs compressed networks fast. Knows no training and no Lightning."""
