@@ -1,0 +1,50 @@
+// Knows what crosses the borders: from Python (plain C, raw pointers) and from the dispatcher to a level.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+// A layer and the shape of its input. Python fills it in; runtime/native/library.py repeats the fields in this order.
+// The weights stay where they are and must outlive the plan.
+struct MuwsLayer {
+  int64_t n, c, h, w;        // input (n, c, h, w); a Linear has h = w = 1
+  int64_t o, oh, ow;         // output (n, o, oh, ow)
+  int64_t kh, kw, sh, sw, ph, pw, groups;
+  int64_t rows, cols;        // of a packed block
+  int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
+  int64_t n_logical;
+  const int32_t* starts;     // (row_blocks + 1)
+  const int32_t* columns;    // (blocks): which block column
+  const int32_t* logical;    // (n_logical) columns of the matrix that block columns are cut from; null: all in order
+  const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
+  const float* bias;         // (row_blocks * rows) or null
+  int64_t relu, bfloat16;
+  int64_t batch_last_in, batch_last_out;  // strides (1, h*w*n, w*n, n) instead of contiguous
+  int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image
+};
+
+// Unified blocks of a Linear, for one sample: y = bias (or y, to add to) + sum of magnitude * sign * x.
+struct MuwsSigns {
+  int64_t in, out, rows, cols, row_blocks;
+  const int32_t* starts;
+  const int32_t* columns;
+  const float* magnitudes;   // (blocks)
+  const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
+  const float* bias;         // (row_blocks * rows) or null
+  int64_t add, relu;
+};
+
+typedef void (*MuwsTask)(void* context, int64_t item);
+void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
+float* muws_scratch(int slot, size_t n_floats);  // this thread's, 64-byte aligned
+
+struct MuwsLevel {
+  const char* name;
+  void* (*plan)(const MuwsLayer*);
+  int (*run)(void* plan, const float* x, float* y, int64_t threads);
+  void (*free_plan)(void* plan);
+  void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
+  void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);
+};
+}

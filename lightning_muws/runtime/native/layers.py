@@ -1,0 +1,74 @@
+"""Modules that compute a layer by packed blocks. Their weights are buffers; they only run forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muws.errors import StateError
+from lightning_muws.runtime.native.blocks import Packed
+from lightning_muws.runtime.native.ops import block_sparse_op
+from lightning_muws.runtime.native.run import Geometry, block_sparse
+
+
+class BlockSparse(nn.Module):
+    """A Linear or a convolution by packed blocks.
+
+    Args:
+        packed: The kept blocks of the weight's matrix view.
+        bias: ``(out)`` or None.
+        geometry: What the layer does.
+        n_dims: Dimensions of the input beside the batch: 1 for a Linear, 2 for a Conv1d, 3 for a Conv2d.
+    """
+
+    weights: Tensor
+    starts: Tensor
+    columns: Tensor
+    logical: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None, geometry: Geometry, n_dims: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", packed.weights)
+        self.register_buffer("starts", packed.starts)
+        self.register_buffer("columns", packed.columns)
+        self.register_buffer("logical", packed.logical)
+        if bias is not None:
+            padded = bias.new_zeros((len(packed.starts) - 1) * packed.rows)
+            padded[: len(bias)] = bias.detach()
+            bias = padded
+        self.register_buffer("bias", bias)
+        self.geometry, self.n_dims = geometry, n_dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output.
+
+        Raises:
+            StateError: If a gradient is asked for, or ``x`` is not float32 on the CPU.
+        """
+        refuse_gradient(x)
+        if self.n_dims == 3:
+            return self.run(x) if x.dim() == 4 else self.run(x.unsqueeze(0)).squeeze(0)
+        if self.n_dims == 2:
+            y = self.run(x.unsqueeze(-2) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(-2)).squeeze(-2)
+            return y if x.dim() == 3 else y.squeeze(0)
+        return self.run(x.reshape(-1, x.shape[-1], 1, 1)).view(*x.shape[:-1], self.geometry.out)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the output of ``x (n, c, h, w)``."""
+        run = block_sparse_op if torch.compiler.is_compiling() else block_sparse
+        return run(x, self.weights, self.starts, self.columns, self.logical, self.bias, self.geometry)
+
+    def extra_repr(self) -> str:
+        """Say the size."""
+        return f"blocks={len(self.columns)}, {self.geometry}"
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Raise where a gradient is asked for.
+
+    Raises:
+        StateError: If ``x`` requires one and gradients are enabled.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise StateError("a native layer has no gradient: run it under torch.inference_mode(), or train the dense model")
