@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.blocks import find_block_shape
 from lightning_muws.runtime.choose import ERRORS, Choice, build_all, choose, describe, left_alone
-from lightning_muws.runtime.graph import fold, fuse
+from lightning_muws.runtime.graph import fold
 from lightning_muws.runtime.kernels import DENSE, KERNELS
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
-from lightning_muws.runtime.network import bf16_form, dense_forms, expected_output, judge
-from lightning_muws.runtime.observe import Calls, Example, inference, observe
+from lightning_muws.runtime.network import bf16_form, dense_forms, expected_output, fast_forms, judge
+from lightning_muws.runtime.observe import Calls, Example, Root, inference, observe
 from lightning_muws.runtime.observe import replace as replace_module
 from lightning_muws.runtime.speed import LayerSpeed, Machine, SpeedReport
 from lightning_muws.runtime.stored import void
@@ -112,19 +112,6 @@ def accelerate(
         return _accelerate(model, source, Example.of(example_input), settings, plan, block_shapes or {})
 
 
-class Root(nn.Module):
-    """Holds the model, so that one which is a single layer can be swapped like any other."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns."""
-        return self.model(*args, **kwargs)
-
-
 def _check_names(source: nn.Module, block_shapes: Mapping[str, tuple[int, int]]) -> None:
     names = {name.removeprefix(PREFIX) for name, _ in source.named_parameters(remove_duplicate=False)}
     if unknown := [name for name in block_shapes if name.removeprefix(PREFIX) not in names]:
@@ -194,8 +181,7 @@ def _measure(
         replace_module(root, layer, module)
         speeds.append(speed)
     report = replace(report, layers=tuple(speeds))
-    fused = copy.deepcopy(root)
-    fast = {"fast": (root, example)} | ({"fast_fused": (fused, example)} if fuse(fused, example) else {})
+    fast = fast_forms(root, example)
     dense = dense_forms(source, folded, example)
     if model is not source:
         dense["compiled"] = model, example
@@ -216,7 +202,7 @@ def _measure(
     if verdict.chosen == "dense":
         note = f"the best of its accelerated forms runs at {verdict.tried:.2f} times its best dense form's speed"
         return copy.deepcopy(source), replace(report, note=note)
-    return (root if verdict.chosen == "fast" else fused).model, report
+    return fast[verdict.chosen][0].model, report
 
 
 def _apply(
@@ -243,9 +229,7 @@ def _apply(
         else:
             why = refused.get(speed.winner, "it does not apply")
             warnings.warn(f"{speed.name} stays dense, not {speed.winner}: {why}", stacklevel=5)
-    if stored.chosen == "fast_fused":
-        fuse(root, example)
-    return root.model, stored
+    return fast_forms(root, example)[stored.chosen][0].model, stored
 
 
 def _layers(root: nn.Module) -> dict[str, Layer]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel, with_relu
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel
 from lightning_muws.runtime.observe import Calls, Example, has_hooks, observe, replace
 
 NORMS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
@@ -130,6 +130,14 @@ def fuse(model: nn.Module, example: Example) -> int:
     return n_fused
 
 
+def keep_batch_last(model: nn.Module) -> int:
+    """Let native layers hand their batch on with its images side by side; return how many do. Changes the model."""
+    kernels = [m for m in model.modules() if hasattr(m, "with_batch_last")]
+    for kernel in kernels:
+        replace(model, kernel, cast("Any", kernel).with_batch_last())
+    return len(kernels)
+
+
 def add_into(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a + b``, in a's memory where it has the sum's shape and dtype."""
     return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
@@ -145,8 +153,8 @@ def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
     for node in list(graph.nodes):
         if _is_relu(node, children) and isinstance(source := node.args[0], fx.Node) and len(source.users) == 1:
             kernel = children.get(str(source.target)) if source.op == "call_module" else None
-            if isinstance(kernel, Kernel) and not kernel.relu:
-                children[f"{source.target}_relu"] = with_relu(kernel)
+            if _is_kernel(kernel):
+                children[f"{source.target}_relu"] = cast("Any", kernel).with_relu()
                 source.target = f"{source.target}_relu"
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
@@ -173,11 +181,16 @@ def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
     )
 
 
+def _is_kernel(module: nn.Module | None) -> bool:
+    """Return whether the module computes a layer and can end it with ReLU."""
+    return hasattr(module, "with_relu")
+
+
 def _is_fresh(value: object, children: Mapping[str, nn.Module]) -> bool:
     """Return whether the step's output is in memory that nothing else looks at."""
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_module":
         child = children[str(value.target)]
-        return isinstance(child, Kernel) or (type(child) in LAYER_TYPES and not has_hooks(child))
+        return _is_kernel(child) or (type(child) in LAYER_TYPES and not has_hooks(child))
     return value.op == "call_function" and value.target in (add_into, *ADDITIONS, torch.relu_)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.runtime.graph import fuse
+from lightning_muws.runtime.graph import fuse, keep_batch_last
 from lightning_muws.runtime.kernels import dense
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
-from lightning_muws.runtime.observe import Example, has_hooks, output_error, replace, tensors_in
+from lightning_muws.runtime.observe import Example, Root, has_hooks, output_error, replace, tensors_in
 from lightning_muws.runtime.timing import Timing, gain, race
 
 FASTER = 1.02  # less is noise, and the model comes back as it was
@@ -58,6 +58,20 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
         fuse(packed, example)
         forms["onednn"] = packed, example
         forms["onednn_channels_last"] = packed, example.map(_channels_last)
+    return forms
+
+
+def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
+    """Return the network of chosen kernels as it is, with its steps fused, and with batches side by side in between."""
+    forms = {"fast": (root, example)}
+    fused = copy.deepcopy(root)
+    if fuse(fused, example):
+        forms["fast_fused"] = fused, example
+    if example.tensors[0].shape[:1] > (1,):
+        batch_last = copy.deepcopy(root)
+        if keep_batch_last(batch_last) > 1:
+            fuse(batch_last, example)
+            forms["fast_batch_last"] = batch_last, example
     return forms
 
 

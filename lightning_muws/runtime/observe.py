@@ -59,6 +59,19 @@ class Example:
         return model(*self.args, **self.kwargs)
 
 
+class Root(nn.Module):
+    """Holds the model, so that one which is a single layer can be swapped like any other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        return self.model(*args, **kwargs)
+
+
 def tensors_in(value: object) -> list[Tensor]:
     """Return the floating tensors of nested tuples, lists and dicts, and the others as well, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -14,15 +14,15 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_muws.runtime.kernels import bsr, compact, dense, groups, pooled
+from lightning_muws.runtime.kernels import bsr, compact, dense, groups, native, pooled
 
 Build = Callable[..., "nn.Module | None"]
 
 
 def _native() -> dict[str, Build]:
     """Return the rows of the native kernels, as far as they are there."""
-    rows: dict[str, Build] = {}
-    for name in ("native", "signs", "table", "native_bf16"):
+    rows: dict[str, Build] = {"native": native.build, "native_bf16": native.build_bfloat16}
+    for name in ("signs", "table"):
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             rows[name] = importlib.import_module(f"{__name__}.{name}").build
     return rows
@@ -36,7 +36,7 @@ KERNELS: dict[str, Build] = {
     "groups": groups.build,
     "groups_loop": groups.build_loop,
     "bsr": bsr.build,
-    "pooled": pooled.builder([*(NATIVE[name] for name in NATIVE if name == "native"), bsr.build, compact.build]),
+    "pooled": pooled.builder([native.build, bsr.build, compact.build]),
     **NATIVE,
     "bf16": dense.build_bf16,
     "int8": dense.build_int8,

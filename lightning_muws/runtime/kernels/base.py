@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these: a subclass may compute something else
@@ -65,6 +66,12 @@ class Kernel(nn.Module):
         y = self.compute(x)
         return y.relu_() if self.relu else y
 
+    def with_relu(self) -> Self:
+        """Return the same kernel with ReLU at its end; both share what is packed, also after a move to a device."""
+        twin = copy.copy(self)
+        twin.relu = True
+        return twin
+
     def extra_repr(self) -> str:
         """Return what it stands for."""
         return self.stands_for + (", relu" if self.relu else "")
@@ -73,13 +80,6 @@ class Kernel(nn.Module):
 def convolution_of(layer: Layer) -> Convolution | None:
     """Return how the layer slides, or None of a Linear."""
     return None if isinstance(layer, nn.Linear) else Convolution.of(layer)
-
-
-def with_relu(kernel: Kernel) -> Kernel:
-    """Return the same kernel with ReLU at its end; both share what is packed, also after a move to a device."""
-    twin = copy.copy(kernel)
-    twin.relu = True
-    return twin
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,19 @@ class BlockSparse(nn.Module):
         run = block_sparse_op if torch.compiler.is_compiling() else block_sparse
         return run(x, self.weights, self.starts, self.columns, self.logical, self.bias, self.geometry)
 
+    def with_relu(self) -> BlockSparse:
+        """Return the same layer with ReLU at its end; both share what is packed, also after a move to a device."""
+        return self._with(relu=1)
+
+    def with_batch_last(self) -> BlockSparse:
+        """Return the same layer with the images of a batch side by side in its output, for others that read it so."""
+        return self._with(batch_lanes=1, batch_last=1)
+
+    def _with(self, **changes: int) -> BlockSparse:
+        twin = copy.copy(self)
+        twin.geometry = self.geometry._replace(**changes)
+        return twin
+
     def extra_repr(self) -> str:
         """Say the size."""
         return f"blocks={len(self.columns)}, {self.geometry}"
@@ -71,4 +86,6 @@ def refuse_gradient(x: Tensor) -> None:
         StateError: If ``x`` requires one and gradients are enabled.
     """
     if x.requires_grad and torch.is_grad_enabled():
-        raise StateError("a native layer has no gradient: run it under torch.inference_mode(), or train the dense model")
+        raise StateError(
+            "a native layer has no gradient: run it under torch.inference_mode(), or train the dense model"
+        )

@@ -127,7 +127,9 @@ def _new_plan(
     last_out: bool,
 ) -> _Plan:
     if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise StateError(f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first")
+        raise StateError(
+            f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first"
+        )
     if name is None:
         raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
     n, c, h, w = x.shape
@@ -170,7 +172,9 @@ def signed_linear(
     if name is None or found is None:
         raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
     if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise StateError(f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first")
+        raise StateError(
+            f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first"
+        )
     x = x.contiguous()
     y = torch.zeros(n_out) if onto is None else onto.clone()
     layer = Signs(x.numel(), n_out, rows, cols, starts.numel() - 1)
