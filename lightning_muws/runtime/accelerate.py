@@ -129,6 +129,10 @@ def _accelerate(
     block_shapes: Mapping[str, tuple[int, int]],
 ) -> tuple[nn.Module, SpeedReport]:
     stored = SpeedReport.load(plan) if isinstance(plan, (str, Path)) else plan
+    if not isinstance(stored, (SpeedReport, type(None))):
+        raise SettingError(
+            f"plan is a {type(plan).__name__}, no speed report: give a report or the path of a saved one"
+        )
     root = Root(copy.deepcopy(source))
     n_folded = fold(root, example)
     calls, device = observe(root, example), _device(root)
@@ -201,6 +205,8 @@ def _measure(
     )
     if verdict.chosen == "dense":
         note = f"the best of its accelerated forms runs at {verdict.tried:.2f} times its best dense form's speed"
+        if "fast" in verdict.refused:
+            note = f"its accelerated form {verdict.refused['fast']}"
         return copy.deepcopy(source), replace(report, note=note)
     return fast[verdict.chosen][0].model, report
 

@@ -27,7 +27,7 @@ def find_block_shape(weight: Tensor) -> tuple[int, int]:
         >>> find_block_shape(weight.view(64, 64))
         (4, 8)
     """
-    matrix = weight.detach().reshape(len(weight), -1).abs()
+    matrix = weight.detach().flatten(1).abs()
     if not matrix.numel():
         return DEFAULT
     taps = matrix.shape[1] // weight.shape[1] if weight.dim() > 2 and weight.shape[1] else 1

@@ -20,6 +20,7 @@ from lightning_muws.runtime.observe import Calls, Example, has_hooks, observe, r
 
 NORMS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADD_INTO = "add_into"  # its name in a graph
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
@@ -138,9 +139,12 @@ def keep_batch_last(model: nn.Module) -> int:
     return len(kernels)
 
 
-def add_into(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a + b``, in a's memory where it has the sum's shape and dtype."""
-    return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
+class AddInto(nn.Module):
+    """Adds in the first one's memory, where that has the sum's shape and dtype."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return ``a + b``."""
+        return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
 
 
 def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
@@ -168,7 +172,8 @@ def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
             if not (_is_fresh(a, children) and len(a.users) == 1):
                 a, b = b, a
             if _is_fresh(a, children) and len(a.users) == 1 and isinstance(b, fx.Node) and a is not b:
-                node.target, node.args = add_into, (a, b)
+                node.op, node.target, node.args = "call_module", ADD_INTO, (a, b)
+                children[ADD_INTO] = AddInto()
                 n_fused += 1
     return n_fused
 
@@ -192,5 +197,5 @@ def _is_fresh(value: object, children: Mapping[str, nn.Module]) -> bool:
         return False
     if value.op == "call_module":
         child = children[str(value.target)]
-        return _is_kernel(child) or (type(child) in LAYER_TYPES and not has_hooks(child))
-    return value.op == "call_function" and value.target in (add_into, *ADDITIONS, torch.relu_)
+        return _is_kernel(child) or isinstance(child, AddInto) or (type(child) in LAYER_TYPES and not has_hooks(child))
+    return value.op == "call_function" and value.target in (*ADDITIONS, torch.relu_)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lightning_muws.runtime.graph import fuse, keep_batch_last
 from lightning_muws.runtime.kernels import dense
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
-from lightning_muws.runtime.observe import Example, Root, has_hooks, output_error, replace, tensors_in
+from lightning_muws.runtime.observe import FAILURES, Example, Root, has_hooks, output_error, replace, tensors_in
 from lightning_muws.runtime.timing import Timing, gain, race
 
 FASTER = 1.02  # less is noise, and the model comes back as it was
@@ -30,9 +31,9 @@ class Verdict:
         errors: Relative error of each.
         best_dense: The fastest dense form.
         chosen: The accelerated form that won; ``dense`` where none did.
-        speedup: The best dense form's seconds over those of the chosen; that of the best accelerated form, for the
-            note, is in ``tried``.
+        speedup: The best dense form's seconds over those of the chosen; 1 where that is dense.
         tried: The speed-up of the best accelerated form, chosen or not.
+        refused: Forms that took no part, each with the reason.
     """
 
     times: dict[str, float]
@@ -41,6 +42,7 @@ class Verdict:
     chosen: str
     speedup: float
     tried: float
+    refused: dict[str, str]
 
 
 def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) -> dict[str, Form]:
@@ -64,12 +66,13 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
 def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
     """Return the network of chosen kernels as it is, with its steps fused, and with batches side by side in between."""
     forms = {"fast": (root, example)}
-    fused = copy.deepcopy(root)
-    if fuse(fused, example):
-        forms["fast_fused"] = fused, example
-    if example.tensors[0].shape[:1] > (1,):
+    with suppress(*FAILURES):  # what a form raises takes it out of the race; of the first, the judge says why
+        fused = copy.deepcopy(root)
+        if fuse(fused, example):
+            forms["fast_fused"] = fused, example
+    with suppress(*FAILURES):
         batch_last = copy.deepcopy(root)
-        if keep_batch_last(batch_last) > 1:
+        if example.tensors[0].shape[:1] > (1,) and keep_batch_last(batch_last) > 1:
             fuse(batch_last, example)
             forms["fast_batch_last"] = batch_last, example
     return forms
@@ -94,7 +97,7 @@ def expected_output(model: nn.Module, example: Example) -> list[Tensor]:
     try:
         double = copy.deepcopy(model).double()
         return tensors_in(example.map(lambda x: x.double() if x.is_floating_point() else x)(double))
-    except (RuntimeError, TypeError, ValueError):
+    except FAILURES:
         return tensors_in(example(model))
 
 
@@ -112,16 +115,20 @@ def judge(
     A form that raises, or whose error is above ``limit`` and four times that of the model as given, takes no part.
     """
     errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
     right: dict[str, Form] = {}
     for name, form in {**dense_ones, **fast_ones, **others}.items():
         try:
             errors[name] = output_error(form[1](form[0]), expected)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except FAILURES as error:
             if name == "dense":
                 raise
+            refused[name] = f"raised {type(error).__name__}: {error}"
             continue
         if name == "dense" or name in others or errors[name] <= max(limit, 4 * errors["dense"]):
             right[name] = form
+        else:
+            refused[name] = f"has a relative error of {errors[name]:.1e}"
     times = race(_tasks({n: f for n, f in right.items() if n in dense_ones}), clock, timing)
     best = min(times, key=lambda name: median(times[name]))
     finalists = {n: f for n, f in right.items() if n == best or n not in dense_ones}
@@ -135,6 +142,7 @@ def judge(
         chosen=chosen,
         speedup=tried if chosen != "dense" else 1.0,
         tried=tried,
+        refused=refused,
     )
 
 

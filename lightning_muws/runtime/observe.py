@@ -16,6 +16,13 @@ from torch.utils import _pytree as pytree
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.kernels.reference import relative_error
 
+FAILURES = (
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # of modules put where others were
 MAX_SHAPES = 4  # of a layer that is called with several: more are not timed
 
 

@@ -99,8 +99,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[Layer]:
 
 def matrix_of(layer: Layer) -> Tensor:
     """Return the weight as ``(out, in * kernel)``, detached."""
-    weight = layer.weight.detach()
-    return weight.reshape(len(weight), -1)
+    return layer.weight.detach().flatten(1)
 
 
 def bias_of(layer: Layer) -> Tensor | None:
