@@ -28,7 +28,7 @@ from lightning_muws.runtime.speed import SpeedReport
 from lightning_muws.runtime.timing import Timing, race
 from tests.strategies import normal
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 EXACT = [name for name in KERNELS if name not in ROUNDED]
 TORCH_ROWS = ["compact", "groups", "groups_loop", "bsr", "pooled"]
 

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from rich.console import Console
 
-console = Console(width=140)
+console = Console(width=170)
 
 
 def say_machine() -> None:

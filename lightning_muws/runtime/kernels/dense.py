@@ -42,7 +42,7 @@ class Prepacked(Kernel):
         return self.__dict__ | {"packed": None}  # oneDNN's tensors can be neither copied nor saved
 
     def _weight(self) -> Tensor:
-        version = self.weight._version  # a state_dict may have been loaded since
+        version = 0 if self.weight.is_inference() else self.weight._version  # a state_dict may have been loaded since
         if self.packed is None or self.packed[0] != version:
             if self.convolution is None:
                 packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
