@@ -11,11 +11,11 @@ struct MuwsLayer {
   int64_t n, c, h, w;        // input (n, c, h, w); a Linear has h = w = 1
   int64_t o, oh, ow;         // output (n, o, oh, ow)
   int64_t kh, kw, sh, sw, ph, pw, groups;
-  int64_t rows, cols;        // of a packed block
+  int64_t rows, cols;        // of a packed block: 1, 2, 4 or 8 by 1 or 4; bfloat16: by 2
   int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
   int64_t n_logical;
   const int32_t* starts;     // (row_blocks + 1)
-  const int32_t* columns;    // (blocks): which block column
+  const int32_t* columns;    // (blocks): the first logical column of each
   const int32_t* logical;    // (n_logical) columns of the matrix that block columns are cut from; null: all in order
   const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
   const float* bias;         // (row_blocks * rows) or null

@@ -38,8 +38,7 @@ def choose_block(matrix: Tensor, block_shape: tuple[int, int], row_limit: int) -
     allowed = [rows for rows in ROW_COSTS if row_limit % rows == 0 or row_limit == len(matrix)]
     costs = {rows: ROW_COSTS[rows] * float(kept(matrix, rows, 1).sum()) for rows in allowed}
     rows = min(costs, key=lambda r: (costs[r], -r))
-    cols = max(c for c in (1, 2, 4, 8, 16) if block_shape[1] % c == 0 and matrix.shape[1] % c == 0)
-    return rows, cols
+    return rows, 4 if block_shape[1] % 4 == 0 and matrix.shape[1] % 4 == 0 else 1
 
 
 def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
@@ -49,7 +48,7 @@ def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
     padded = matrix.new_zeros(len(mask) * rows, n_in)
     padded[:n_out] = matrix
     blocks = padded.view(len(mask), rows, n_in // cols, cols).permute(0, 2, 3, 1)[mask]
-    return Packed(blocks.contiguous(), _starts(mask), mask.nonzero()[:, 1].int(), rows, cols)
+    return Packed(blocks.contiguous(), _starts(mask), cols * mask.nonzero()[:, 1].int(), rows, cols)
 
 
 def pack_pairs(matrix: Tensor, rows: int) -> Packed:
@@ -74,7 +73,7 @@ def pack_pairs(matrix: Tensor, rows: int) -> Packed:
     empty[slot] = False
     logical[empty] = logical[empty.nonzero()[:, 0] - 1]
     halves = weights.view(n_pairs, 2, rows).transpose(1, 2).to(torch.bfloat16).contiguous()
-    return Packed(halves, starts, torch.arange(n_pairs, dtype=torch.int32), rows, 2, logical.int())
+    return Packed(halves, starts, 2 * torch.arange(n_pairs, dtype=torch.int32), rows, 2, logical.int())
 
 
 def _starts(mask: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def block_sparse(
         x: float32 on the CPU, any strides.
         weights: ``(blocks, cols, rows)``; as bfloat16 ``(blocks, cols / 2, rows, 2)``.
         starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
-        columns: ``(blocks)`` int32, the block column of each.
-        logical: ``(n)`` int32, columns of the matrix the block columns are cut from, or None for all.
+        columns: ``(blocks)`` int32, the first logical column of each.
+        logical: ``(n)`` int32, the column of the matrix each logical column is, or None for all in order.
         bias: ``(block rows * rows)`` or None.
         geometry: The numbers of :class:`Geometry`.
     """
