@@ -16,9 +16,7 @@ from lightning_muws.runtime.native.run import Geometry
 FEWEST_GROUP_OUTPUTS = 4  # below, as in a depthwise convolution, a loaded input is hardly used
 
 
-def build(
-    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-) -> BlockSparse | None:
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> BlockSparse | None:
     """Return the layer by packed float32 blocks, or None where the native kernels do not apply."""
     geometry = geometry_of(layer, example, relu)
     if geometry is None:
@@ -26,9 +24,12 @@ def build(
     matrix, bias = matrix_of(layer)
     rows, cols = choose_block(matrix, block_shape, geometry.out // geometry.groups)
     packed = pack(matrix, rows, cols)
-    return _fastest(lambda lanes: BlockSparse(
-        packed, bias, geometry._replace(rows=rows, cols=cols, batch_lanes=lanes), _n_dims(layer)
-    ), example)
+    return _fastest(
+        lambda lanes: BlockSparse(
+            packed, bias, geometry._replace(rows=rows, cols=cols, batch_lanes=lanes), _n_dims(layer)
+        ),
+        example,
+    )
 
 
 def build_bfloat16(
@@ -41,9 +42,12 @@ def build_bfloat16(
     matrix, bias = matrix_of(layer)
     rows, _ = choose_block(matrix, block_shape, geometry.out // geometry.groups)
     packed = pack_pairs(matrix, rows)
-    return _fastest(lambda lanes: BlockSparse(
-        packed, bias, geometry._replace(rows=rows, cols=2, bfloat16=1, batch_lanes=lanes), _n_dims(layer)
-    ), example)
+    return _fastest(
+        lambda lanes: BlockSparse(
+            packed, bias, geometry._replace(rows=rows, cols=2, bfloat16=1, batch_lanes=lanes), _n_dims(layer)
+        ),
+        example,
+    )
 
 
 def matrix_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

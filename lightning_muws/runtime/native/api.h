@@ -24,15 +24,14 @@ struct MuwsLayer {
   int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image
 };
 
-// Unified blocks of a Linear, for one sample: y = bias (or y, to add to) + sum of magnitude * sign * x.
+// Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.
 struct MuwsSigns {
-  int64_t in, out, rows, cols, row_blocks;
+  int64_t o, rows, cols, row_blocks;
   const int32_t* starts;
-  const int32_t* columns;
+  const int32_t* columns;    // (blocks): the first column of each
   const float* magnitudes;   // (blocks)
   const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
-  const float* bias;         // (row_blocks * rows) or null
-  int64_t add, relu;
+  int64_t relu;
 };
 
 typedef void (*MuwsTask)(void* context, int64_t item);
