@@ -6,29 +6,29 @@
 extern "C" {
 
 extern const MuwsLevel muws_level_portable;
-#if defined(MUWS_X86)
-extern const MuwsLevel muws_level_avx2, muws_level_avx512;
-#if defined(MUWS_BF16)
-extern const MuwsLevel muws_level_avx512_bf16;
-#endif
-#endif
+extern const MuwsLevel muws_level_avx2, muws_level_avx512, muws_level_avx512_bf16;  // where they were compiled
 
 #define MUWS_PUBLIC __attribute__((visibility("default")))
 
 // The level of this name, the best of this CPU where the name is empty; null where this CPU or this build has it not.
 static const MuwsLevel* find(const char* name) {
-#if defined(MUWS_X86)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool any = !*name;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(MUWS_BF16)
+  (void)any, (void)avx512;
+#if defined(MUWS_HAVE_AVX512_BF16)
   if (avx512 && __builtin_cpu_supports("avx512bf16") && (any || !strcmp(name, "avx512_bf16")))
     return &muws_level_avx512_bf16;
 #endif
+#if defined(MUWS_HAVE_AVX512)
   if (avx512 && (any || !strcmp(name, "avx512"))) return &muws_level_avx512;
+#endif
+#if defined(MUWS_HAVE_AVX2)
   if (avx2 && (any || !strcmp(name, "avx2"))) return &muws_level_avx2;
+#endif
 #endif
   return !*name || !strcmp(name, "portable") ? &muws_level_portable : nullptr;
 }

@@ -11,11 +11,11 @@ struct MuwsLayer {
   int64_t n, c, h, w;        // input (n, c, h, w); a Linear has h = w = 1
   int64_t o, oh, ow;         // output (n, o, oh, ow)
   int64_t kh, kw, sh, sw, ph, pw, groups;
-  int64_t rows, cols;        // of a packed block
+  int64_t rows, cols;        // of a packed block: 1, 2, 4 or 8 by 1 or 4; bfloat16: by 2
   int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
   int64_t n_logical;
   const int32_t* starts;     // (row_blocks + 1)
-  const int32_t* columns;    // (blocks): which block column
+  const int32_t* columns;    // (blocks): the first logical column of each
   const int32_t* logical;    // (n_logical) columns of the matrix that block columns are cut from; null: all in order
   const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
   const float* bias;         // (row_blocks * rows) or null
@@ -24,15 +24,14 @@ struct MuwsLayer {
   int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image
 };
 
-// Unified blocks of a Linear, for one sample: y = bias (or y, to add to) + sum of magnitude * sign * x.
+// Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.
 struct MuwsSigns {
-  int64_t in, out, rows, cols, row_blocks;
+  int64_t o, rows, cols, row_blocks;
   const int32_t* starts;
-  const int32_t* columns;
+  const int32_t* columns;    // (blocks): the first column of each
   const float* magnitudes;   // (blocks)
   const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
-  const float* bias;         // (row_blocks * rows) or null
-  int64_t add, relu;
+  int64_t relu;
 };
 
 typedef void (*MuwsTask)(void* context, int64_t item);

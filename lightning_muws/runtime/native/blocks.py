@@ -22,6 +22,17 @@ class Packed(NamedTuple):
     logical: Tensor | None = None
 
 
+class PackedSigns(NamedTuple):
+    """Unified blocks; see :func:`~lightning_muws.runtime.native.run.signed_linear`."""
+
+    magnitudes: Tensor
+    minus: Tensor
+    starts: Tensor
+    columns: Tensor
+    rows: int
+    cols: int
+
+
 def kept(matrix: Tensor, rows: int, cols: int) -> Tensor:
     """Return which blocks of ``rows`` by ``cols`` hold anything but zeros, ``(ceil(out / rows), in / cols)`` bool."""
     n_out, n_in = matrix.shape
@@ -38,8 +49,7 @@ def choose_block(matrix: Tensor, block_shape: tuple[int, int], row_limit: int) -
     allowed = [rows for rows in ROW_COSTS if row_limit % rows == 0 or row_limit == len(matrix)]
     costs = {rows: ROW_COSTS[rows] * float(kept(matrix, rows, 1).sum()) for rows in allowed}
     rows = min(costs, key=lambda r: (costs[r], -r))
-    cols = max(c for c in (1, 2, 4, 8, 16) if block_shape[1] % c == 0 and matrix.shape[1] % c == 0)
-    return rows, cols
+    return rows, 4 if block_shape[1] % 4 == 0 and matrix.shape[1] % 4 == 0 else 1
 
 
 def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
@@ -49,7 +59,7 @@ def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
     padded = matrix.new_zeros(len(mask) * rows, n_in)
     padded[:n_out] = matrix
     blocks = padded.view(len(mask), rows, n_in // cols, cols).permute(0, 2, 3, 1)[mask]
-    return Packed(blocks.contiguous(), _starts(mask), mask.nonzero()[:, 1].int(), rows, cols)
+    return Packed(blocks.contiguous(), _starts(mask), cols * mask.nonzero()[:, 1].int(), rows, cols)
 
 
 def pack_pairs(matrix: Tensor, rows: int) -> Packed:
@@ -74,7 +84,26 @@ def pack_pairs(matrix: Tensor, rows: int) -> Packed:
     empty[slot] = False
     logical[empty] = logical[empty.nonzero()[:, 0] - 1]
     halves = weights.view(n_pairs, 2, rows).transpose(1, 2).to(torch.bfloat16).contiguous()
-    return Packed(halves, starts, torch.arange(n_pairs, dtype=torch.int32), rows, 2, logical.int())
+    return Packed(halves, starts, 2 * torch.arange(n_pairs, dtype=torch.int32), rows, 2, logical.int())
+
+
+def pack_signs(matrix: Tensor, rows: int, cols: int) -> tuple[PackedSigns, Tensor]:
+    """Return the unified blocks of ``matrix`` as bits, and the matrix without them.
+
+    ``rows`` and ``cols`` divide the matrix; ``cols`` is 4 with 4 rows, or a multiple of 8.
+    """
+    down, across = len(matrix) // rows, matrix.shape[1] // cols
+    blocks = matrix.view(down, rows, across, cols).transpose(1, 2)
+    flat = blocks.abs().flatten(2)
+    mask = (flat[..., 0] > 0) & (flat == flat[..., :1]).all(2)
+    unified = blocks[mask]
+    width = min(8, cols)
+    below = (unified < 0).view(-1, rows, cols // width, width).transpose(1, 2).reshape(-1, 8)
+    minus = (below * (1 << torch.arange(8))).sum(1).to(torch.uint8)
+    rest = blocks.clone()
+    rest[mask] = 0
+    packed = PackedSigns(flat[..., 0][mask], minus, _starts(mask), cols * mask.nonzero()[:, 1].int(), rows, cols)
+    return packed, rest.transpose(1, 2).reshape(matrix.shape)
 
 
 def _starts(mask: Tensor) -> Tensor:

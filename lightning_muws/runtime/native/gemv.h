@@ -24,7 +24,7 @@ static void dot(const MuwsLayer& l, const float* x, int32_t first, int32_t last,
   vr weight;
   if (l.cols % 4 == 0) {
     for (int32_t i = first; i < last; i++) {
-      const float* p = x + (int64_t)l.columns[i] * l.cols;
+      const float* p = x + l.columns[i];
       for (int64_t c = 0; c < l.cols; c += 4, w += 4 * ROWS)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
@@ -48,7 +48,7 @@ static void dot(const MuwsLayer& l, const float* x, int32_t first, int32_t last,
     for (int32_t i = first; i < last; i++)
       for (int64_t c = 0; c < l.cols; c++, w += ROWS) {
         __builtin_memcpy(&weight, w, sizeof weight);
-        sum[c & 3] += weight * x[l.columns[i] * l.cols + c];
+        sum[c & 3] += weight * x[l.columns[i] + c];
       }
   }
   const vr total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
@@ -65,11 +65,11 @@ static void dot_4x4(const MuwsLayer& l, const float* x, int32_t first, int32_t l
   for (; i + 4 <= last; i += 4, w += 64)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * (int64_t)l.columns[i + j]));
+      const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + l.columns[i + j]));
       sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(w + 16 * j), _mm512_permutevar_ps(in, spread), sum[j]);
     }
   for (; i < last; i++, w += 16) {
-    const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + 4 * (int64_t)l.columns[i]));
+    const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + l.columns[i]));
     sum[0] = _mm512_fmadd_ps(_mm512_loadu_ps(w), _mm512_permutevar_ps(in, spread), sum[0]);
   }
   const vf total = (vf)sum[0] + (vf)sum[1] + (vf)sum[2] + (vf)sum[3];
@@ -83,7 +83,7 @@ static void dot_scalar(const MuwsLayer& l, const float* x, int32_t first, int32_
   const float* w = l.weights + (int64_t)first * l.cols * ROWS;
   for (int32_t i = first; i < last; i++)
     for (int64_t c = 0; c < l.cols; c++, w += ROWS)
-      for (int r = 0; r < ROWS; r++) sum[r] += w[r] * x[l.columns[i] * l.cols + c];
+      for (int r = 0; r < ROWS; r++) sum[r] += w[r] * x[l.columns[i] + c];
   for (int r = 0; r < ROWS; r++) y[r] = sum[r];
 }
 
@@ -92,7 +92,7 @@ static void dot_row(const MuwsLayer& l, const float* x, int32_t first, int32_t l
   vf4 sum[2] = {};
   const float* w = l.weights + (int64_t)first * l.cols;
   for (int32_t i = first; i < last; i++) {
-    const float* p = x + l.columns[i] * l.cols;
+    const float* p = x + l.columns[i];
     for (int64_t c = 0; c < l.cols; c += 4, w += 4) {
       vf4 weight, in;
       __builtin_memcpy(&weight, w, sizeof weight);

@@ -1,4 +1,4 @@
-// Knows how a whole layer runs: items of a few units and rows, each packed, computed tile by tile and written out.
+// Knows how a whole layer runs: items of a few units and rows, each packed as it is read, computed tile by tile.
 #pragma once
 #include "pack.h"
 
@@ -11,106 +11,113 @@ struct Run {
   int64_t row_splits;
 };
 
-// The part of a tile that is output: lanes from .. from + count go to y + to.
-struct Piece {
-  int64_t from, to, count;
+// Where a tile's outputs go: output o, unit u, row r, column c at y + o * output + u * unit + r * row + c * column.
+struct Target {
+  float* y;
+  int64_t output, unit, row, column;
 };
 
-static Blocks blocks_of(const Plan& p, int64_t row_block) {
+// Fill the tile with vectors start .. stop of the rows of a span; return the last output row they read for.
+static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int64_t stop, Tile& tile) {
   const MuwsLayer& l = p.layer;
-  return Blocks{l.columns, l.weights, p.offsets, l.bias ? l.bias + row_block * l.rows : nullptr, l.cols, l.relu != 0};
+  const int64_t per_row = p.lanes == 1 ? ceil_div(l.ow, V) : l.ow, per_unit = per_row * s.n_rows;
+  int64_t last_row = 0;
+  int n = 0;
+  tile.count = (int)(stop - start);
+  tile.whole = true;
+  for (int64_t v = start; v < stop; v++) {
+    const int t = (int)(v - start);
+    tile.start[t] = n;
+    if (p.lanes > 1 || p.by_rows) {
+      const int64_t unit = v / per_unit, row = v % per_unit / per_row;
+      const int64_t column = p.lanes > 1 ? v % per_row : least(v % per_row * V, l.ow - V);
+      const int64_t images = p.lanes > 1 ? least<int64_t>(V, l.n - (s.unit + unit) * V) : V;
+      tile.from[t] = (int32_t)((unit * p.unit_stride + (s.row + row) * p.pitch + column) * p.lanes);
+      tile.pieces[n++] = Piece{unit * to.unit + (s.row + row) * to.row + column * to.column, 0, (int)images};
+      tile.whole = tile.whole && images == V;
+      last_row = most(last_row, s.row + row);
+      continue;
+    }
+    tile.from[t] = (int32_t)(v * V);
+    for (int64_t at = v * V; at < (v + 1) * V;) {
+      const int64_t unit = at / p.unit_stride, row = at % p.unit_stride / p.pitch, column = at % p.unit_stride % p.pitch;
+      if (unit >= s.n_units) break;
+      int64_t count = least((v + 1) * V - at, p.pitch - column);
+      if (row < s.n_rows && column < l.ow) {
+        const int64_t first = at - v * V, there = least(count, l.ow - column);
+        tile.pieces[n++] = Piece{unit * to.unit + row * to.row + column - first, (int)first, (int)there};
+        last_row = most(last_row, row);
+      } else if (row >= s.n_rows) {
+        count = (unit + 1) * p.unit_stride - at;
+      }
+      at += count;
+    }
+    tile.whole = tile.whole && n == tile.start[t] + 1 && tile.pieces[n - 1].count == V;
+    if (n == tile.start[t]) tile.pieces[n++] = Piece{0, 0, 0};  // between two images: nothing to store
+  }
+  tile.start[tile.count] = n;
+  return last_row;
 }
 
-// Run one tile for row blocks first .. last; output row r of block b goes to y + (b * rows + r) * pitch.
-template <class After>
-static void run_tile(const Plan& p, const float* x, const Tile& tile, int64_t first, int64_t last, float* y,
-                     int64_t block_pitch, int64_t pitch, After after) {
+static int64_t count_vectors(const Plan& p, Span s) {
   const MuwsLayer& l = p.layer;
-  const TileFn fn = choose_tile(l.rows, tile.count, l.bfloat16 != 0);
+  if (p.lanes > 1) return s.n_units * s.n_rows * l.ow;
+  if (p.by_rows) return s.n_units * s.n_rows * ceil_div(l.ow, V);
+  return ceil_div((s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow, V);
+}
+
+// Pack as far as some scratch row, some rows ahead.
+static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
+  if (row <= packed) return;
+  const Rows rows{packed, least(p.rows, most(row, packed + p.chunk))};
+  if (p.lanes == 1)
+    (p.layer.bfloat16 ? pack_rows<true> : pack_rows<false>)(p, x, scratch, s, rows);
+  else
+    (p.layer.bfloat16 ? pack_images<true> : pack_images<false>)(p, x, scratch, s, rows);
+  packed = rows.last;
+}
+
+static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, int64_t first, int64_t last) {
+  const MuwsLayer& l = p.layer;
+  const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0);
   const int64_t per_group = l.o / l.groups, group_stride = l.c / l.groups * p.channel_stride;
   for (int64_t b = first; b < last; b++) {
-    const int rows = (int)least(l.rows, l.o - b * l.rows);
+    const Blocks blocks{l.columns, l.weights, p.offsets, l.bias ? l.bias + b * l.rows : nullptr, l.relu != 0};
     const float* from = x + b * l.rows / per_group * group_stride;
-    fn(from, tile, blocks_of(p, b), l.starts[b], l.starts[b + 1], y + (b - first) * block_pitch, pitch, rows);
-    after(b, rows);
+    float* y = to.y + b * l.rows * to.output;
+    fn(from, tile, blocks, l.starts[b], l.starts[b + 1], y, to.output, (int)least(l.rows, l.o - b * l.rows));
   }
 }
 
-// Where input is read in place, the last vector moves back over the one before it rather than past the end.
-static void run_direct(const Plan& p, const float* x, float* y, int64_t first, int64_t last) {
+static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
-  const int64_t plane = l.h * l.w, vectors = ceil_div(plane, V), most = most_vectors(l.rows);
-  const int64_t tiles = ceil_div(vectors, most);
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t start = i * vectors / tiles, stop = (i + 1) * vectors / tiles;
-    Tile tile;
-    tile.count = (int)(stop - start);
-    for (int t = 0; t < tile.count; t++) {
-      const int64_t at = least((start + t) * V, plane - V);
-      tile.from[t] = (int32_t)at;
-      tile.to[t] = at;
+  const int64_t plane = l.oh * l.ow, band_row = s.row, done_outputs = least(l.o, last * l.rows) - first * l.rows;
+  const bool in_place = p.lanes == 1 || l.batch_last_out;
+  float* scratch = p.direct ? nullptr : muws_scratch(0, (size_t)p.scratch_size);
+  const float* from = p.direct ? x + s.unit * l.c * l.h * l.w : scratch;
+  Tile tile;
+  int64_t packed = 0;
+  for (int64_t row = 0; row < s.n_rows; row += p.step) {
+    Span now{s.unit, s.n_units, row, least(p.step, s.n_rows - row)};  // rows of the band
+    Target to{y + s.unit * l.o * plane + band_row * l.ow, plane, l.o * plane, l.ow, 1};
+    if (p.lanes > 1 && in_place) {
+      to = Target{y + band_row * l.ow * l.n + s.unit * V, plane * l.n, V, l.ow * l.n, l.n};
+    } else if (!in_place) {
+      const int64_t count = now.n_rows * l.ow * V;
+      float* done = muws_scratch(1, (size_t)(done_outputs * s.n_units * count));
+      to = Target{done - first * l.rows * s.n_units * count - row * l.ow * V, s.n_units * count, count, l.ow * V, V};
     }
-    run_tile(p, x, tile, first, last, y + first * l.rows * plane, l.rows * plane, plane, [](int64_t, int) {});
+    const int64_t vectors = count_vectors(p, now), tiles = ceil_div(vectors, most_vectors(l.rows));
+    for (int64_t i = 0; i < tiles; i++) {
+      const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
+      if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
+      if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed);
+      run_tile(p, from, tile, to, first, last);
+    }
+    if (in_place) continue;
+    now.row += band_row;
+    unpack_images(p, muws_scratch(1, 0), y, now, first * l.rows, first * l.rows + done_outputs);
   }
-}
-
-static void run_positions(const Plan& p, const float* x, float* y, Span s, int64_t first, int64_t last) {
-  const MuwsLayer& l = p.layer;
-  const int64_t positions = (s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow;
-  const int64_t vectors = ceil_div(positions, V), tiles = ceil_div(vectors, most_vectors(l.rows));
-  const int64_t plane = l.oh * l.ow;
-  alignas(64) float done[8 * 8 * V];
-  Piece pieces[8 * V];
-  int64_t unit = 0, row = 0, column = 0;  // of the next piece
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t start = i * vectors / tiles, stop = (i + 1) * vectors / tiles;
-    Tile tile;
-    tile.count = (int)(stop - start);
-    for (int t = 0; t < tile.count; t++) {
-      tile.from[t] = (int32_t)((start + t) * V);
-      tile.to[t] = t * V;
-    }
-    int n_pieces = 0;
-    while (unit < s.n_units) {
-      const int64_t at = unit * p.unit_stride + row * p.pitch + column - start * V, room = tile.count * V - at;
-      if (room <= 0) break;
-      const int64_t count = least(l.ow - column, room);
-      pieces[n_pieces++] = Piece{at, unit * l.o * plane + row * l.ow + column, count};
-      if ((column += count) < l.ow) break;
-      column = 0;
-      if (++row == s.n_rows) row = 0, unit++;
-    }
-    if (!n_pieces) continue;
-    run_tile(p, x, tile, first, last, done, 0, tile.count * V, [&](int64_t b, int rows) {
-      for (int r = 0; r < rows; r++) {
-        float* to = y + (s.unit * l.o + b * l.rows + r) * plane + s.row * l.ow;
-        for (int i = 0; i < n_pieces; i++) copy(to + pieces[i].to, done + r * tile.count * V + pieces[i].from, pieces[i].count);
-      }
-    });
-  }
-}
-
-static void run_images(const Plan& p, const float* x, float* y, Span s, int64_t first, int64_t last) {
-  const MuwsLayer& l = p.layer;
-  const int64_t count = s.n_rows * l.ow, positions = s.n_units * count, plane = l.oh * l.ow;
-  const int64_t tiles = ceil_div(positions, most_vectors(l.rows));
-  const bool in_place = l.batch_last_out && (s.unit + s.n_units) * V <= l.n;
-  const int64_t outputs = least(l.o, last * l.rows) - first * l.rows;
-  float* done = in_place ? nullptr : muws_scratch(1, (size_t)(outputs * positions * V));
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t start = i * positions / tiles, stop = (i + 1) * positions / tiles;
-    Tile tile;
-    tile.count = (int)(stop - start);
-    for (int t = 0; t < tile.count; t++) {
-      const int64_t at = start + t, unit = at / count, row = at % count / l.ow, column = at % l.ow;
-      tile.from[t] = (int32_t)((unit * p.unit_stride + row * p.pitch + column) * V);
-      tile.to[t] = in_place ? ((s.row + row) * l.ow + column) * l.n + (s.unit + unit) * V : at * V;
-    }
-    const int64_t pitch = in_place ? plane * l.n : positions * V;
-    float* to = in_place ? y + first * l.rows * pitch : done;
-    run_tile(p, x, tile, first, last, to, l.rows * pitch, pitch, [](int64_t, int) {});
-  }
-  if (!in_place) unpack_images(p, done, y, s, first * l.rows, first * l.rows + outputs);
 }
 
 static void run_item(void* context, int64_t item) {
@@ -120,24 +127,13 @@ static void run_item(void* context, int64_t item) {
   const int64_t split = item % run.row_splits, band = item / run.row_splits % p.bands;
   const int64_t group = item / run.row_splits / p.bands;
   const int64_t first = split * l.row_blocks / run.row_splits, last = (split + 1) * l.row_blocks / run.row_splits;
+  if (first == last) return;
   Span s;
   s.unit = group * p.item_units;
   s.n_units = least(p.item_units, p.units - s.unit);
   s.row = band * p.band;
   s.n_rows = least(p.band, l.oh - s.row);
-  if (first == last) return;
-  if (p.direct) {
-    run_direct(p, run.x + s.unit * l.c * l.h * l.w, run.y + s.unit * l.o * l.oh * l.ow, first, last);
-    return;
-  }
-  float* scratch = muws_scratch(0, (size_t)p.scratch_size);
-  if (p.lanes == 1) {
-    (l.bfloat16 ? pack_rows<true> : pack_rows<false>)(p, run.x, scratch, s);
-    run_positions(p, scratch, run.y, s, first, last);
-  } else {
-    (l.bfloat16 ? pack_images<true> : pack_images<false>)(p, run.x, scratch, s);
-    run_images(p, scratch, run.y, s, first, last);
-  }
+  run_span(p, run.x, run.y, s, first, last);
 }
 
 static int run_plan(void* plan, const float* x, float* y, int64_t threads) {

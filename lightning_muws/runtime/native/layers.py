@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import StateError
-from lightning_muws.runtime.native.blocks import Packed
-from lightning_muws.runtime.native.ops import block_sparse_op
-from lightning_muws.runtime.native.run import Geometry, block_sparse
+from lightning_muws.runtime.native.blocks import Packed, PackedSigns
+from lightning_muws.runtime.native.ops import block_sparse_op, signed_linear_op
+from lightning_muws.runtime.native.run import Blocks, Geometry, Plan, signed_linear
+
+PLANS = 32  # kept by a layer: one a shape
 
 
 class BlockSparse(nn.Module):
@@ -41,9 +44,10 @@ class BlockSparse(nn.Module):
             bias = padded
         self.register_buffer("bias", bias)
         self.geometry, self.n_dims = geometry, n_dims
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output.
+        """Return the layer's output, as the dense layer does.
 
         Raises:
             StateError: If a gradient is asked for, or ``x`` is not float32 on the CPU.
@@ -54,12 +58,27 @@ class BlockSparse(nn.Module):
         if self.n_dims == 2:
             y = self.run(x.unsqueeze(-2) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(-2)).squeeze(-2)
             return y if x.dim() == 3 else y.squeeze(0)
+        if x.dim() == 2:
+            return self.run(x[..., None, None])[..., 0, 0]
         return self.run(x.reshape(-1, x.shape[-1], 1, 1)).view(*x.shape[:-1], self.geometry.out)
 
     def run(self, x: Tensor) -> Tensor:
         """Return the output of ``x (n, c, h, w)``."""
-        run = block_sparse_op if torch.compiler.is_compiling() else block_sparse
-        return run(x, self.weights, self.starts, self.columns, self.logical, self.bias, self.geometry)
+        buffers = self._buffers  # quicker than attributes
+        blocks = Blocks(*(buffers[name] for name in Blocks._fields))  # type: ignore[arg-type] # weights is a Tensor
+        if torch.compiler.is_compiling():
+            y: Tensor = block_sparse_op(x, *blocks, list(self.geometry))
+            return y
+        key = (x.dtype, x.shape, x.stride(), *map(id, blocks), blocks.weights.data_ptr())
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(x, blocks, self.geometry)
+        return plan(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}  # they hold addresses
 
     def with_relu(self) -> BlockSparse:
         """Return the same layer with ReLU at its end; both share what is packed, also after a move to a device."""
@@ -77,6 +96,53 @@ class BlockSparse(nn.Module):
     def extra_repr(self) -> str:
         """Say the size."""
         return f"blocks={len(self.columns)}, {self.geometry}"
+
+
+class SignedLinear(nn.Module):
+    """A Linear for one sample at a time: unified blocks by their signs, the others by packed blocks.
+
+    Args:
+        packed: The unified blocks.
+        bias: ``(out)`` or None; None where ``rest`` has it.
+        rest: What the other blocks give, or None where there are none.
+        n_out: Outputs.
+        relu: Whether the output goes through ReLU.
+    """
+
+    magnitudes: Tensor
+    minus: Tensor
+    starts: Tensor
+    columns: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: PackedSigns, bias: Tensor | None, rest: BlockSparse | None, n_out: int, relu: bool
+    ) -> None:
+        super().__init__()
+        for name in ("magnitudes", "minus", "starts", "columns"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.rest = rest
+        self.geometry = [n_out, packed.rows, packed.cols, int(relu)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, one sample after the other.
+
+        Raises:
+            StateError: If a gradient is asked for, or ``x`` is not float32 on the CPU.
+        """
+        refuse_gradient(x)
+        samples = x.reshape(-1, x.shape[-1])
+        outputs = [self.one(sample) for sample in samples]
+        y = outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs) if outputs else x.new_empty(0)
+        return y.view(*x.shape[:-1], self.geometry[0])
+
+    def one(self, x: Tensor) -> Tensor:
+        """Return the output of one sample ``x (in)``."""
+        run = signed_linear_op if torch.compiler.is_compiling() else signed_linear
+        onto = self.bias if self.rest is None else self.rest(x.unsqueeze(0)).squeeze(0)
+        y: Tensor = run(x, self.magnitudes, self.minus, self.starts, self.columns, onto, self.geometry)
+        return y
 
 
 def refuse_gradient(x: Tensor) -> None:

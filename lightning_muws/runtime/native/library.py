@@ -30,9 +30,9 @@ class Signs(ctypes.Structure):
     """``MuwsSigns`` of api.h, field by field."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_int64) for name in ("n_in", "n_out", "rows", "cols", "row_blocks")),
-        *((name, ctypes.c_void_p) for name in ("starts", "columns", "magnitudes", "minus", "bias")),
-        *((name, ctypes.c_int64) for name in ("add", "relu")),
+        *((name, ctypes.c_int64) for name in ("o", "rows", "cols", "row_blocks")),
+        *((name, ctypes.c_void_p) for name in ("starts", "columns", "magnitudes", "minus")),
+        ("relu", ctypes.c_int64),
     ]
 
 
@@ -87,10 +87,10 @@ def level() -> str | None:
 
 
 @functools.cache
-def handle(name: str) -> int:
-    """Return the address of a level that :func:`levels` names."""
+def handle(name: str) -> tuple[ctypes.CDLL, int]:
+    """Return the library and the address of a level that :func:`levels` names."""
     found = library()
     address = found.muws_level(name.encode()) if found is not None else None
-    if not address:
+    if found is None or not address:
         raise SettingError(f"level {name!r} is not allowed here: choose one of {', '.join(levels()) or 'none'}")
-    return int(address)
+    return found, int(address)

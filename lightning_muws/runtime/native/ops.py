@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_muws.runtime.native.run import Geometry, block_sparse, empty_batch_last, is_batch_last, signed_linear
+from lightning_muws.runtime.native.run import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
 
 block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
 signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())
@@ -24,7 +24,7 @@ def _(
     g = Geometry(*geometry)
     shape = g.out_shape(x.shape[0], x.shape[2], x.shape[3])
     if g.batch_lanes and x.shape[0] > 1 and (g.batch_last or is_batch_last(x)):
-        return empty_batch_last(shape)
+        return x.new_empty_strided(shape, batch_last_strides(shape))
     return x.new_empty(shape)
 
 

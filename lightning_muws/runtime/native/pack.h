@@ -27,6 +27,9 @@ template <bool HALF> MUWS_INLINE void copy_rounded(float* to, const float* from,
 struct Span {
   int64_t unit, n_units, row, n_rows;  // units of the batch, output rows of the band
 };
+struct Rows {
+  int64_t first, last;  // of the scratch
+};
 
 // First and one past the last column of a phase that lie inside the input.
 MUWS_INLINE void inside(int64_t phase, int64_t stride, int64_t pad, int64_t size, int64_t pitch, int64_t& a, int64_t& b) {
@@ -35,14 +38,14 @@ MUWS_INLINE void inside(int64_t phase, int64_t stride, int64_t pad, int64_t size
 }
 
 // Write zeros where a unit's padded planes of one channel hold no input.
-static void clear_border(const Plan& p, float* plane, int64_t row) {
+static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
   const MuwsLayer& l = p.layer;
   for (int64_t a = 0; a < p.phases_h; a++)
     for (int64_t b = 0; b < p.phases_w; b++) {
       int64_t first, last;
       inside(b, l.sw, l.pw, l.w, p.pitch, first, last);
-      float* at = plane + (a * p.phases_w + b) * p.phase_stride * p.lanes;
-      for (int64_t i = 0; i < p.rows; i++, at += p.pitch * p.lanes) {
+      float* at = plane + ((a * p.phases_w + b) * p.phase_stride + rows.first * p.pitch) * p.lanes;
+      for (int64_t i = rows.first; i < rows.last; i++, at += p.pitch * p.lanes) {
         const int64_t h = a + l.sh * (row + i) - l.ph;
         if (h < 0 || h >= l.h) {
           clear(at, p.pitch * p.lanes);
@@ -55,7 +58,7 @@ static void clear_border(const Plan& p, float* plane, int64_t row) {
 }
 
 // Lanes over positions: rows are copied, strided rows gathered.
-template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s) {
+template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
   const int64_t tail = p.phase_stride - s.n_units * p.unit_stride;
   for (int64_t c = 0; c < l.c; c++)
@@ -66,7 +69,7 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
         inside(b, l.sw, l.pw, l.w, p.pitch, first, last);
         for (int64_t u = 0; u < s.n_units; u++) {
           const float* image = x + ((s.unit + u) * l.c + c) * l.h * l.w;
-          for (int64_t i = 0; i < p.rows; i++) {
+          for (int64_t i = rows.first; i < rows.last; i++) {
             float* to = phase + u * p.unit_stride + i * p.pitch;
             const int64_t h = a + l.sh * (s.row + i) - l.ph;
             if (h < 0 || h >= l.h) {
@@ -82,7 +85,7 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
             for (int64_t j = last; j < p.pitch; j++) to[j] = 0.0f;
           }
         }
-        if (tail > 0) clear(phase + s.n_units * p.unit_stride, tail);
+        if (tail > 0 && rows.last == p.rows) clear(phase + s.n_units * p.unit_stride, tail);
       }
 }
 
@@ -112,11 +115,11 @@ template <bool HALF> static void pack_plane(const Plan& p, const float* image, f
   }
 }
 
-template <bool HALF> static void pack_images(const Plan& p, const float* x, float* scratch, Span s) {
+template <bool HALF> static void pack_images(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
   const int64_t plane = l.h * l.w, shift = s.row * p.pitch * V;
-  const int64_t first = most<int64_t>(0, s.row * l.sh - l.ph) * l.w;
-  const int64_t last = most(first, least(l.h, (s.row + p.rows) * l.sh - l.ph) * l.w);
+  const int64_t first = most<int64_t>(0, (s.row + rows.first) * l.sh - l.ph) * l.w;
+  const int64_t last = most(first, least(l.h, (s.row + rows.last) * l.sh - l.ph) * l.w);
   const bool bordered = p.pitch != l.w || l.ph || l.pw || p.phases_h * p.phases_w > 1 || l.h < p.rows + s.row;
   for (int64_t u = 0; u < s.n_units; u++) {
     const int64_t start = (s.unit + u) * V, images = least<int64_t>(V, l.n - start);
@@ -133,7 +136,7 @@ template <bool HALF> static void pack_images(const Plan& p, const float* x, floa
     }
     for (int64_t c = 0; c < l.c; c++) {
       float* to = unit + c * p.channel_stride;
-      if (bordered) clear_border(p, to, s.row);
+      if (bordered) clear_border(p, to, s.row, rows);
       if (!l.batch_last_in) {
         pack_plane<HALF>(p, x + (start * l.c + c) * plane, to, shift, images, first, last);
         continue;

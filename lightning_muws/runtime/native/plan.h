@@ -16,11 +16,14 @@ struct Plan {
   int64_t phases_h, phases_w, rows, pitch, unit_stride, phase_stride, channel_stride;
   int64_t scratch_size;
   bool direct;         // 1x1, no border: the input is read where it lies
+  bool by_rows;        // no lanes over images: vectors do not cross rows, the last of a row moves back instead
+  int64_t chunk, step;  // rows packed at a time, output rows finished at a time
   int32_t* offsets;    // of each logical column
   int32_t* places;     // of each input position in its unit, band 0; -1 where no output reads it
 };
 
-constexpr int64_t SCRATCH_BYTES = 384 << 10;  // a band and the weights on their way share a core's second-level cache
+constexpr int64_t SCRATCH_BYTES = 8 << 20;  // of a band: it is packed row by row, just before it is read
+constexpr int64_t CACHED_BYTES = 512 << 10;  // what stays in a core's second-level cache beside the weights
 
 static int64_t phase_rows(const MuwsLayer& l, int64_t band) { return band - 1 + (l.kh - 1) / l.sh + 1; }
 
@@ -81,7 +84,9 @@ static void* make_plan(const MuwsLayer* layer) {
   const bool pointwise = l.kh == 1 && l.kw == 1 && l.sh == 1 && l.sw == 1 && l.ph == 0 && l.pw == 0;
   p->direct = p->lanes == 1 && pointwise && l.h * l.w >= V && !l.bfloat16;
   if (p->direct) {
-    lay_out(*p, l.oh, 1);
+    p->layer.w = p->layer.ow = l.h * l.w;  // a plane is one long row
+    p->layer.h = p->layer.oh = 1;
+    lay_out(*p, 1, 1);
     p->channel_stride = l.h * l.w;
   } else {
     int64_t band = l.oh, units = 1;
@@ -92,10 +97,17 @@ static void* make_plan(const MuwsLayer* layer) {
       const int64_t full = 2 * most_vectors(l.rows);
       const int64_t vectors = p->lanes == 1 ? ceil_div(p->unit_stride, V) : l.oh * l.ow;
       units = least(p->units, most<int64_t>(1, full / vectors));
-      while (units > 1 && 4 * l.c * units * p->unit_stride * p->lanes > SCRATCH_BYTES * 2) units--;
+      while (units > 1 && 4 * l.c * units * p->unit_stride * p->lanes > CACHED_BYTES) units--;
     }
     lay_out(*p, band, units);
   }
+  // a row's worth of waste is worth it where it is less than what stores in pieces cost
+  const int64_t row_vectors = ceil_div(l.ow, V);
+  p->by_rows = p->lanes == 1 && (p->direct || (l.ow >= V && 16 * row_vectors * V <= 17 * l.ow));
+  const int64_t row_bytes = 4 * p->scratch_size / p->rows;
+  p->chunk = p->item_units > 1 ? p->rows : most<int64_t>(ceil_div(V, l.w), CACHED_BYTES / 4 / row_bytes);
+  const int64_t done_bytes = 4 * V * l.o * l.ow * p->item_units;
+  p->step = p->lanes == 1 ? p->band : most<int64_t>(ceil_div(V, l.ow), CACHED_BYTES / done_bytes);
   if (p->scratch_size > INT32_MAX) {
     free(p);
     return nullptr;

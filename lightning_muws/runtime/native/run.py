@@ -1,4 +1,4 @@
-"""Hands tensors to the compiled kernels, and tells torch what comes back: one operator, so one node of a graph."""
+"""Hands tensors to the compiled kernels. A plan is made once for a layer and a shape, then a call is a few numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import StateError
-from lightning_muws.runtime.native.library import Layer, Signs, handle, level, library
+from lightning_muws.runtime.native.library import Layer, Signs, handle, level
 
-PLANS = 512  # kept; a plan is some kilobytes
+PLANS = 512  # kept for the operators; a plan is some kilobytes
+GEMV_SAMPLES = 3  # up to which a Linear reads its weights once for each sample rather than lays samples side by side
 
 
 class Geometry(NamedTuple):
@@ -40,31 +41,82 @@ class Geometry(NamedTuple):
         return n, self.out, oh, ow
 
 
-class _Plan:
-    """A plan in C++ and the memory it points to. It is a pure function of its key: shapes and addresses."""
+class Blocks(NamedTuple):
+    """The tensors of a packed layer.
 
-    def __init__(self, name: str, layer: Layer) -> None:
-        self.layer, self.level, self.found = layer, handle(name), library()
-        self.address = self.found.muws_plan(self.level, ctypes.addressof(layer)) if self.found else None
+    Attributes:
+        weights: ``(blocks, cols, rows)`` float32; as bfloat16 ``(blocks, rows, 2)``.
+        starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
+        columns: ``(blocks)`` int32, the first logical column of each.
+        logical: ``(n)`` int32, the column of the matrix each logical column is, or None for all in order.
+        bias: ``(block rows * rows)`` float32 or None.
+    """
 
-    def __del__(self) -> None:
-        if self.found and self.address:
-            self.found.muws_free_plan(self.level, self.address)
+    weights: Tensor
+    starts: Tensor
+    columns: Tensor
+    logical: Tensor | None
+    bias: Tensor | None
 
 
-_plans: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-
-
-def empty_batch_last(shape: tuple[int, int, int, int]) -> Tensor:
-    """Return new memory for ``(n, c, h, w)`` with the images side by side: strides ``(1, h*w*n, w*n, n)``."""
-    n, c, h, w = shape
-    return torch.empty_strided(shape, (1, h * w * n, w * n, n))
+def batch_last_strides(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the strides of ``(n, c, h, w)`` with the images side by side."""
+    n, _, h, w = shape
+    return 1, h * w * n, w * n, n
 
 
 def is_batch_last(x: Tensor) -> bool:
     """Say whether the images of ``(n, c, h, w)`` lie side by side."""
-    n, _, h, w = x.shape
-    return n > 1 and x.stride() == (1, h * w * n, w * n, n)
+    return x.shape[0] > 1 and x.stride() == batch_last_strides(x.shape)
+
+
+class Plan:
+    """A layer and the shape and strides of its input, ready to run."""
+
+    def __init__(self, x: Tensor, blocks: Blocks, g: Geometry) -> None:
+        self.blocks = blocks  # the plan in C++ points into them
+        self.found, self.level = _level_for(x)
+        self.last_in = bool(g.batch_lanes) and is_batch_last(x)
+        self.is_ready = self.last_in or x.is_contiguous()
+        n, c, h, w = x.shape
+        self.shape = g.out_shape(n, h, w)
+        last_out = bool(g.batch_lanes) and n > 1 and (self.last_in or bool(g.batch_last))
+        self.strides = batch_last_strides(self.shape) if last_out else None
+        layer = Layer(n, c, h, w, *self.shape[1:], *g[1:8], g.rows, g.cols, blocks.starts.numel() - 1)
+        layer.n_logical = 0 if blocks.logical is None else blocks.logical.numel()
+        for name, tensor in blocks._asdict().items():
+            setattr(layer, name, 0 if tensor is None else tensor.data_ptr())
+        layer.relu, layer.bfloat16, layer.batch_lanes = g.relu, g.bfloat16, g.batch_lanes
+        layer.batch_last_in, layer.batch_last_out = int(self.last_in), int(last_out)
+        self.layer, self.address = layer, None
+        is_linear = g.kernel_h * g.kernel_w * h * w == 1
+        self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16
+        if self.is_gemv or 0 in self.shape:
+            return
+        self.address = self.found.muws_plan(self.level, ctypes.addressof(layer))
+        if not self.address:
+            raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: lower the batch")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the output for an ``x`` of this plan's shape and strides."""
+        if not self.is_ready:
+            x = x.contiguous()
+        y = torch.empty(self.shape) if self.strides is None else torch.empty_strided(self.shape, self.strides)
+        if self.address:
+            run, what = self.found.muws_run, self.address
+        elif self.is_gemv:
+            run, what = self.found.muws_gemv, ctypes.addressof(self.layer)
+        else:
+            return y
+        run(self.level, what, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def __del__(self) -> None:
+        if getattr(self, "address", None):
+            self.found.muws_free_plan(self.level, self.address)
+
+
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
 def block_sparse(
@@ -76,75 +128,19 @@ def block_sparse(
     bias: Tensor | None,
     geometry: list[int],
 ) -> Tensor:
-    """Return the convolution of ``x (n, c, h, w)`` with packed blocks, ``(n, out, oh, ow)`` float32.
+    """Return the convolution of ``x (n, c, h, w)`` with :class:`Blocks`, ``(n, out, oh, ow)`` float32.
 
-    The layout of what comes back is contiguous, unless the geometry says ``batch_last`` or ``x`` has it.
-
-    Args:
-        x: float32 on the CPU, any strides.
-        weights: ``(blocks, cols, rows)``; as bfloat16 ``(blocks, cols / 2, rows, 2)``.
-        starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
-        columns: ``(blocks)`` int32, the block column of each.
-        logical: ``(n)`` int32, columns of the matrix the block columns are cut from, or None for all.
-        bias: ``(block rows * rows)`` or None.
-        geometry: The numbers of :class:`Geometry`.
+    It is contiguous, unless the :class:`Geometry` says ``batch_last`` or ``x`` has its images side by side.
     """
-    g = Geometry(*geometry)
-    last_in = bool(g.batch_lanes) and is_batch_last(x)
-    if not last_in:
-        x = x.contiguous()
-    out_shape = g.out_shape(x.shape[0], x.shape[2], x.shape[3])
-    last_out = bool(g.batch_lanes) and x.shape[0] > 1 and (last_in or bool(g.batch_last))
-    y = empty_batch_last(out_shape) if last_out else torch.empty(out_shape)
-    if not y.numel():
-        return y
-    name = level()
-    tensors = (starts, columns, logical, weights, bias)
-    pointers = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    key = (name, x.shape, last_in, last_out, *geometry, *pointers)
+    blocks = Blocks(weights, starts, columns, logical, bias)
+    pointers = tuple(0 if t is None else t.data_ptr() for t in blocks)
+    key = (level(), x.dtype, x.shape, x.stride(), *geometry, *pointers)  # a plan is a pure function of these
     plan = _plans.get(key)
     if plan is None:
-        plan = _new_plan(key, name, x, out_shape, g, starts, logical, pointers, last_in, last_out)
-    found, threads = plan.found, torch.get_num_threads()
-    assert found is not None  # noqa: S101  for the type checker: _new_plan saw to it
-    if g.kernel_h * g.kernel_w * x.shape[2] * x.shape[3] == 1 and x.shape[0] < 4 and not g.bfloat16 and logical is None:
-        found.muws_gemv(plan.level, ctypes.addressof(plan.layer), x.data_ptr(), y.data_ptr(), threads)
-    else:
-        found.muws_run(plan.level, plan.address, x.data_ptr(), y.data_ptr(), threads)
-    return y
-
-
-def _new_plan(
-    key: tuple[Any, ...],
-    name: str | None,
-    x: Tensor,
-    out_shape: tuple[int, int, int, int],
-    g: Geometry,
-    starts: Tensor,
-    logical: Tensor | None,
-    pointers: tuple[int, ...],
-    last_in: bool,
-    last_out: bool,
-) -> _Plan:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise StateError(
-            f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first"
-        )
-    if name is None:
-        raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
-    n, c, h, w = x.shape
-    layer = Layer(n, c, h, w, *out_shape[1:], *g[1:8], g.rows, g.cols, starts.numel() - 1)
-    layer.n_logical = 0 if logical is None else logical.numel()
-    layer.starts, layer.columns, layer.logical, layer.weights, layer.bias = pointers
-    layer.relu, layer.bfloat16, layer.batch_lanes = g.relu, g.bfloat16, g.batch_lanes
-    layer.batch_last_in, layer.batch_last_out = int(last_in), int(last_out)
-    plan = _Plan(name, layer)
-    if not plan.address:
-        raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: use a smaller batch")
-    _plans[key] = plan
-    while len(_plans) > PLANS:
-        _plans.popitem(last=False)
-    return plan
+        plan = _plans[key] = Plan(x, blocks, Geometry(*geometry))
+        while len(_plans) > PLANS:
+            _plans.popitem(last=False)
+    return plan(x)
 
 
 def signed_linear(
@@ -156,29 +152,34 @@ def signed_linear(
     onto: Tensor | None,
     geometry: list[int],
 ) -> Tensor:
-    """Return ``onto + W x`` for one sample ``x (in)``, the weights of W one bit each and one magnitude a block.
+    """Return ``onto + W x`` for one sample, the weights of W one bit each and one magnitude a block.
 
     Args:
         x: ``(in)`` float32 on the CPU.
         magnitudes: ``(blocks)`` float32.
         minus: uint8, a bit for each weight that is below zero; signs.h says in which order.
-        starts: ``(block rows + 1)`` int32.
-        columns: ``(blocks)`` int32.
+        starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
+        columns: ``(blocks)`` int32, the first column of each.
         onto: ``(out)`` to add to, a bias or what other blocks gave; None for zero.
         geometry: ``[out, rows, cols, relu]``.
     """
     n_out, rows, cols, relu = geometry
-    name, found = level(), library()
-    if name is None or found is None:
-        raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
+    found, address = _level_for(x)
+    x = x.contiguous()
+    y = torch.zeros(n_out) if onto is None else onto.clone(memory_format=torch.contiguous_format)
+    layer = Signs(n_out, rows, cols, starts.numel() - 1)
+    layer.starts, layer.columns, layer.magnitudes = starts.data_ptr(), columns.data_ptr(), magnitudes.data_ptr()
+    layer.minus, layer.relu = minus.data_ptr(), relu
+    found.muws_signs(address, ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def _level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise StateError(
             f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first"
         )
-    x = x.contiguous()
-    y = torch.zeros(n_out) if onto is None else onto.clone()
-    layer = Signs(x.numel(), n_out, rows, cols, starts.numel() - 1)
-    layer.starts, layer.columns, layer.magnitudes = starts.data_ptr(), columns.data_ptr(), magnitudes.data_ptr()
-    layer.minus, layer.add, layer.relu = minus.data_ptr(), 1, relu
-    found.muws_signs(handle(name), ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    return y
+    name = level()
+    if name is None:
+        raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
+    return handle(name)

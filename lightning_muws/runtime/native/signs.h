@@ -25,7 +25,7 @@ template <int ROWS> static void signed_row_block(const Signs& s, int32_t first, 
   const uint8_t* minus = l.minus + first * chunks * ROWS;
   for (int32_t i = first; i < last; i++) {
     const __m512 magnitude = _mm512_set1_ps(l.magnitudes[i]);
-    const float* x = s.x + l.columns[i] * l.cols;
+    const float* x = s.x + l.columns[i];
     for (int64_t c = 0; c < chunks; c++, minus += ROWS) {
       const __m512 in = _mm512_mul_ps(magnitude, _mm512_broadcast_f32x8(_mm256_loadu_ps(x + 8 * c)));
       total = _mm512_add_ps(total, in);
@@ -52,7 +52,7 @@ static void signed_4x4(const Signs& s, int32_t first, int32_t last, float* y) {
 #define MUWS_STEP(j)                                                                                            \
   {                                                                                                             \
     const __m512 in = _mm512_mul_ps(_mm512_set1_ps(l.magnitudes[i + (j)]),                                      \
-                                    _mm512_broadcast_f32x4(_mm_loadu_ps(s.x + 4 * (int64_t)l.columns[i + (j)]))); \
+                                    _mm512_broadcast_f32x4(_mm_loadu_ps(s.x + l.columns[i + (j)]))); \
     uint16_t mask;                                                                                              \
     __builtin_memcpy(&mask, l.minus + 2 * (i + (j)), 2);                                                        \
     total[(j) & 1] = _mm512_add_ps(total[(j) & 1], in);                                                         \
@@ -94,7 +94,7 @@ template <int ROWS> static void signed_row_block(const Signs& s, int32_t first, 
   for (int32_t i = first; i < last; i++)
     for (int64_t c = 0; c < chunks; c++, minus += ROWS) {
       vf8 in;
-      __builtin_memcpy(&in, s.x + l.columns[i] * l.cols + 8 * c, sizeof in);
+      __builtin_memcpy(&in, s.x + l.columns[i] + 8 * c, sizeof in);
       in = in * l.magnitudes[i];
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++) sum[r] += (vf8)((vi8)in ^ table.of[minus[r]]);
@@ -111,7 +111,7 @@ static void signed_4x4(const Signs& s, int32_t first, int32_t last, float* y) {
   vf8 sum[2] = {};
   for (int32_t i = first; i < last; i++) {
     vf4 in;
-    __builtin_memcpy(&in, s.x + 4 * (int64_t)l.columns[i], sizeof in);
+    __builtin_memcpy(&in, s.x + l.columns[i], sizeof in);
     in = in * l.magnitudes[i];
     const vf8 twice = {in[0], in[1], in[2], in[3], in[0], in[1], in[2], in[3]};
     for (int r = 0; r < 2; r++) sum[r] += (vf8)((vi8)twice ^ table.of[l.minus[2 * i + r]]);
@@ -135,9 +135,9 @@ static void signs_task(void* context, int64_t item) {
     else if (l.rows == 4) signed_row_block<4>(s, first, last, y);
     else if (l.rows == 8) signed_row_block<8>(s, first, last, y);
     else signed_row_block<16>(s, first, last, y);
-    for (int64_t r = 0; r < l.rows && b * l.rows + r < l.out; r++) {
+    for (int64_t r = 0; r < l.rows && b * l.rows + r < l.o; r++) {
       float* to = s.y + b * l.rows + r;
-      const float value = y[r] + (l.add ? *to : l.bias ? l.bias[b * l.rows + r] : 0.0f);
+      const float value = y[r] + *to;
       *to = l.relu && value < 0.0f ? 0.0f : value;
     }
   }

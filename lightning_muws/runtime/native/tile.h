@@ -5,11 +5,19 @@
 
 namespace {
 
-// Vector t of the tile reads at x + from[t] + offset of the column, and goes to y + row * pitch + to[t].
+// Lanes first .. first + count of a vector are output: lane l goes to y + row * pitch + to + l.
+struct Piece {
+  int64_t to;
+  int first, count;
+};
+
+// Vector t reads at x + from[t] + the column's offset; its pieces are pieces[start[t]] .. pieces[start[t + 1]].
 struct Tile {
   int count;
+  bool whole;  // every vector is one piece of all its lanes
   int32_t from[8];
-  int64_t to[8];
+  int start[9];
+  Piece pieces[8 * V];
 };
 
 struct Blocks {
@@ -17,7 +25,6 @@ struct Blocks {
   const float* weights;
   const int32_t* offsets;  // of every logical column, from the tile's corner
   const float* bias;
-  int64_t cols;
   bool relu;
 };
 
@@ -26,9 +33,96 @@ template <int ROWS> constexpr int max_vectors() {
   return ROWS >= 8 ? 3 : ROWS >= 4 ? 6 : 8;
 }
 
+MUWS_INLINE void store_piece(float* to, vf v, const Piece& piece) {
+#if MUWS_LANES == 16
+  _mm512_mask_storeu_ps(to, (__mmask16)(((1u << piece.count) - 1) << piece.first), (__m512)v);
+#else
+  float lanes[V];
+  store(lanes, v);
+  for (int i = piece.first; i < piece.first + piece.count; i++) to[i] = lanes[i];
+#endif
+}
+
+// Ask for the lines of the output early, so that no store waits for them.
+template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, float* y, int64_t pitch, int rows) {
+#pragma GCC unroll 8
+  for (int t = 0; t < N; t++) {
+    float* to = y + tile.pieces[tile.start[t]].to;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+      if (r < rows) __builtin_prefetch(to + r * pitch, 1);
+  }
+}
+
 template <int ROWS, int N>
+MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, bool with_relu, float* y, int64_t pitch, int rows) {
+  if (with_relu) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int t = 0; t < N; t++) sum[r][t] = relu(sum[r][t]);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < N; t++) {
+    if (tile.whole) {
+      float* to = y + tile.pieces[tile.start[t]].to;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+        if (r < rows) store(to + r * pitch, sum[r][t]);
+      continue;
+    }
+    for (int i = tile.start[t]; i < tile.start[t + 1]; i++) {
+      const Piece& piece = tile.pieces[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+        if (r < rows) store_piece(y + r * pitch + piece.to, sum[r][t], piece);
+    }
+  }
+}
+
+// The barrier keeps p in a register of its own, so that a load is one instruction: base and index.
+#define MUWS_OWN(p) __asm__("" : "+r"(p))
+
+template <int ROWS, int N, int COLS>
 static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b, int32_t first, int32_t last,
                     float* __restrict y, int64_t pitch, int rows) {
+  vf sum[ROWS][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int t = 0; t < N; t++) sum[r][t] = splat(b.bias ? b.bias[r] : 0.0f);
+  expect<ROWS, N>(tile, y, pitch, rows);
+  int64_t from[N];
+#pragma GCC unroll 8
+  for (int t = 0; t < N; t++) from[t] = tile.from[t];
+  const float* w = b.weights + (int64_t)first * COLS * ROWS;
+  const int32_t *column = b.columns + first, *end = b.columns + last;
+  const int32_t* offsets = b.offsets;
+  for (; column != end; column++, w += COLS * ROWS) {
+    const int32_t* offset = offsets + *column;
+#pragma GCC unroll 4
+    for (int c = 0; c < COLS; c++) {
+      const float* p = x + offset[c];
+      MUWS_OWN(p);
+      vf in[N];
+#pragma GCC unroll 8
+      for (int t = 0; t < N; t++) in[t] = load(p + from[t]);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        const vf weight = splat(w[c * ROWS + r]);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) sum[r][t] += weight * in[t];
+      }
+    }
+  }
+  put<ROWS, N>(sum, tile, b.relu, y, pitch, rows);
+}
+
+#if defined(__AVX512BF16__)
+// x holds every number twice, as the two halves of a 32-bit lane: a pair of any two columns is one blend of two loads.
+template <int ROWS, int N>
+static void pair_tile_of(const float* __restrict x, const Tile& tile, const Blocks& b, int32_t first, int32_t last,
+                         float* __restrict y, int64_t pitch, int rows) {
   vf sum[ROWS][N];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
@@ -37,92 +131,48 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const int64_t cols = b.cols;
-  const float* w = b.weights + (int64_t)first * cols * ROWS;
-  for (int32_t i = first; i < last; i++) {
-    const int32_t* offset = b.offsets + (int64_t)b.columns[i] * cols;
-    for (int64_t c = 0; c < cols; c++, w += ROWS) {
-      const float* p = x + offset[c];
-      vf in[N];
+  expect<ROWS, N>(tile, y, pitch, rows);
+  const int32_t* w = (const int32_t*)b.weights + (int64_t)first * ROWS;
+  const int32_t *column = b.columns + first, *end = b.columns + last;
+  const int32_t* offsets = b.offsets;
+  for (; column != end; column++, w += ROWS) {
+    const float *p = x + offsets[*column], *q = x + offsets[*column + 1];
+    MUWS_OWN(p);
+    MUWS_OWN(q);
+    __m512i in[N];
 #pragma GCC unroll 8
-      for (int t = 0; t < N; t++) in[t] = load(p + from[t]);
+    for (int t = 0; t < N; t++)
+      in[t] = _mm512_mask_loadu_epi16(_mm512_loadu_si512(p + from[t]), 0xAAAAAAAAu, q + from[t]);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const vf weight = splat(w[r]);
+    for (int r = 0; r < ROWS; r++) {
+      const __m512i weight = _mm512_set1_epi32(w[r]);
 #pragma GCC unroll 8
-        for (int t = 0; t < N; t++) sum[r][t] += weight * in[t];
-      }
+      for (int t = 0; t < N; t++) sum[r][t] = (vf)_mm512_dpbf16_ps((__m512)sum[r][t], (__m512bh)weight, (__m512bh)in[t]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++) {
-    if (r >= rows) break;
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++) store(y + r * pitch + tile.to[t], b.relu ? relu(sum[r][t]) : sum[r][t]);
-  }
-}
-
-#if defined(__AVX512BF16__)
-// x holds every number twice, as the two halves of a 32-bit lane: a pair of any two columns is one blend of two loads.
-template <int ROWS, int N>
-static void pair_tile_of(const float* __restrict x, const Tile& tile, const Blocks& b, int32_t first, int32_t last,
-                         float* __restrict y, int64_t pitch, int rows) {
-  __m512 sum[ROWS][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++) sum[r][t] = _mm512_set1_ps(b.bias ? b.bias[r] : 0.0f);
-  int64_t from[N];
-#pragma GCC unroll 8
-  for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const int64_t cols = b.cols;
-  const int32_t* w = (const int32_t*)b.weights + (int64_t)first * (cols / 2) * ROWS;
-  for (int32_t i = first; i < last; i++) {
-    const int32_t* offset = b.offsets + (int64_t)b.columns[i] * cols;
-    for (int64_t c = 0; c < cols; c += 2, w += ROWS) {
-      const float *p = x + offset[c], *q = x + offset[c + 1];
-      __m512i in[N];
-#pragma GCC unroll 8
-      for (int t = 0; t < N; t++)
-        in[t] = _mm512_mask_loadu_epi16(_mm512_loadu_si512(p + from[t]), 0xAAAAAAAAu, q + from[t]);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const __m512i weight = _mm512_set1_epi32(w[r]);
-#pragma GCC unroll 8
-        for (int t = 0; t < N; t++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)weight, (__m512bh)in[t]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++) {
-    if (r >= rows) break;
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++) store(y + r * pitch + tile.to[t], b.relu ? relu((vf)sum[r][t]) : (vf)sum[r][t]);
-  }
+  put<ROWS, N>(sum, tile, b.relu, y, pitch, rows);
 }
 #endif
 
 typedef void (*TileFn)(const float*, const Tile&, const Blocks&, int32_t, int32_t, float*, int64_t, int);
 
-template <int ROWS> struct Tiles {
-  static constexpr int most_vectors = max_vectors<ROWS>();
-  template <int N> static TileFn at(int n, bool pairs) {
-    if constexpr (N > 1)
-      if (n < N) return at<N - 1>(n, pairs);
+template <int ROWS, int N> static TileFn pick(int64_t n, int64_t cols, bool pairs) {
+  if constexpr (N > 1)
+    if (n < N) return pick<ROWS, N - 1>(n, cols, pairs);
 #if defined(__AVX512BF16__)
-    if (pairs) return pair_tile_of<ROWS, N>;
+  if (pairs) return pair_tile_of<ROWS, N>;
 #endif
-    return pairs ? nullptr : tile_of<ROWS, N>;
-  }
-  static TileFn choose(int n, bool pairs) { return at<most_vectors>(n, pairs); }
-};
+  return pairs ? nullptr : cols == 4 ? tile_of<ROWS, N, 4> : tile_of<ROWS, N, 1>;
+}
 
 static int most_vectors(int64_t rows) {
-  return rows == 8 ? Tiles<8>::most_vectors : rows == 4 ? Tiles<4>::most_vectors : Tiles<2>::most_vectors;
+  return rows == 8 ? max_vectors<8>() : rows == 4 ? max_vectors<4>() : rows == 2 ? max_vectors<2>() : max_vectors<1>();
 }
-static TileFn choose_tile(int64_t rows, int n, bool pairs) {
-  return rows == 8 ? Tiles<8>::choose(n, pairs) : rows == 4 ? Tiles<4>::choose(n, pairs)
-       : rows == 2 ? Tiles<2>::choose(n, pairs) : Tiles<1>::choose(n, pairs);
+static TileFn choose_tile(int64_t rows, int64_t cols, int n, bool pairs) {
+  return rows == 8   ? pick<8, max_vectors<8>()>(n, cols, pairs)
+         : rows == 4 ? pick<4, max_vectors<4>()>(n, cols, pairs)
+         : rows == 2 ? pick<2, max_vectors<2>()>(n, cols, pairs)
+                     : pick<1, max_vectors<1>()>(n, cols, pairs);
 }
 
 }  // namespace

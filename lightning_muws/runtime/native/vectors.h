@@ -29,7 +29,14 @@ MUWS_INLINE vf load(const float* p) {
   return v;
 }
 MUWS_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
-MUWS_INLINE vf splat(float s) { return vf{} + s; }
+// Written out: as `vf{} + s` it costs an addition.
+#if MUWS_LANES == 16
+MUWS_INLINE vf splat(float s) { return vf{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s}; }
+#elif MUWS_LANES == 8
+MUWS_INLINE vf splat(float s) { return vf{s, s, s, s, s, s, s, s}; }
+#else
+MUWS_INLINE vf splat(float s) { return vf{s, s, s, s}; }
+#endif
 MUWS_INLINE vf bits(vi v) { return (vf)v; }
 MUWS_INLINE vf relu(vf v) { return bits((vi)v & ~(v < 0.0f)); }  // keeps NaN, as torch does
 
