@@ -117,7 +117,7 @@ def measure(name: str, share: float, batch: int, rounds: int) -> tuple[str, ...]
         fold(folded, Example.of(x))
         forms = dense_forms(model, folded, Example.of(x))
         tasks = {form: lambda m=m, e=e: e(m) for form, (m, e) in (forms | bf16_form(folded, Example.of(x))).items()}
-        times = interleaved(tasks | {"accelerated": lambda: fast(x)}, rounds)
+        times = interleaved(tasks | {"accelerated": lambda: fast(x)}, rounds, sample_s=0.02)
     best = min(forms, key=lambda form: median(times[form]))
     to = {base: ratios(times, "accelerated")[base] for base in (best, "dense", "bf16")}
     gain, least, most = to[best]

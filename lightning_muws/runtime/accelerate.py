@@ -26,7 +26,7 @@ from lightning_muws.runtime.stored import void
 from lightning_muws.runtime.timing import Timing, clock_for
 
 LAYER_TIMING = Timing(rounds=9, least_rounds=3, budget_s=0.5)
-NETWORK_TIMING = Timing(rounds=15, least_rounds=5, budget_s=4.0)
+NETWORK_TIMING = Timing(rounds=15, least_rounds=5, budget_s=4.0, sample_s=0.01)
 NETWORK_FACTOR = 10.0  # a network's error may be this many times a layer's
 PREFIX = "_orig_mod."  # of names inside torch.compile's wrapper
 

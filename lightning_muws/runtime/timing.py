@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+MOST_REPEATS = 100  # of a task in one sample
 COARSE_S = 1e-4  # a clock of coarser steps cannot time a layer
 
 
@@ -22,12 +23,14 @@ class Timing:
         budget_s: Seconds after which no further round begins.
         hopeless: After two rounds a task that took more than this times the best is not run again, nor after one round
             a task that took more than its square.
+        sample_s: Seconds that a sample takes at least: short tasks are run several times in a row, as they are in use.
     """
 
     rounds: int = 9
     least_rounds: int = 3
     budget_s: float = 1.0
     hopeless: float = 1.6
+    sample_s: float = 0.0
 
 
 def clock_for(device: torch.device) -> Callable[[], float]:
@@ -65,6 +68,7 @@ def race(
     """
     timing = timing or Timing()
     times: dict[str, list[float]] = {name: [] for name in tasks}
+    repeats = dict.fromkeys(tasks, 1)
     running, start = list(tasks), time.perf_counter()
     for turn in range(timing.rounds + 1):
         if turn > timing.least_rounds and time.perf_counter() - start > timing.budget_s:
@@ -73,9 +77,13 @@ def race(
             if between is not None:
                 between()
             begin = clock()
-            tasks[name]()
+            for _ in range(repeats[name]):
+                tasks[name]()
+            seconds = clock() - begin
             if turn:
-                times[name].append(clock() - begin)
+                times[name].append(seconds / repeats[name])
+            else:
+                repeats[name] = max(1, min(MOST_REPEATS, round(timing.sample_s / max(seconds, 1e-9))))
         if turn in (1, 2):
             best = min(median(times[name]) for name in running)
             limit = timing.hopeless if turn == 2 else timing.hopeless**2

@@ -8,27 +8,15 @@ and keeps its weights in buffers; None where the kernel does not apply.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 
 from torch import nn
 
-from lightning_muws.runtime.kernels import bsr, compact, dense, groups, native, pooled
+from lightning_muws.runtime.kernels import bsr, compact, dense, groups, native, pooled, signs
 
 Build = Callable[..., "nn.Module | None"]
 
 
-def _native() -> dict[str, Build]:
-    """Return the rows of the native kernels, as far as they are there."""
-    rows: dict[str, Build] = {"native": native.build, "native_bf16": native.build_bfloat16}
-    for name in ("signs", "table"):
-        if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-            rows[name] = importlib.import_module(f"{__name__}.{name}").build
-    return rows
-
-
-NATIVE = _native()
 KERNELS: dict[str, Build] = {
     "dense": dense.build,
     "onednn": dense.build_prepacked,
@@ -37,7 +25,9 @@ KERNELS: dict[str, Build] = {
     "groups_loop": groups.build_loop,
     "bsr": bsr.build,
     "pooled": pooled.builder([native.build, bsr.build, compact.build]),
-    **NATIVE,
+    "native": native.build,
+    "signs": signs.build,
+    "native_bf16": native.build_bfloat16,
     "bf16": dense.build_bf16,
     "int8": dense.build_int8,
 }
