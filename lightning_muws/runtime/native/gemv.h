@@ -25,21 +25,25 @@ static void dot(const MuwsLayer& l, const float* x, int32_t first, int32_t last,
   if (l.cols % 4 == 0) {
     for (int32_t i = first; i < last; i++) {
       const float* p = x + l.columns[i];
-      for (int64_t c = 0; c < l.cols; c += 4, w += 4 * ROWS)
+      for (int64_t c = 0; c < l.cols; c += 4, w += 4 * ROWS) {
+        fetch<4 * ROWS>(w);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
           __builtin_memcpy(&weight, w + j * ROWS, sizeof weight);
           sum[j] += weight * p[c + j];
         }
+      }
     }
   } else if (l.cols == 1) {
     int32_t i = first;
-    for (; i + 4 <= last; i += 4, w += 4 * ROWS)
+    for (; i + 4 <= last; i += 4, w += 4 * ROWS) {
+      fetch<4 * ROWS>(w);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         __builtin_memcpy(&weight, w + j * ROWS, sizeof weight);
         sum[j] += weight * x[l.columns[i + j]];
       }
+    }
     for (; i < last; i++, w += ROWS) {
       __builtin_memcpy(&weight, w, sizeof weight);
       sum[0] += weight * x[l.columns[i]];
@@ -62,12 +66,14 @@ static void dot_4x4(const MuwsLayer& l, const float* x, int32_t first, int32_t l
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   const float* w = l.weights + (int64_t)first * 16;
   int32_t i = first;
-  for (; i + 4 <= last; i += 4, w += 64)
+  for (; i + 4 <= last; i += 4, w += 64) {
+    fetch<64>(w);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + l.columns[i + j]));
       sum[j] = _mm512_fmadd_ps(_mm512_loadu_ps(w + 16 * j), _mm512_permutevar_ps(in, spread), sum[j]);
     }
+  }
   for (; i < last; i++, w += 16) {
     const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + l.columns[i]));
     sum[0] = _mm512_fmadd_ps(_mm512_loadu_ps(w), _mm512_permutevar_ps(in, spread), sum[0]);

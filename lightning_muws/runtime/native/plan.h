@@ -40,7 +40,8 @@ static void lay_out(Plan& p, int64_t band, int64_t item_units) {
   p.unit_stride = (p.rows - shared_h) * p.pitch;
   p.phase_stride = item_units * p.unit_stride + shared_h * p.pitch + shared_w;
   const int64_t lines = ceil_div(p.phases_h * p.phases_w * p.phase_stride * p.lanes, 16);
-  p.channel_stride = 16 * (lines | 1);  // an odd number of cache lines, so that channels do not compete for one set
+  // an odd number of cache lines, so that large channels do not compete for one set of a cache
+  p.channel_stride = 16 * (lines < 16 ? lines : lines | 1);
   p.scratch_size = l.c * p.channel_stride + V;
 }
 

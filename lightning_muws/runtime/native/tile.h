@@ -100,6 +100,7 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b
   const int32_t* offsets = b.offsets;
   for (; column != end; column++, w += COLS * ROWS) {
     const int32_t* offset = offsets + *column;
+    fetch<COLS * ROWS>(w);
 #pragma GCC unroll 4
     for (int c = 0; c < COLS; c++) {
       const float* p = x + offset[c];
@@ -136,6 +137,7 @@ static void pair_tile_of(const float* __restrict x, const Tile& tile, const Bloc
   const int32_t *column = b.columns + first, *end = b.columns + last;
   const int32_t* offsets = b.offsets;
   for (; column != end; column++, w += ROWS) {
+    fetch<ROWS>(w);
     const float *p = x + offsets[*column], *q = x + offsets[*column + 1];
     MUWS_OWN(p);
     MUWS_OWN(q);

@@ -40,6 +40,13 @@ MUWS_INLINE vf splat(float s) { return vf{s, s, s, s}; }
 MUWS_INLINE vf bits(vi v) { return (vf)v; }
 MUWS_INLINE vf relu(vf v) { return bits((vi)v & ~(v < 0.0f)); }  // keeps NaN, as torch does
 
+// Weights are read once, in order, and come from far: ask for those of some microseconds later.
+constexpr int64_t FETCH_BYTES = 4096;
+template <int WORDS> MUWS_INLINE void fetch(const void* weights) {
+#pragma GCC unroll 8
+  for (int i = 0; i < (WORDS + 15) / 16; i++) __builtin_prefetch((const char*)weights + FETCH_BYTES + 64 * i);
+}
+
 template <class T> MUWS_INLINE T least(T a, T b) { return a < b ? a : b; }
 template <class T> MUWS_INLINE T most(T a, T b) { return a > b ? a : b; }
 MUWS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

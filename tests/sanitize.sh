@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds the native kernels with the address and undefined behaviour sanitizers, by the package's own build, and runs
+# tests/sanitize.cpp over them. Without a compiler it says so and passes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${1:-python3}"
+CXX="${CXX:-c++}"
+if ! command -v "$CXX" >/dev/null; then
+  echo "no C++ compiler: the native kernels are not built, and no sanitizer runs over them"
+  exit 0
+fi
+WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
+FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+cp -r setup.py pyproject.toml README.md LICENSE MANIFEST.in "$WORK"
+mkdir "$WORK/lightning_muws"
+cp -r lightning_muws/__init__.py lightning_muws/runtime "$WORK/lightning_muws"
+rm -f "$WORK/lightning_muws/runtime/native/kernels.so"
+(cd "$WORK" && CFLAGS="$FLAGS" LDFLAGS="$FLAGS" MUWS_REQUIRED=1 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir wheel .)
+"$PYTHON" -m zipfile -e "$WORK"/wheel/*.whl "$WORK/out"
+"$CXX" -std=c++17 -O1 -g $FLAGS tests/sanitize.cpp -o "$WORK/sanitize" -ldl -pthread
+"$WORK/sanitize" "$WORK/out/lightning_muws/runtime/native/kernels.so" "${2:-2000}"
