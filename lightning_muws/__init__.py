@@ -27,13 +27,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_muws.errors import MuwsError
+    from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.structure.sets import MicroStructure
     from lightning_muws.training.callback import WeightUnificationCallback
     from lightning_muws.training.phases import Phases, Retraining
 
 __version__ = "0.1.0"
-__all__ = ["LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback"]
+__all__ = [
+    "LayerRule",
+    "MicroStructure",
+    "MuwsError",
+    "Phases",
+    "Retraining",
+    "WeightUnificationCallback",
+    "accelerate",
+]
 
 _HOMES = {
     "LayerRule": "lightning_muws.structure.plan",
@@ -42,6 +51,7 @@ _HOMES = {
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.training.callback",
+    "accelerate": "lightning_muws.runtime.accelerate",
 }
 
 

@@ -27,7 +27,7 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
+        "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback", "accelerate",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
         assert getattr(lightning_muws, name).__name__ == name

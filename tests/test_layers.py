@@ -51,6 +51,15 @@ def test_no_file_passes_300_lines(file):
     assert len((PACKAGE / file).read_text().splitlines()) <= 300
 
 
+def test_a_network_is_accelerated_without_lightning_and_without_rich():
+    code = (
+        "import sys, torch, lightning_muws as m\n"
+        "m.accelerate(torch.nn.Linear(8, 8).eval(), torch.ones(1, 8))\n"
+        "assert not {'lightning', 'pytorch_lightning', 'rich'} & set(sys.modules), 'more was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  our own code
+
+
 def test_structures_and_runs_work_without_lightning():
     code = (
         "import sys, torch, lightning_muws as m\n"

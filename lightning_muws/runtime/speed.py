@@ -13,6 +13,7 @@ import torch
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.runtime.kernels import DENSE
+from lightning_muws.runtime.native.library import level
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +24,7 @@ MAX_BYTES = 1 << 26  # of a stored report; a larger file is no report
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measurement is true of; times of another machine choose nothing."""
+    """What a measurement is true of; times of another machine choose nothing. ``native``: its instruction set."""
 
     cpu: str
     capability: str
@@ -31,6 +32,7 @@ class Machine:
     device: str
     threads: int
     torch_version: str
+    native: str
 
     @classmethod
     def here(cls, device: torch.device) -> Machine:
@@ -46,6 +48,7 @@ class Machine:
             device=name,
             threads=torch.get_num_threads(),
             torch_version=str(torch.__version__),
+            native=level() or "none",
         )
 
 
@@ -205,7 +208,8 @@ class SpeedReport:
         m = self.machine
         whole = ", ".join(f"{name} {1e3 * s:.3f}" for name, s in self.times.items())
         table = Table(
-            title=f"Speed on {m.cpu} ({m.capability}), {m.device}, {m.threads} thread(s), torch {m.torch_version}",
+            title=f"Speed on {m.cpu} ({m.capability}, native kernels: {m.native}), {m.device}, {m.threads} thread(s), "
+            f"torch {m.torch_version}",
             caption=f"whole network, ms: {whole}; {self.summary()}. "
             "Layers in ms; theory is 1 / (1 - zeros), gain is over the best dense form; bf16 and int8 only compare.",
         )

@@ -16,7 +16,7 @@ from lightning_muws.runtime.speed import SpeedReport
 
 def void(stored: SpeedReport, here: SpeedReport, layers: Mapping[str, Layer], calls: Mapping[nn.Module, Calls]) -> str:
     """Return why a stored report says nothing of this model here, or an empty string."""
-    for field in ("cpu", "capability", "system", "device", "threads", "torch_version"):
+    for field in ("cpu", "capability", "system", "device", "threads", "torch_version", "native"):
         then, now = getattr(stored.machine, field), getattr(here.machine, field)
         if then != now:
             return f"its {field} is {then!r} and this one's {now!r}"
