@@ -105,7 +105,7 @@ static void* make_plan(const MuwsLayer* layer) {
   // a row's worth of waste is worth it where it is less than what stores in pieces cost
   const int64_t row_vectors = ceil_div(l.ow, V);
   p->by_rows = p->lanes == 1 && (p->direct || (l.ow >= V && 16 * row_vectors * V <= 17 * l.ow));
-  const int64_t row_bytes = 4 * p->scratch_size / p->rows;
+  const int64_t row_bytes = most<int64_t>(1, 4 * p->scratch_size / p->rows);
   p->chunk = p->item_units > 1 ? p->rows : most<int64_t>(ceil_div(V, l.w), CACHED_BYTES / 4 / row_bytes);
   const int64_t done_bytes = 4 * V * l.o * l.ow * p->item_units;
   p->step = p->lanes == 1 ? p->band : most<int64_t>(ceil_div(V, l.ow), CACHED_BYTES / done_bytes);
