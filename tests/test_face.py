@@ -14,7 +14,8 @@ import lightning_muws
 from lightning_muws.errors import MuwsError
 
 ROOT = Path(__file__).parents[1]
-MODULES = [m.name for m in pkgutil.walk_packages(lightning_muws.__path__, "lightning_muws.")]
+LIBRARY = "lightning_muws.runtime.native.kernels"  # looks like a module to Python, and is a plain library
+MODULES = [m.name for m in pkgutil.walk_packages(lightning_muws.__path__, "lightning_muws.") if m.name != LIBRARY]
 
 
 def public_things():

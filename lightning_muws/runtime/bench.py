@@ -111,7 +111,10 @@ def _build(name: str, arguments: str) -> nn.Module:
 
 def _load(path: Path, model: nn.Module) -> Mapping[str, tuple[int, int]]:
     """Load the file into the model, and return the block shapes that it names."""
-    from lightning_muws.artifact.load import inspect_compressed, load_compressed
+    from lightning_muws.artifact.load import (  # type: ignore[import-not-found]  # until that room is merged
+        inspect_compressed,
+        load_compressed,
+    )
 
     load_compressed(path, into=model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

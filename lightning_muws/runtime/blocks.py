@@ -23,6 +23,7 @@ def find_block_shape(weight: Tensor) -> tuple[int, int]:
         ``(rows, cols)``; ``(1, 1)`` where zeros lie scattered singly, ``(4, 4)`` where there is nothing to find.
 
     Example:
+        >>> import torch
         >>> weight = torch.randn(64, 64).view(16, 4, 8, 8) * (torch.arange(128).view(16, 1, 8, 1) % 3 == 0)
         >>> find_block_shape(weight.view(64, 64))
         (4, 8)
