@@ -12,7 +12,7 @@ help:
 	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   measure the projection, the cost of a step, and ADMM against one-shot (40 minutes)"
+	@echo "make bench   measure the projection, the cost of a step, the speed of whole networks, and ADMM against one-shot (50 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it
@@ -36,6 +36,8 @@ check: $(READY)
 bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
+	$(ENV) $(BIN)/python examples/benchmarks/networks.py
+	$(ENV) $(BIN)/python examples/benchmarks/export.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
 
 sweep: $(READY)

@@ -55,9 +55,9 @@ class Prepacked(Kernel):
         return self.packed[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for any batch; on another device, or another dtype, torch's own."""
+        """Return the layer's output for any batch; on another device, in another dtype, or compiled, torch's own."""
         c = self.convolution
-        if x.device.type != "cpu" or x.dtype != self.weight.dtype or not x.numel():
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != self.weight.dtype or not x.numel():
             y = F.linear(x, self.weight, self.bias) if c is None else c(x, self.weight, self.bias)
             return y.relu_() if self.relu else y
         attribute = "relu" if self.relu else "none"
