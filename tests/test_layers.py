@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_muws"
 # A room may import what stands before it; rooms of one line know nothing of each other.
-ORDER = [["errors"], ["structure"], ["report"], ["training"], ["pytorch_lightning", "plots"], ["cli"]]
+ORDER = [["errors"], ["structure"], ["runtime"], ["report"], ["training"], ["pytorch_lightning", "plots"], ["cli"]]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT_LIGHTNING = {"training/callback.py", "pytorch_lightning.py", "cli.py"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
