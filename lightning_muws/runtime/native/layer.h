@@ -95,6 +95,7 @@ static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t fi
   const bool in_place = p.lanes == 1 || l.batch_last_out;
   float* scratch = p.direct ? nullptr : muws_scratch(0, (size_t)p.scratch_size);
   const float* from = p.direct ? x + s.unit * l.c * l.h * l.w : scratch;
+  float* done = nullptr;
   Tile tile;
   int64_t packed = 0;
   for (int64_t row = 0; row < s.n_rows; row += p.step) {
@@ -104,7 +105,7 @@ static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t fi
       to = Target{y + band_row * l.ow * l.n + s.unit * V, plane * l.n, V, l.ow * l.n, l.n};
     } else if (!in_place) {
       const int64_t count = now.n_rows * l.ow * V;
-      float* done = muws_scratch(1, (size_t)(done_outputs * s.n_units * count));
+      done = muws_scratch(1, (size_t)(done_outputs * s.n_units * count));
       to = Target{done - first * l.rows * s.n_units * count - row * l.ow * V, s.n_units * count, count, l.ow * V, V};
     }
     const int64_t vectors = count_vectors(p, now), tiles = ceil_div(vectors, most_vectors(l.rows));
@@ -116,7 +117,7 @@ static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t fi
     }
     if (in_place) continue;
     now.row += band_row;
-    unpack_images(p, muws_scratch(1, 0), y, now, first * l.rows, first * l.rows + done_outputs);
+    unpack_images(p, done, y, now, first * l.rows, first * l.rows + done_outputs);
   }
 }
 
