@@ -21,7 +21,8 @@ struct MuwsLayer {
   const float* bias;         // (row_blocks * rows) or null
   int64_t relu, bfloat16;
   int64_t batch_last_in, batch_last_out;  // strides (1, h*w*n, w*n, n) instead of contiguous
-  int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image
+  int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image, 2: over
+                             // those of every tap of the kernel, unfolded
 };
 
 // Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.

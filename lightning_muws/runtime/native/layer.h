@@ -69,6 +69,11 @@ static int64_t count_vectors(const Plan& p, Span s) {
 // Pack as far as some scratch row, some rows ahead.
 static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
   if (row <= packed) return;
+  if (p.taps) {
+    pack_taps(p, x, scratch, s);
+    packed = p.rows;
+    return;
+  }
   const Rows rows{packed, least(p.rows, most(row, packed + p.chunk))};
   if (p.lanes == 1)
     (p.layer.bfloat16 ? pack_rows<true> : pack_rows<false>)(p, x, scratch, s, rows);

@@ -23,7 +23,7 @@ def _(
 ) -> Tensor:
     g = Geometry(*geometry)
     shape = g.out_shape(x.shape[0], x.shape[2], x.shape[3])
-    if g.batch_lanes and x.shape[0] > 1 and (g.batch_last or is_batch_last(x)):
+    if g.batch_lanes == 1 and x.shape[0] > 1 and (g.batch_last or is_batch_last(x)):
         return x.new_empty_strided(shape, batch_last_strides(shape))
     return x.new_empty(shape)
 

@@ -80,6 +80,8 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
             const float* from = image + h * l.w + b - l.pw;
             if (l.sw == 1)
               copy_rounded<HALF>(to + first, from + first, last - first);
+            else if (l.sw == 2 && !HALF)
+              copy_every_second(to + first, from + 2 * first, last - first);
             else
               for (int64_t j = first; j < last; j++) to[j] = rounded_one<HALF>(from[l.sw * j]);
             for (int64_t j = last; j < p.pitch; j++) to[j] = 0.0f;
@@ -87,6 +89,41 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
         }
         if (tail > 0 && rows.last == p.rows) clear(phase + s.n_units * p.unit_stride, tail);
       }
+}
+
+// Every tap of the kernel as a plane of the outputs' size: what the outputs read there. Rows are stored in whole vectors,
+// and what they write too much the next row writes over.
+static void pack_taps(const Plan& p, const float* x, float* scratch, Span s) {
+  const MuwsLayer& l = p.source;
+  const int64_t pitch = ceil_div(l.w + 2 * l.pw, l.sw), phase = (l.h + 2 * l.ph) * pitch;
+  float* padded = muws_scratch(1, (size_t)(l.sw * phase + 2 * V));
+  clear(padded, l.sw * phase + 2 * V);
+  for (int64_t c = 0; c < l.c; c++) {
+    const float* image = x + (s.unit * l.c + c) * l.h * l.w;
+    for (int64_t i = 0; i < l.h; i++) {
+      const float* from = image + i * l.w;
+      float* to = padded + (i + l.ph) * pitch;
+      if (l.sw == 1) {
+        copy(to + l.pw, from, l.w);
+        continue;
+      }
+      for (int64_t b = 0; b < l.sw; b++) {
+        const int64_t first = (b + l.sw - l.pw % l.sw) % l.sw, count = ceil_div(l.w - first, l.sw);
+        float* there = to + b * phase + (first + l.pw) / l.sw;
+        if (l.sw == 2)
+          copy_every_second(there, from + first, count);
+        else
+          for (int64_t j = 0; j < count; j++) there[j] = from[first + l.sw * j];
+      }
+    }
+    for (int64_t a = 0; a < l.kh; a++)
+      for (int64_t b = 0; b < l.kw; b++) {
+        float* to = scratch + ((c * l.kh + a) * l.kw + b) * p.channel_stride;
+        const float* from = padded + b % l.sw * phase + a * pitch + b / l.sw;
+        for (int64_t i = 0; i < l.oh; i++, to += l.ow, from += l.sh * pitch)
+          for (int64_t j = 0; j < l.ow; j += V) store(to + j, load(from + j));
+      }
+  }
 }
 
 // Lanes over images: V positions of V images are transposed at a time and put to their places.

@@ -16,6 +16,8 @@ struct Plan {
   int64_t phases_h, phases_w, rows, pitch, unit_stride, phase_stride, channel_stride;
   int64_t scratch_size;
   bool direct;         // 1x1, no border: the input is read where it lies
+  bool taps;           // small images: every tap of the kernel is a channel of its own, and the layer is 1x1
+  MuwsLayer source;    // the layer as it was asked for
   bool by_rows;        // no lanes over images: vectors do not cross rows, the last of a row moves back instead
   int64_t chunk, step;  // rows packed at a time, output rows finished at a time
   int32_t* offsets;    // of each logical column
@@ -23,6 +25,7 @@ struct Plan {
 };
 
 constexpr int64_t SCRATCH_BYTES = 8 << 20;  // of a band: it is packed row by row, just before it is read
+constexpr int64_t TAPS_BYTES = 768 << 10;  // of all taps: they are read once a block row, from the second-level cache
 constexpr int64_t CACHED_BYTES = 512 << 10;  // what stays in a core's second-level cache beside the weights
 
 static int64_t phase_rows(const MuwsLayer& l, int64_t band) { return band - 1 + (l.kh - 1) / l.sh + 1; }
@@ -78,13 +81,24 @@ static void* make_plan(const MuwsLayer* layer) {
   if (!p) return nullptr;
   p->layer = *layer;
   const MuwsLayer& l = p->layer;
-  p->lanes = l.batch_lanes ? V : 1;
+  p->source = *layer;
+  p->lanes = l.batch_lanes == 1 ? V : 1;
   p->units = ceil_div(l.n, p->lanes);
   p->phases_h = least(l.sh, l.kh);
   p->phases_w = least(l.sw, l.kw);
   const bool pointwise = l.kh == 1 && l.kw == 1 && l.sh == 1 && l.sw == 1 && l.ph == 0 && l.pw == 0;
   p->direct = p->lanes == 1 && pointwise && l.h * l.w >= V && !l.bfloat16;
-  if (p->direct) {
+  p->taps = l.batch_lanes == 2 && !pointwise && !l.bfloat16 &&
+            4 * l.c * l.kh * l.kw * (l.oh * l.ow + V) <= TAPS_BYTES;
+  if (p->taps) {
+    MuwsLayer& flat = p->layer;
+    flat.c *= flat.kh * flat.kw;
+    flat.w = flat.ow = flat.oh * flat.ow;
+    flat.h = flat.oh = flat.kh = flat.kw = flat.sh = flat.sw = 1;
+    flat.ph = flat.pw = 0;
+    p->phases_h = p->phases_w = 1;
+    lay_out(*p, 1, 1);
+  } else if (p->direct) {
     p->layer.w = p->layer.ow = l.h * l.w;  // a plane is one long row
     p->layer.h = p->layer.oh = 1;
     lay_out(*p, 1, 1);

@@ -76,11 +76,11 @@ class Plan:
     def __init__(self, x: Tensor, blocks: Blocks, g: Geometry) -> None:
         self.blocks = blocks  # the plan in C++ points into them
         self.found, self.level = _level_for(x)
-        self.last_in = bool(g.batch_lanes) and is_batch_last(x)
+        self.last_in = g.batch_lanes == 1 and is_batch_last(x)
         self.is_ready = self.last_in or x.is_contiguous()
         n, c, h, w = x.shape
         self.shape = g.out_shape(n, h, w)
-        last_out = bool(g.batch_lanes) and n > 1 and (self.last_in or bool(g.batch_last))
+        last_out = g.batch_lanes == 1 and n > 1 and (self.last_in or bool(g.batch_last))
         self.strides = batch_last_strides(self.shape) if last_out else None
         layer = Layer(n, c, h, w, *self.shape[1:], *g[1:8], g.rows, g.cols, blocks.starts.numel() - 1)
         layer.n_logical = 0 if blocks.logical is None else blocks.logical.numel()

@@ -91,6 +91,9 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
     for (int t = 0; t < N; t++) sum[r][t] = splat(b.bias ? b.bias[r] : 0.0f);
+  // Few sums would wait for each other: every other column gets sums of its own.
+  constexpr bool TWICE = COLS > 1 && ROWS * N <= 4;
+  vf other[TWICE ? ROWS : 1][N] = {};
   expect<ROWS, N>(tile, y, pitch, rows);
   int64_t from[N];
 #pragma GCC unroll 8
@@ -112,10 +115,13 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b
       for (int r = 0; r < ROWS; r++) {
         const vf weight = splat(w[c * ROWS + r]);
 #pragma GCC unroll 8
-        for (int t = 0; t < N; t++) sum[r][t] += weight * in[t];
+        for (int t = 0; t < N; t++) (TWICE && c % 2 ? other[TWICE ? r : 0] : sum[r])[t] += weight * in[t];
       }
     }
   }
+  if constexpr (TWICE)
+    for (int r = 0; r < ROWS; r++)
+      for (int t = 0; t < N; t++) sum[r][t] += other[r][t];
   put<ROWS, N>(sum, tile, b.relu, y, pitch, rows);
 }
 

@@ -71,6 +71,35 @@ MUWS_INLINE vf zip_low(vf a, vf b) { return MUWS_SHUFFLE(a, b, 0, 4, 1, 5); }
 MUWS_INLINE vf zip_high(vf a, vf b) { return MUWS_SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 
+// Numbers 0, 2, 4, .. of 2 V - 1 that start at p; nothing behind the last is read.
+#if MUWS_LANES == 16
+MUWS_INLINE vf every_second(const float* p) {
+  return MUWS_SHUFFLE(load(p), load(p + V - 1), 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#elif MUWS_LANES == 8
+MUWS_INLINE vf every_second(const float* p) {
+  return MUWS_SHUFFLE(load(p), load(p + V - 1), 0, 2, 4, 6, 9, 11, 13, 15);
+}
+#else
+MUWS_INLINE vf every_second(const float* p) { return MUWS_SHUFFLE(load(p), load(p + V - 1), 0, 2, 5, 7); }
+#endif
+
+// to[i] = from[2 * i] for n numbers.
+MUWS_INLINE void copy_every_second(float* to, const float* from, int64_t n) {
+  if (n >= V) {
+    for (int64_t i = 0; i + V <= n; i += V) store(to + i, every_second(from + 2 * i));
+    store(to + n - V, every_second(from + 2 * (n - V)));
+  } else if (n >= 4) {
+    for (int64_t at = 0; at < n; at += 4) {
+      const int64_t i = least(at, n - 4);
+      const float four[4] = {from[2 * i], from[2 * i + 2], from[2 * i + 4], from[2 * i + 6]};
+      __builtin_memcpy(to + i, four, sizeof four);
+    }
+  } else {
+    for (int64_t i = 0; i < n; i++) to[i] = from[2 * i];
+  }
+}
+
 // Transpose V vectors in place: log2(V) perfect shuffles.
 MUWS_INLINE void transpose(vf (&m)[V]) {
 #pragma GCC unroll 4
