@@ -85,12 +85,11 @@ static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64
 static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
   const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0);
-  const int64_t per_group = l.o / l.groups, group_stride = l.c / l.groups * p.channel_stride;
-  for (int64_t b = first; b < last; b++) {
-    const Blocks blocks{l.columns, l.weights, p.offsets, l.bias ? l.bias + b * l.rows : nullptr, l.relu != 0};
-    const float* from = x + b * l.rows / per_group * group_stride;
-    float* y = to.y + b * l.rows * to.output;
-    fn(from, tile, blocks, l.starts[b], l.starts[b + 1], y, to.output, (int)least(l.rows, l.o - b * l.rows));
+  const int64_t per_group = ceil_div(l.row_blocks, l.groups), group_stride = l.c / l.groups * p.channel_stride;
+  for (int64_t b = first; b < last;) {  // group by group
+    const int64_t group = b / per_group, stop = least(last, (group + 1) * per_group);
+    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, to.output});
+    b = stop;
   }
 }
 

@@ -57,11 +57,20 @@ static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
     }
 }
 
+// Rows of a channel lie far from those of the next: ask for them while earlier ones are copied.
+constexpr int64_t FETCH_CHANNELS = 2;
+
 // Lanes over positions: rows are copied, strided rows gathered.
 template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
   const int64_t tail = p.phase_stride - s.n_units * p.unit_stride;
-  for (int64_t c = 0; c < l.c; c++)
+  const int64_t top = most<int64_t>(0, (s.row + rows.first) * l.sh - l.ph), plane = l.h * l.w;
+  const int64_t ahead = (least(l.h, (s.row + rows.last) * l.sh - l.ph) - top) * l.w;
+  for (int64_t c = 0; c < l.c; c++) {
+    if (s.n_units == 1 && c + FETCH_CHANNELS < l.c) {
+      const float* next = x + (s.unit * l.c + c + FETCH_CHANNELS) * plane + top * l.w;
+      for (int64_t i = 0; i < ahead; i += 16) __builtin_prefetch(next + i);
+    }
     for (int64_t a = 0; a < p.phases_h; a++)
       for (int64_t b = 0; b < p.phases_w; b++) {
         float* phase = scratch + c * p.channel_stride + (a * p.phases_w + b) * p.phase_stride;
@@ -89,6 +98,7 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
         }
         if (tail > 0 && rows.last == p.rows) clear(phase + s.n_units * p.unit_stride, tail);
       }
+  }
 }
 
 // Every tap of the kernel as a plane of the outputs' size: what the outputs read there. Rows are stored in whole vectors,

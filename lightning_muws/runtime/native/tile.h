@@ -20,12 +20,13 @@ struct Tile {
   Piece pieces[8 * V];
 };
 
-struct Blocks {
-  const int32_t* columns;
-  const float* weights;
+// Block rows first .. last of a layer; output r of block row b goes to y + (b * rows + r) * pitch.
+struct Work {
+  const MuwsLayer* layer;
   const int32_t* offsets;  // of every logical column, from the tile's corner
-  const float* bias;
-  bool relu;
+  int64_t first, last;
+  float* y;
+  int64_t pitch;
 };
 
 template <int ROWS> constexpr int max_vectors() {
@@ -43,14 +44,13 @@ MUWS_INLINE void store_piece(float* to, vf v, const Piece& piece) {
 #endif
 }
 
-// Ask for the lines of the output early, so that no store waits for them.
-template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, float* y, int64_t pitch, int rows) {
+// Ask for the lines of the output early, so that no store waits for them. Asking past the end does no harm.
+template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, const float* y, int64_t pitch) {
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) {
-    float* to = y + tile.pieces[tile.start[t]].to;
+    const float* to = y + tile.pieces[tile.start[t]].to;
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-      if (r < rows) __builtin_prefetch(to + r * pitch, 1);
+    for (int r = 0; r < ROWS; r++) __builtin_prefetch(to + r * pitch, 1);
   }
 }
 
@@ -83,86 +83,92 @@ MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, bool with_relu, float
 // The barrier keeps p in a register of its own, so that a load is one instruction: base and index.
 #define MUWS_OWN(p) __asm__("" : "+r"(p))
 
-template <int ROWS, int N, int COLS>
-static void tile_of(const float* __restrict x, const Tile& tile, const Blocks& b, int32_t first, int32_t last,
-                    float* __restrict y, int64_t pitch, int rows) {
-  vf sum[ROWS][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++) sum[r][t] = splat(b.bias ? b.bias[r] : 0.0f);
-  // Few sums would wait for each other: every other column gets sums of its own.
-  constexpr bool TWICE = COLS > 1 && ROWS * N <= 4;
-  vf other[TWICE ? ROWS : 1][N] = {};
-  expect<ROWS, N>(tile, y, pitch, rows);
+template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
+  const MuwsLayer& l = *work.layer;
+  const int32_t* offsets = work.offsets;
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const float* w = b.weights + (int64_t)first * COLS * ROWS;
-  const int32_t *column = b.columns + first, *end = b.columns + last;
-  const int32_t* offsets = b.offsets;
-  for (; column != end; column++, w += COLS * ROWS) {
-    const int32_t* offset = offsets + *column;
-    fetch<COLS * ROWS>(w);
+  const int32_t* column = l.columns + l.starts[work.first];
+  const float* w = l.weights + (int64_t)l.starts[work.first] * COLS * ROWS;
+  for (int64_t b = work.first; b < work.last; b++) {
+    float* y = work.y + b * ROWS * work.pitch;
+    const int32_t* end = l.columns + l.starts[b + 1];
+    vf sum[ROWS][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int t = 0; t < N; t++) sum[r][t] = splat(l.bias ? l.bias[b * ROWS + r] : 0.0f);
+    // Few sums would wait for each other: every other column gets sums of its own.
+    constexpr bool TWICE = COLS > 1 && ROWS * N <= 4;
+    vf other[TWICE ? ROWS : 1][N] = {};
+    expect<ROWS, N>(tile, y, work.pitch);
+    for (; column != end; column++, w += COLS * ROWS) {
+      const int32_t* offset = offsets + *column;
+      fetch<COLS * ROWS>(w);
 #pragma GCC unroll 4
-    for (int c = 0; c < COLS; c++) {
-      const float* p = x + offset[c];
-      MUWS_OWN(p);
-      vf in[N];
+      for (int c = 0; c < COLS; c++) {
+        const float* p = x + offset[c];
+        MUWS_OWN(p);
+        vf in[N];
 #pragma GCC unroll 8
-      for (int t = 0; t < N; t++) in[t] = load(p + from[t]);
+        for (int t = 0; t < N; t++) in[t] = load(p + from[t]);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const vf weight = splat(w[c * ROWS + r]);
+        for (int r = 0; r < ROWS; r++) {
+          const vf weight = splat(w[c * ROWS + r]);
 #pragma GCC unroll 8
-        for (int t = 0; t < N; t++) (TWICE && c % 2 ? other[TWICE ? r : 0] : sum[r])[t] += weight * in[t];
+          for (int t = 0; t < N; t++) (TWICE && c % 2 ? other[TWICE ? r : 0] : sum[r])[t] += weight * in[t];
+        }
       }
     }
+    if constexpr (TWICE)
+      for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < N; t++) sum[r][t] += other[r][t];
+    put<ROWS, N>(sum, tile, l.relu != 0, y, work.pitch, (int)least<int64_t>(ROWS, l.o - b * ROWS));
   }
-  if constexpr (TWICE)
-    for (int r = 0; r < ROWS; r++)
-      for (int t = 0; t < N; t++) sum[r][t] += other[r][t];
-  put<ROWS, N>(sum, tile, b.relu, y, pitch, rows);
 }
 
 #if defined(__AVX512BF16__)
 // x holds every number twice, as the two halves of a 32-bit lane: a pair of any two columns is one blend of two loads.
-template <int ROWS, int N>
-static void pair_tile_of(const float* __restrict x, const Tile& tile, const Blocks& b, int32_t first, int32_t last,
-                         float* __restrict y, int64_t pitch, int rows) {
-  vf sum[ROWS][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int t = 0; t < N; t++) sum[r][t] = splat(b.bias ? b.bias[r] : 0.0f);
+template <int ROWS, int N> static void pair_tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
+  const MuwsLayer& l = *work.layer;
+  const int32_t* offsets = work.offsets;
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  expect<ROWS, N>(tile, y, pitch, rows);
-  const int32_t* w = (const int32_t*)b.weights + (int64_t)first * ROWS;
-  const int32_t *column = b.columns + first, *end = b.columns + last;
-  const int32_t* offsets = b.offsets;
-  for (; column != end; column++, w += ROWS) {
-    fetch<ROWS>(w);
-    const float *p = x + offsets[*column], *q = x + offsets[*column + 1];
-    MUWS_OWN(p);
-    MUWS_OWN(q);
-    __m512i in[N];
+  const int32_t* column = l.columns + l.starts[work.first];
+  const int32_t* w = (const int32_t*)l.weights + (int64_t)l.starts[work.first] * ROWS;
+  for (int64_t b = work.first; b < work.last; b++) {
+    float* y = work.y + b * ROWS * work.pitch;
+    const int32_t* end = l.columns + l.starts[b + 1];
+    vf sum[ROWS][N];
 #pragma GCC unroll 8
-    for (int t = 0; t < N; t++)
-      in[t] = _mm512_mask_loadu_epi16(_mm512_loadu_si512(p + from[t]), 0xAAAAAAAAu, q + from[t]);
+    for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) {
-      const __m512i weight = _mm512_set1_epi32(w[r]);
+      for (int t = 0; t < N; t++) sum[r][t] = splat(l.bias ? l.bias[b * ROWS + r] : 0.0f);
+    expect<ROWS, N>(tile, y, work.pitch);
+    for (; column != end; column++, w += ROWS) {
+      fetch<ROWS>(w);
+      const float *p = x + offsets[*column], *q = x + offsets[*column + 1];
+      MUWS_OWN(p);
+      MUWS_OWN(q);
+      __m512i in[N];
 #pragma GCC unroll 8
-      for (int t = 0; t < N; t++) sum[r][t] = (vf)_mm512_dpbf16_ps((__m512)sum[r][t], (__m512bh)weight, (__m512bh)in[t]);
+      for (int t = 0; t < N; t++)
+        in[t] = _mm512_mask_loadu_epi16(_mm512_loadu_si512(p + from[t]), 0xAAAAAAAAu, q + from[t]);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(w[r]);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) sum[r][t] = (vf)_mm512_dpbf16_ps((__m512)sum[r][t], weight, (__m512bh)in[t]);
+      }
     }
+    put<ROWS, N>(sum, tile, l.relu != 0, y, work.pitch, (int)least<int64_t>(ROWS, l.o - b * ROWS));
   }
-  put<ROWS, N>(sum, tile, b.relu, y, pitch, rows);
 }
 #endif
 
-typedef void (*TileFn)(const float*, const Tile&, const Blocks&, int32_t, int32_t, float*, int64_t, int);
+typedef void (*TileFn)(const float*, const Tile&, const Work&);
 
 template <int ROWS, int N> static TileFn pick(int64_t n, int64_t cols, bool pairs) {
   if constexpr (N > 1)
