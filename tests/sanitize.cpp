@@ -182,7 +182,7 @@ int main(int, char** arguments) {
   }
   auto find = function<const void* (*)(const char*)>("muws_level");
   auto make = function<void* (*)(const void*, const MuwsLayer*)>("muws_plan");
-  auto run = function<int (*)(const void*, void*, const float*, float*, int64_t)>("muws_run");
+  auto run = function<int (*)(const void*, void*, const float*, const float*, float*, int64_t)>("muws_run");
   auto release = function<void (*)(const void*, void*)>("muws_free_plan");
   auto gemv = function<void (*)(const void*, const MuwsLayer*, const float*, float*, int64_t)>("muws_gemv");
   for (std::string name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
@@ -194,7 +194,7 @@ int main(int, char** arguments) {
       Case c = random_case(name == "avx512_bf16" && i % 2, linear);
       Exact x(c.l.n * c.l.c * c.l.h * c.l.w), y(c.l.n * c.l.o * c.l.oh * c.l.ow);
       void* plan = make(level, &c.l);
-      run(level, plan, x.data, y.data, any(1, 3));
+      run(level, plan, x.data, nullptr, y.data, any(1, 3));
       release(level, plan);
       compare(c, x.data, y.data, name.c_str());
       if (linear && !c.l.bfloat16 && !c.l.batch_last_in && !c.l.batch_last_out) {

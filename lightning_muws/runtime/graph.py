@@ -108,7 +108,7 @@ class FusedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what the module's forward returns."""
         if x.shape[1:] == self.shape:
-            return cast("Tensor", self.steps(x))
+            return cast("Tensor", self.steps.forward(x))  # its __call__ costs as much as a small layer
         return cast("Tensor", cast("Any", type(self.module)).forward(self.module, x))
 
 
@@ -155,27 +155,57 @@ def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
-        if _is_relu(node, children) and isinstance(source := node.args[0], fx.Node) and len(source.users) == 1:
-            kernel = children.get(str(source.target)) if source.op == "call_module" else None
-            if _is_kernel(kernel):
-                children[f"{source.target}_relu"] = cast("Any", kernel).with_relu()
-                source.target = f"{source.target}_relu"
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-            elif _is_fresh(source, children):
-                node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
-            else:
-                continue
-            n_fused += 1
+        if _is_relu(node, children):
+            n_fused += _fuse_relu(graph, node, children)
         elif node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
-            a, b = node.args
-            if not (_is_fresh(a, children) and len(a.users) == 1):
-                a, b = b, a
-            if _is_fresh(a, children) and len(a.users) == 1 and isinstance(b, fx.Node) and a is not b:
-                node.op, node.target, node.args = "call_module", ADD_INTO, (a, b)
-                children[ADD_INTO] = AddInto()
-                n_fused += 1
+            n_fused += _add_onto(graph, node, children) or _add_in_place(node, children)
     return n_fused
+
+
+def _fuse_relu(graph: fx.Graph, node: fx.Node, children: dict[str, nn.Module]) -> bool:
+    """Let the kernel before a ReLU apply it, or the ReLU work in place; return whether it can."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or len(source.users) > 1:
+        return False
+    kernel = children.get(str(source.target)) if source.op == "call_module" else None
+    if _is_kernel(kernel):
+        children[f"{source.target}_relu"] = cast("Any", kernel).with_relu()
+        source.target = f"{source.target}_relu"
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        return True
+    if _is_fresh(source, children):
+        node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
+        return True
+    return False
+
+
+def _add_in_place(node: fx.Node, children: dict[str, nn.Module]) -> bool:
+    """Let a sum use the memory of an addend that nothing else reads; return whether there is one."""
+    a, b = node.args
+    if not (_is_fresh(a, children) and len(cast("fx.Node", a).users) == 1):
+        a, b = b, a
+    if not (_is_fresh(a, children) and len(cast("fx.Node", a).users) == 1) or not isinstance(b, fx.Node) or a is b:
+        return False
+    node.op, node.target, node.args = "call_module", ADD_INTO, (a, b)
+    children[ADD_INTO] = AddInto()
+    return True
+
+
+def _add_onto(graph: fx.Graph, node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
+    """Let the last kernel before a sum add its outputs to the other addend; return whether it can."""
+    order = {step: i for i, step in enumerate(graph.nodes)}
+    addends = [a for a in node.args if isinstance(a, fx.Node)]
+    if len(addends) != 2 or addends[0] is addends[1]:
+        return False
+    other, last = sorted(addends, key=order.__getitem__)
+    kernel = children.get(str(last.target)) if last.op == "call_module" else None
+    if not hasattr(kernel, "run_onto") or len(last.users) != 1 or len(last.args) != 1 or last.kwargs:
+        return False
+    last.args = (*last.args, other)
+    node.replace_all_uses_with(last)
+    graph.erase_node(node)
+    return True
 
 
 def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:

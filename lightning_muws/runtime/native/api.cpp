@@ -42,8 +42,8 @@ MUWS_PUBLIC const char* muws_level_name(const void* level) { return ((const Muws
 MUWS_PUBLIC void* muws_plan(const void* level, const MuwsLayer* layer) {
   return ((const MuwsLevel*)level)->plan(layer);
 }
-MUWS_PUBLIC int muws_run(const void* level, void* plan, const float* x, float* y, int64_t threads) {
-  return ((const MuwsLevel*)level)->run(plan, x, y, threads);
+MUWS_PUBLIC int muws_run(const void* level, void* plan, const float* x, const float* onto, float* y, int64_t threads) {
+  return ((const MuwsLevel*)level)->run(plan, x, onto, y, threads);
 }
 MUWS_PUBLIC void muws_free_plan(const void* level, void* plan) { ((const MuwsLevel*)level)->free_plan(plan); }
 MUWS_PUBLIC void muws_gemv(const void* level, const MuwsLayer* layer, const float* x, float* y, int64_t threads) {

@@ -42,7 +42,7 @@ float* muws_scratch(int slot, size_t n_floats);  // this thread's, 64-byte align
 struct MuwsLevel {
   const char* name;
   void* (*plan)(const MuwsLayer*);
-  int (*run)(void* plan, const float* x, float* y, int64_t threads);
+  int (*run)(void* plan, const float* x, const float* onto, float* y, int64_t threads);  // onto: null, or laid as y
   void (*free_plan)(void* plan);
   void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
   void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);

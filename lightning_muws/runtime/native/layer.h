@@ -7,6 +7,7 @@ namespace {
 struct Run {
   const Plan* plan;
   const float* x;
+  const float* onto;  // added to what is stored at the same place of y; null for nothing
   float* y;
   int64_t row_splits;
 };
@@ -82,18 +83,19 @@ static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64
   packed = rows.last;
 }
 
-static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, int64_t first, int64_t last) {
+static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, const float* onto,
+                     int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
   const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0);
   const int64_t per_group = ceil_div(l.row_blocks, l.groups), group_stride = l.c / l.groups * p.channel_stride;
   for (int64_t b = first; b < last;) {  // group by group
     const int64_t group = b / per_group, stop = least(last, (group + 1) * per_group);
-    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, to.output});
+    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output});
     b = stop;
   }
 }
 
-static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t first, int64_t last) {
+static void run_span(const Plan& p, const float* x, const float* onto, float* y, Span s, int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
   const int64_t plane = l.oh * l.ow, band_row = s.row, done_outputs = least(l.o, last * l.rows) - first * l.rows;
   const bool in_place = p.lanes == 1 || l.batch_last_out;
@@ -117,7 +119,7 @@ static void run_span(const Plan& p, const float* x, float* y, Span s, int64_t fi
       const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
       if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
       if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed);
-      run_tile(p, from, tile, to, first, last);
+      run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
     }
     if (in_place) continue;
     now.row += band_row;
@@ -138,13 +140,13 @@ static void run_item(void* context, int64_t item) {
   s.n_units = least(p.item_units, p.units - s.unit);
   s.row = band * p.band;
   s.n_rows = least(p.band, l.oh - s.row);
-  run_span(p, run.x, run.y, s, first, last);
+  run_span(p, run.x, run.onto, run.y, s, first, last);
 }
 
-static int run_plan(void* plan, const float* x, float* y, int64_t threads) {
+static int run_plan(void* plan, const float* x, const float* onto, float* y, int64_t threads) {
   const Plan& p = *(const Plan*)plan;
   const int64_t items = ceil_div(p.units, p.item_units) * p.bands;
-  Run run{&p, x, y, 1};
+  Run run{&p, x, onto, y, 1};
   if (items < threads) run.row_splits = least(p.layer.row_blocks, ceil_div(threads, items));
   muws_parallel(threads, items * run.row_splits, run_item, &run);
   return 0;

@@ -45,16 +45,22 @@ class BlockSparse(nn.Module):
         self.register_buffer("bias", bias)
         self.geometry, self.n_dims = geometry, n_dims
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._last: Plan | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, as the dense layer does.
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the layer's output, as the dense layer does; added to ``onto``, before ReLU, where given.
 
         Raises:
             StateError: If a gradient is asked for, or ``x`` is not float32 on the CPU.
         """
         refuse_gradient(x)
+        if self.n_dims == 3 and x.dim() == 4:
+            return self.run(x) if onto is None else self.run_onto(x, onto)
+        if onto is not None:
+            y: Tensor = self._with(relu=0)(x) + onto
+            return y.relu_() if self.geometry.relu else y
         if self.n_dims == 3:
-            return self.run(x) if x.dim() == 4 else self.run(x.unsqueeze(0)).squeeze(0)
+            return self.run(x.unsqueeze(0)).squeeze(0)
         if self.n_dims == 2:
             y = self.run(x.unsqueeze(-2) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(-2)).squeeze(-2)
             return y if x.dim() == 3 else y.squeeze(0)
@@ -64,21 +70,46 @@ class BlockSparse(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """Return the output of ``x (n, c, h, w)``."""
-        buffers = self._buffers  # quicker than attributes
-        blocks = Blocks(*(buffers[name] for name in Blocks._fields))  # type: ignore[arg-type] # weights is a Tensor
         if torch.compiler.is_compiling():
-            y: Tensor = block_sparse_op(x, *blocks, list(self.geometry))
+            y: Tensor = block_sparse_op(x, *self._blocks(), list(self.geometry))
             return y
-        key = (x.dtype, x.shape, x.stride(), *map(id, blocks), blocks.weights.data_ptr())
+        return self._plan_of(x)(x)
+
+    def run_onto(self, x: Tensor, onto: Tensor) -> Tensor:
+        """Return the output of ``x (n, c, h, w)`` added to ``onto``, on the way where both are laid alike."""
+        plain = self.geometry._replace(relu=0) if self.geometry.relu else self.geometry
+        if torch.compiler.is_compiling():
+            y: Tensor = block_sparse_op(x, *self._blocks(), list(plain)) + onto
+            return y.relu() if self.geometry.relu else y
+        plan = self._plan_of(x)
+        if plan.takes(onto):
+            return plan(x, onto)
+        y = self._plan(x, plain)(x)
+        y = y.add_(onto) if onto.shape == y.shape and onto.dtype == y.dtype else y + onto
+        return y.relu_() if self.geometry.relu else y
+
+    def _blocks(self) -> Blocks:
+        buffers = self._buffers  # quicker than attributes
+        return Blocks(*(buffers[name] for name in Blocks._fields))  # type: ignore[arg-type] # weights is a Tensor
+
+    def _plan_of(self, x: Tensor) -> Plan:
+        last = self._last
+        if last is None or not last.is_for(x, self._buffers):
+            self._last = last = self._plan(x, self.geometry)
+        return last
+
+    def _plan(self, x: Tensor, geometry: Geometry) -> Plan:
+        blocks = self._blocks()
+        key = (x.dtype, x.shape, x.stride(), geometry.relu, *map(id, blocks), blocks.weights.data_ptr())
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = Plan(x, blocks, self.geometry)
-        return plan(x)
+            plan = self._plans[key] = Plan(x, blocks, geometry)
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}  # they hold addresses
+        return {**self.__dict__, "_plans": {}, "_last": None}  # they hold addresses
 
     def with_relu(self) -> BlockSparse:
         """Return the same layer with ReLU at its end; both share what is packed, also after a move to a device."""

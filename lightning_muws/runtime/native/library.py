@@ -55,7 +55,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments, result in (
         ("muws_level", [ctypes.c_char_p], pointer),
         ("muws_plan", [pointer, pointer], pointer),
-        ("muws_run", [pointer, pointer, pointer, pointer, number], ctypes.c_int),
+        ("muws_run", [pointer, pointer, pointer, pointer, pointer, number], ctypes.c_int),
         ("muws_free_plan", [pointer, pointer], None),
         ("muws_gemv", [pointer, pointer, pointer, pointer, number], None),
         ("muws_signs", [pointer, pointer, pointer, pointer, number], None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,10 +79,12 @@ class Plan:
         self.found, self.level = _level_for(x)
         self.last_in = g.batch_lanes == 1 and is_batch_last(x)
         self.is_ready = self.last_in or x.is_contiguous()
+        self.x_shape, self.x_strides = x.shape, x.stride()
         n, c, h, w = x.shape
         self.shape = g.out_shape(n, h, w)
         last_out = g.batch_lanes == 1 and n > 1 and (self.last_in or bool(g.batch_last))
         self.strides = batch_last_strides(self.shape) if last_out else None
+        self.adds = g.batch_lanes != 1 or last_out  # elsewhere outputs are transposed before they are stored
         layer = Layer(n, c, h, w, *self.shape[1:], *g[1:8], g.rows, g.cols, blocks.starts.numel() - 1)
         layer.n_logical = 0 if blocks.logical is None else blocks.logical.numel()
         for name, tensor in blocks._asdict().items():
@@ -97,18 +100,39 @@ class Plan:
         if not self.address:
             raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: lower the batch")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the output for an ``x`` of this plan's shape and strides."""
+    def is_for(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> bool:
+        """Say whether the plan is one for this input and these tensors of a layer, quicker than a look into a table."""
+        blocks = self.blocks
+        return (
+            x.shape == self.x_shape
+            and x.stride() == self.x_strides
+            and x.dtype is torch.float32
+            and tensors["weights"] is blocks.weights
+            and tensors["starts"] is blocks.starts
+            and tensors["columns"] is blocks.columns
+            and tensors["logical"] is blocks.logical
+            and tensors["bias"] is blocks.bias
+            and blocks.weights.data_ptr() == self.layer.weights
+        )
+
+    def takes(self, onto: Tensor) -> bool:
+        """Say whether the output can be added to this tensor on the way."""
+        strides = batch_last_strides(self.shape) if self.strides else None
+        laid = onto.stride() == strides if strides else onto.is_contiguous()
+        plain = onto.dtype == torch.float32 and onto.device.type == "cpu"
+        return bool(self.address and self.adds and laid and plain and onto.shape == self.shape)
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the output for an ``x`` of this plan's shape and strides, added to ``onto`` where given."""
         if not self.is_ready:
             x = x.contiguous()
         y = torch.empty(self.shape) if self.strides is None else torch.empty_strided(self.shape, self.strides)
         if self.address:
-            run, what = self.found.muws_run, self.address
+            added = 0 if onto is None else onto.data_ptr()
+            self.found.muws_run(self.level, self.address, x.data_ptr(), added, y.data_ptr(), torch.get_num_threads())
         elif self.is_gemv:
-            run, what = self.found.muws_gemv, ctypes.addressof(self.layer)
-        else:
-            return y
-        run(self.level, what, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+            layer = ctypes.addressof(self.layer)
+            self.found.muws_gemv(self.level, layer, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
         return y
 
     def __del__(self) -> None:

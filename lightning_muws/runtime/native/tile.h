@@ -26,6 +26,7 @@ struct Work {
   const int32_t* offsets;  // of every logical column, from the tile's corner
   int64_t first, last;
   float* y;
+  const float* onto;  // laid as y: added to the sums; or null
   int64_t pitch;
 };
 
@@ -54,8 +55,39 @@ template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, const float
   }
 }
 
+MUWS_INLINE vf load_piece(const float* from, const Piece& piece) {
+#if MUWS_LANES == 16
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)(((1u << piece.count) - 1) << piece.first), from);
+#else
+  float lanes[V] = {};
+  for (int i = piece.first; i < piece.first + piece.count; i++) lanes[i] = from[i];
+  return load(lanes);
+#endif
+}
+
 template <int ROWS, int N>
-MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, bool with_relu, float* y, int64_t pitch, int rows) {
+MUWS_INLINE void add_onto(vf (&sum)[ROWS][N], const Tile& tile, const float* onto, int64_t pitch, int rows) {
+#pragma GCC unroll 8
+  for (int t = 0; t < N; t++)
+    for (int i = tile.start[t]; i < tile.start[t + 1]; i++) {
+      const Piece& piece = tile.pieces[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+        if (r < rows) {
+          const float* from = onto + r * pitch + piece.to;
+          sum[r][t] += tile.whole ? load(from) : load_piece(from, piece);
+        }
+    }
+}
+
+template <int ROWS, int N>
+MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, const Work& work, int64_t b) {
+  const MuwsLayer& l = *work.layer;
+  const int64_t pitch = work.pitch;
+  const int rows = (int)least<int64_t>(ROWS, l.o - b * ROWS);
+  float* y = work.y + b * ROWS * pitch;
+  if (work.onto) add_onto<ROWS, N>(sum, tile, work.onto + b * ROWS * pitch, pitch, rows);
+  const bool with_relu = l.relu != 0;
   if (with_relu) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -124,7 +156,7 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
     if constexpr (TWICE)
       for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < N; t++) sum[r][t] += other[r][t];
-    put<ROWS, N>(sum, tile, l.relu != 0, y, work.pitch, (int)least<int64_t>(ROWS, l.o - b * ROWS));
+    put<ROWS, N>(sum, tile, work, b);
   }
 }
 
@@ -163,7 +195,7 @@ template <int ROWS, int N> static void pair_tile_of(const float* __restrict x, c
         for (int t = 0; t < N; t++) sum[r][t] = (vf)_mm512_dpbf16_ps((__m512)sum[r][t], weight, (__m512bh)in[t]);
       }
     }
-    put<ROWS, N>(sum, tile, l.relu != 0, y, work.pitch, (int)least<int64_t>(ROWS, l.o - b * ROWS));
+    put<ROWS, N>(sum, tile, work, b);
   }
 }
 #endif
