@@ -27,11 +27,17 @@ def say_machine() -> None:
     console.print("one thread, process time, interleaved")
 
 
-def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
-    """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up."""
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]], rounds: int = 15, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up.
+
+    What stands ``before`` every task is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
+            before()
             start = time.process_time()
             task()
             if turn:
