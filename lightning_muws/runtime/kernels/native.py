@@ -13,6 +13,8 @@ from lightning_muws.runtime.native.layers import BlockSparse
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.native.run import Geometry
 
+TRIALS = 4
+MOST_COLUMNS = 1 << 16  # inputs times kernel: a column's number takes two bytes
 FEWEST_GROUP_OUTPUTS = 4  # below, as in a depthwise convolution, a loaded input is hardly used
 
 
@@ -80,7 +82,8 @@ def geometry_of(layer: nn.Module, example: Tensor, relu: bool) -> Geometry | Non
     else:
         return None
     weight = layer.weight
-    return geometry if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+    fits = weight[0].numel() <= MOST_COLUMNS
+    return geometry if fits and weight.dtype == torch.float32 and weight.device.type == "cpu" else None
 
 
 def _n_dims(layer: nn.Module) -> int:
@@ -92,9 +95,11 @@ def _fastest(make: Callable[[int], BlockSparse], example: Tensor) -> BlockSparse
     over_positions, over_batch = make(0), make(1)
     if over_batch.n_dims == 1:
         return over_batch
+    ways = (over_positions, over_batch)
     with torch.inference_mode():
-        times = [min(_timed(module, example) for _ in range(3)) for module in (over_positions, over_batch)]
-    return over_positions if times[0] <= times[1] else over_batch
+        rounds = [[_timed(way, example) for way in ways] for _ in range(1 + TRIALS)][1:]  # the first makes the plans
+    best = [min(times) for times in zip(*rounds, strict=True)]
+    return ways[best.index(min(best))]
 
 
 def _timed(module: nn.Module, example: Tensor) -> float:
