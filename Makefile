@@ -11,12 +11,13 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
 	@echo "make test    run the test suite"
-	@echo "make check   ruff and mypy"
-	@echo "make bench   measure the projection, the cost of a step, the speed of whole networks, and ADMM against one-shot (50 minutes)"
+	@echo "make check   ruff, mypy, and the native kernels under sanitizers"
+	@echo "make bench   measure projection, kernels, a step, whole networks, and ADMM against one-shot (60 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it
-$(READY): pyproject.toml constraints.txt
+# The native kernels are built by the way, where there is a compiler; a change of theirs builds them again.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard lightning_muws/runtime/native/*.cpp lightning_muws/runtime/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev]"
@@ -32,9 +33,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	tests/sanitize.sh $(BIN)/python
 
 bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
+	$(ENV) $(BIN)/python examples/benchmarks/kernels.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
 	$(ENV) $(BIN)/python examples/benchmarks/networks.py
 	$(ENV) $(BIN)/python examples/benchmarks/export.py

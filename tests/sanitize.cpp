@@ -44,7 +44,8 @@ static uint16_t half(float f) {
 struct Case {
   MuwsLayer l{};
   std::vector<double> matrix;
-  std::vector<int32_t> starts, columns, logical;
+  std::vector<int32_t> starts, logical;
+  std::vector<uint16_t> columns;
   std::vector<float> weights, bias;
 };
 
@@ -83,14 +84,14 @@ static Case random_case(bool bfloat16, bool linear) {
     };
     if (!bfloat16) {
       for (int32_t k : kept) {
-        c.columns.push_back(k);
+        c.columns.push_back((uint16_t)k);
         for (int64_t i = 0; i < l.cols; i++)
           for (int64_t r = 0; r < l.rows; r++) c.weights.push_back(weight(k + i, r));
       }
     }
     for (size_t i = 0; bfloat16 && i < kept.size(); i += 2) {
       const bool two = i + 1 < kept.size();
-      c.columns.push_back((int32_t)c.logical.size());
+      c.columns.push_back(0);
       c.logical.push_back(kept[i]);
       c.logical.push_back(kept[two ? i + 1 : i]);
       for (int64_t r = 0; r < l.rows; r++) {
@@ -144,14 +145,15 @@ static void run_signs(const void* level) {
   l.rows = rows[which], l.cols = which ? 8 * any(1, 2) : 4, l.row_blocks = any(1, 9), l.o = l.row_blocks * l.rows;
   const int64_t across = any(1, 9);
   Exact x(across * l.cols), y(l.o);
-  std::vector<int32_t> starts{0}, columns;
+  std::vector<int32_t> starts{0};
+  std::vector<uint16_t> columns;
   std::vector<float> magnitudes;
   std::vector<uint8_t> minus;
   std::vector<double> want(y.data, y.data + l.o);
   for (int64_t b = 0; b < l.row_blocks; b++) {
     for (int64_t k = 0; k < across; k++) {
       if (any(0, 1)) continue;
-      columns.push_back((int32_t)(k * l.cols));
+      columns.push_back((uint16_t)(k * l.cols));
       magnitudes.push_back(std::fabs(normal()));
       const size_t first = minus.size();
       minus.resize(first + (size_t)(l.rows * l.cols / 8), 0);

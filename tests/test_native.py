@@ -455,7 +455,7 @@ def test_packing_keeps_every_weight(n_out, n_in, share, seed):
         there = matrix.new_zeros(-(-n_out // packed.rows) * packed.rows, n_in)
         for row in range(len(packed.starts) - 1):
             for block in range(packed.starts[row], packed.starts[row + 1]):
-                start = int(packed.columns[block])
+                start = int(packed.columns[block]) & 0xFFFF
                 there[row * packed.rows : (row + 1) * packed.rows, start : start + packed.cols] = packed.weights[
                     block
                 ].T

@@ -28,16 +28,21 @@ def say_machine() -> None:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], object]], rounds: int = 15, sample_s: float = 0.0
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    sample_s: float = 0.0,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up.
 
-    A sample takes at least ``sample_s``: shorter tasks are run several times in a row, as they are in use.
+    A sample takes at least ``sample_s``: shorter tasks are run several times in a row, as they are in use. What stands
+    ``before`` every sample is not timed.
     """
     repeats = dict.fromkeys(tasks, 1)
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
+            before()
             start = time.process_time()
             for _ in range(repeats[name]):
                 task()

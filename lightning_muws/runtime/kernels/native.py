@@ -13,6 +13,8 @@ from lightning_muws.runtime.native.layers import BlockSparse
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.native.run import Geometry
 
+TRIALS = 4
+MOST_COLUMNS = 1 << 16  # inputs times kernel: a column's number takes two bytes
 FEWEST_GROUP_OUTPUTS = 4  # below, as in a depthwise convolution, a loaded input is hardly used
 
 
@@ -80,7 +82,8 @@ def geometry_of(layer: nn.Module, example: Tensor, relu: bool) -> Geometry | Non
     else:
         return None
     weight = layer.weight
-    return geometry if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+    fits = weight[0].numel() <= MOST_COLUMNS
+    return geometry if fits and weight.dtype == torch.float32 and weight.device.type == "cpu" else None
 
 
 def _n_dims(layer: nn.Module) -> int:
@@ -89,12 +92,13 @@ def _n_dims(layer: nn.Module) -> int:
 
 def _fastest(make: Callable[[int], BlockSparse], example: Tensor) -> BlockSparse:
     """Return the fastest of lanes over positions, over the batch and over unfolded positions, tried on the example."""
-    modules = [make(lanes) for lanes in (0, 1, 2)]
-    if modules[0].n_dims == 1:
-        return modules[1]
+    ways = [make(lanes) for lanes in (0, 1, 2)]
+    if ways[0].n_dims == 1:
+        return ways[1]
     with torch.inference_mode():
-        times = [min(_timed(module, example) for _ in range(5)) for module in modules]
-    return modules[times.index(min(times))]
+        rounds = [[_timed(way, example) for way in ways] for _ in range(1 + TRIALS)][1:]  # the first makes the plans
+    best = [min(times) for times in zip(*rounds, strict=True)]
+    return ways[best.index(min(best))]
 
 
 def _timed(module: nn.Module, example: Tensor) -> float:

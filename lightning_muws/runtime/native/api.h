@@ -13,10 +13,10 @@ struct MuwsLayer {
   int64_t kh, kw, sh, sw, ph, pw, groups;
   int64_t rows, cols;        // of a packed block: 1, 2, 4 or 8 by 1 or 4; bfloat16: by 2
   int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
-  int64_t n_logical;
+  int64_t n_logical;         // 2 * blocks for bfloat16, else 0
   const int32_t* starts;     // (row_blocks + 1)
-  const int32_t* columns;    // (blocks): the first logical column of each
-  const int32_t* logical;    // (n_logical) columns of the matrix that block columns are cut from; null: all in order
+  const uint16_t* columns;   // (blocks): the first column of each; not read for bfloat16
+  const int32_t* logical;    // bfloat16: (2 * blocks) the two columns of each
   const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
   const float* bias;         // (row_blocks * rows) or null
   int64_t relu, bfloat16;
@@ -29,7 +29,7 @@ struct MuwsLayer {
 struct MuwsSigns {
   int64_t o, rows, cols, row_blocks;
   const int32_t* starts;
-  const int32_t* columns;    // (blocks): the first column of each
+  const uint16_t* columns;   // (blocks): the first column of each
   const float* magnitudes;   // (blocks)
   const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
   int64_t relu;

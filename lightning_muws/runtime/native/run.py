@@ -48,8 +48,8 @@ class Blocks(NamedTuple):
     Attributes:
         weights: ``(blocks, cols, rows)`` float32; as bfloat16 ``(blocks, rows, 2)``.
         starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
-        columns: ``(blocks)`` int32, the first logical column of each.
-        logical: ``(n)`` int32, the column of the matrix each logical column is, or None for all in order.
+        columns: ``(blocks)`` int16, read as unsigned: the first column of each; not read for bfloat16.
+        logical: ``(2 * blocks)`` int32, the two columns of each bfloat16 block, else None.
         bias: ``(block rows * rows)`` float32 or None.
     """
 
@@ -183,7 +183,7 @@ def signed_linear(
         magnitudes: ``(blocks)`` float32.
         minus: uint8, a bit for each weight that is below zero; signs.h says in which order.
         starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
-        columns: ``(blocks)`` int32, the first column of each.
+        columns: ``(blocks)`` int16, read as unsigned: the first column of each.
         onto: ``(out)`` to add to, a bias or what other blocks gave; None for zero.
         geometry: ``[out, rows, cols, relu]``.
     """

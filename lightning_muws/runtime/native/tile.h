@@ -23,7 +23,7 @@ struct Tile {
 // Block rows first .. last of a layer; output r of block row b goes to y + (b * rows + r) * pitch.
 struct Work {
   const MuwsLayer* layer;
-  const int32_t* offsets;  // of every logical column, from the tile's corner
+  const int32_t* offsets;  // of every column of the matrix, or of each block's two, from the tile's corner
   int64_t first, last;
   float* y;
   const float* onto;  // laid as y: added to the sums; or null
@@ -121,11 +121,11 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const int32_t* column = l.columns + l.starts[work.first];
+  const uint16_t* column = l.columns + l.starts[work.first];
   const float* w = l.weights + (int64_t)l.starts[work.first] * COLS * ROWS;
   for (int64_t b = work.first; b < work.last; b++) {
     float* y = work.y + b * ROWS * work.pitch;
-    const int32_t* end = l.columns + l.starts[b + 1];
+    const uint16_t* end = l.columns + l.starts[b + 1];
     vf sum[ROWS][N];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -164,24 +164,23 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
 // x holds every number twice, as the two halves of a 32-bit lane: a pair of any two columns is one blend of two loads.
 template <int ROWS, int N> static void pair_tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
   const MuwsLayer& l = *work.layer;
-  const int32_t* offsets = work.offsets;
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const int32_t* column = l.columns + l.starts[work.first];
+  const int32_t* offset = work.offsets + 2 * (int64_t)l.starts[work.first];
   const int32_t* w = (const int32_t*)l.weights + (int64_t)l.starts[work.first] * ROWS;
   for (int64_t b = work.first; b < work.last; b++) {
     float* y = work.y + b * ROWS * work.pitch;
-    const int32_t* end = l.columns + l.starts[b + 1];
+    const int32_t* end = work.offsets + 2 * (int64_t)l.starts[b + 1];
     vf sum[ROWS][N];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
       for (int t = 0; t < N; t++) sum[r][t] = splat(l.bias ? l.bias[b * ROWS + r] : 0.0f);
     expect<ROWS, N>(tile, y, work.pitch);
-    for (; column != end; column++, w += ROWS) {
+    for (; offset != end; offset += 2, w += ROWS) {
       fetch<ROWS>(w);
-      const float *p = x + offsets[*column], *q = x + offsets[*column + 1];
+      const float *p = x + offset[0], *q = x + offset[1];
       MUWS_OWN(p);
       MUWS_OWN(q);
       __m512i in[N];
