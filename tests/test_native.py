@@ -58,9 +58,19 @@ def reference(layer: nn.Module, x: torch.Tensor, relu: bool = False) -> torch.Te
     return y.relu() if relu else y
 
 
-def error(y: torch.Tensor, want: torch.Tensor) -> float:
+def error(y: torch.Tensor, want: torch.Tensor, terms: float = 0.0) -> float:
+    """Return the error relative to the largest output; of sums that may cancel, to an eighth of the sum of terms."""
     assert y.shape == want.shape
-    return float((y - want).abs().max() / want.abs().max().clamp_min(1e-30)) if want.numel() else 0.0
+    return float((y - want).abs().max() / want.abs().max().clamp_min(max(1e-30, terms / 8))) if want.numel() else 0.0
+
+
+def terms_of(layer: nn.Module, x: torch.Tensor) -> float:
+    """Return the largest sum of the sizes of an output's terms."""
+    sizes = copy.deepcopy(layer).requires_grad_(False)
+    for parameter in sizes.parameters():
+        parameter.abs_()
+    y = reference(sizes, x.abs())
+    return float(y.max()) if y.numel() else 0.0
 
 
 def variant(layer: nn.Module, x: torch.Tensor, relu: bool = False, halves: bool = False, **changes: int) -> BlockSparse:
@@ -114,13 +124,13 @@ def test_equals_float64_over_all_layers(name, at_level):
     @given(layers(), st.booleans())
     def law(case, relu):
         layer, x, block_shape = case
-        want = reference(layer, x, relu)
+        want, terms = reference(layer, x, relu), terms_of(layer, x)
         fast = native.build(layer, block_shape, x, relu=relu)
-        assert error(fast(x), want) <= 1e-5
-        for lanes in (0, 1):
+        assert error(fast(x), want, terms) <= 1e-5
+        for lanes in (0, 1, 2):
             for rows in (1, 2, 4, 8):
                 if fast.geometry.groups == 1 or fast.geometry.out // fast.geometry.groups % rows == 0:
-                    assert error(variant(layer, x, relu, rows=rows, batch_lanes=lanes)(x), want) <= 1e-5
+                    assert error(variant(layer, x, relu, rows=rows, batch_lanes=lanes)(x), want, terms) <= 1e-5
 
     law()
 
@@ -137,7 +147,7 @@ def test_equals_float64_at_any_batch(name, batch, at_level):
     ):
         x = normal(batch, *shape, dtype=torch.float32)
         pruned(layer, (4, 4), 0.5)
-        for lanes in (0, 1):
+        for lanes in (0, 1, 2):
             assert error(variant(layer, x, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
 
 
@@ -145,14 +155,14 @@ def test_equals_float64_at_any_batch(name, batch, at_level):
 def test_equals_float64_at_any_image(size):
     layer = pruned(nn.Conv2d(12, 16, 3, padding=1), (4, 4), 0.7)
     x = normal(0, 18, 12, *size, dtype=torch.float32)
-    for lanes in (0, 1):
+    for lanes in (0, 1, 2):
         assert error(variant(layer, x, cols=4, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
 
 
 def test_large_bands_are_cut():
     layer = pruned(nn.Conv2d(64, 8, 3, 2, 1), (4, 4), 0.9)
     x = normal(0, 16, 64, 96, 96, dtype=torch.float32)  # more scratch than a band may have
-    for lanes in (0, 1):
+    for lanes in (0, 1, 2):
         assert error(variant(layer, x, cols=4, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
 
 
@@ -164,7 +174,7 @@ def test_bfloat16_equals_float64_of_rounded_numbers(case):
     rounded.weight.data = layer.weight.data.bfloat16().float()
     want = reference(rounded, x16)
     rows, _ = choose_block(native.matrix_of(layer)[0], block_shape, len(layer.weight) // getattr(layer, "groups", 1))
-    for lanes in (0, 1):
+    for lanes in (0, 1, 2):
         assert error(variant(layer, x, halves=True, rows=rows, batch_lanes=lanes)(x), want) <= 1e-5
 
 
@@ -465,3 +475,22 @@ def test_packing_keeps_every_weight(n_out, n_in, share, seed):
 def test_geometry_and_api_have_the_same_fields():
     assert [name for name, _ in library.Layer._fields_][7:14] == ["kh", "kw", "sh", "sw", "ph", "pw", "groups"]
     assert Geometry(1)._fields[1:8] == ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "groups")
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("batch_last", [False, True])
+def test_adds_onto_another_tensor_before_relu(name, batch_last, at_level):
+    at_level(name)
+
+    @given(layers(), st.booleans())
+    def law(case, relu):
+        layer, x, block_shape = case
+        fast, want = native.build(layer, block_shape, x, relu=relu), reference(layer, x, False)
+        fast = fast.with_batch_last() if batch_last and x.dim() == 4 else fast
+        laid_alike = native.build(layer, block_shape, x)(x)
+        for onto in (normal(1, *want.shape, dtype=torch.float32), torch.ones(()), laid_alike):
+            kept, total = onto.clone(), want + onto.double()
+            assert error(fast(x, onto), total.relu() if relu else total, terms_of(layer, x)) <= 1e-5
+            assert torch.equal(onto, kept)
+
+    law()
