@@ -109,16 +109,7 @@ def linears(size: int = 4096) -> None:
     layer = nn.Linear(size, size).eval()
     for batch in (1, 32):
         x = torch.randn(batch, size)
-        dense: dict[str, object] = {"dense float32 F.linear": lambda x=x: layer(x)}
-        if torch.backends.mkldnn.is_available():
-            for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-                packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(kind), batch)
-                bias, given = layer.bias.to(kind), x.to(kind)
-                dense[f"dense {name} oneDNN"] = lambda w=packed, b=bias, x=given: torch.ops.mkldnn._linear_pointwise(
-                    x, w, b, "none", [], ""
-                )
-        if int8 := dynamic_int8(layer):
-            dense["dense int8 dynamic"] = lambda m=int8, x=x: m(x)
+        dense = dense_linears(layer, x)
         fast = {}
         for share in SHARES:
             for shape in ((4, 4), (8, 8), (4, 1)):
@@ -137,6 +128,21 @@ def linears(size: int = 4096) -> None:
                 fast[name] = (lambda m=made, x=x: m(x), None, 1 - share, error(made, unified, x))
         measure(found, "", batch, dense, fast, 2 * batch * size**2, cold=True)
     console.print(found)
+
+
+def dense_linears(layer: nn.Linear, x: Tensor) -> dict[str, object]:
+    """Return the ways torch computes the dense layer, weights prepacked by oneDNN among them."""
+    dense: dict[str, object] = {"dense float32 F.linear": lambda: layer(x)}
+    if torch.backends.mkldnn.is_available():
+        for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.to(kind), len(x))
+            bias, given = layer.bias.to(kind), x.to(kind)
+            dense[f"dense {name} oneDNN"] = lambda w=packed, b=bias, x=given: torch.ops.mkldnn._linear_pointwise(
+                x, w, b, "none", [], ""
+            )
+    if int8 := dynamic_int8(layer):
+        dense["dense int8 dynamic"] = lambda: int8(x)
+    return dense
 
 
 def dynamic_int8(layer: nn.Module) -> nn.Module | None:

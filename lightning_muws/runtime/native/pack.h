@@ -185,6 +185,9 @@ template <bool HALF> static void pack_images(const Plan& p, const float* x, floa
       float* to = unit + c * p.channel_stride;
       if (bordered) clear_border(p, to, s.row, rows);
       if (!l.batch_last_in) {
+        if (c + 1 < l.c && plane > V)  // the next channel lies far from this one
+          for (int64_t i = 0; i < images; i++)
+            for (int64_t j = first; j < last; j += 16) __builtin_prefetch(x + ((start + i) * l.c + c + 1) * plane + j);
         pack_plane<HALF>(p, x + (start * l.c + c) * plane, to, shift, images, first, last);
         continue;
       }

@@ -40,11 +40,13 @@ MUWS_INLINE vf splat(float s) { return vf{s, s, s, s}; }
 MUWS_INLINE vf bits(vi v) { return (vf)v; }
 MUWS_INLINE vf relu(vf v) { return bits((vi)v & ~(v < 0.0f)); }  // keeps NaN, as torch does
 
-// Weights are read once, in order, and come from far: ask for those of some microseconds later.
+// Weights are read in order and come from far: ask for those of some microseconds later. ONCE: they will not be needed
+// again, and need push nothing else out of the caches.
 constexpr int64_t FETCH_BYTES = 4096;
-template <int WORDS> MUWS_INLINE void fetch(const void* weights) {
+template <int WORDS, bool ONCE = false> MUWS_INLINE void fetch(const void* weights) {
 #pragma GCC unroll 8
-  for (int i = 0; i < (WORDS + 15) / 16; i++) __builtin_prefetch((const char*)weights + FETCH_BYTES + 64 * i);
+  for (int i = 0; i < (WORDS + 15) / 16; i++)
+    __builtin_prefetch((const char*)weights + FETCH_BYTES + 64 * i, 0, ONCE ? 0 : 3);
 }
 
 template <class T> MUWS_INLINE T least(T a, T b) { return a < b ? a : b; }
