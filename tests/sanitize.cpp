@@ -59,7 +59,7 @@ static Case random_case(bool bfloat16, bool linear) {
   l.c = l.groups * any(1, 9), l.o = l.groups == 1 ? any(1, 37) : 2 * l.rows * any(1, 3);
   l.kh = l.kw = l.sh = l.sw = l.h = l.w = 1;
   if (!linear) {
-    l.kh = any(1, 4), l.kw = any(1, 4), l.sh = any(1, 3), l.sw = any(1, 3), l.ph = any(0, l.kh - 1), l.pw = any(0, l.kw - 1);
+    l.kh = any(1, 4), l.kw = any(1, 4), l.sh = any(1, 3), l.sw = any(1, 3), l.ph = any(0, l.kh), l.pw = any(0, l.kw);
     l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 40);
   } else {
     l.c = any(1, 70);
@@ -68,8 +68,8 @@ static Case random_case(bool bfloat16, bool linear) {
   const int64_t n_in = l.c / l.groups * l.kh * l.kw;
   l.cols = bfloat16 ? 2 : n_in % 4 == 0 && any(0, 1) ? 4 : 1;
   l.row_blocks = (l.o + l.rows - 1) / l.rows;
-  l.relu = any(0, 1), l.bfloat16 = bfloat16, l.batch_lanes = any(0, 1);
-  if (l.batch_lanes && l.n > 1) l.batch_last_in = any(0, 1), l.batch_last_out = any(0, 1);
+  l.relu = any(0, 1), l.bfloat16 = bfloat16, l.batch_lanes = any(0, 2);
+  if (l.batch_lanes == 1 && l.n > 1) l.batch_last_in = any(0, 1), l.batch_last_out = any(0, 1);
   c.matrix.assign((size_t)(l.row_blocks * l.rows * n_in), 0.0);
   c.starts.push_back(0);
   for (int64_t b = 0; b < l.row_blocks; b++) {
@@ -110,10 +110,10 @@ static Case random_case(bool bfloat16, bool linear) {
   return c;
 }
 
-static double reference(const Case& c, const float* x, int64_t n, int64_t o, int64_t i, int64_t j) {
+static double reference(const Case& c, const float* x, float onto, int64_t n, int64_t o, int64_t i, int64_t j) {
   const MuwsLayer& l = c.l;
   const int64_t per_group = l.c / l.groups, n_in = per_group * l.kh * l.kw;
-  double sum = l.bias ? l.bias[o] : 0.0;
+  double sum = onto + (l.bias ? l.bias[o] : 0.0);
   for (int64_t k = 0; k < n_in; k++) {
     const int64_t ch = o / (l.o / l.groups) * per_group + k / (l.kh * l.kw);
     const int64_t h = i * l.sh + k / l.kw % l.kh - l.ph, w = j * l.sw + k % l.kw - l.pw;
@@ -124,14 +124,14 @@ static double reference(const Case& c, const float* x, int64_t n, int64_t o, int
   return l.relu && sum < 0 ? 0.0 : sum;
 }
 
-static void compare(const Case& c, const float* x, const float* y, const char* what) {
+static void compare(const Case& c, const float* x, const float* onto, const float* y, const char* what) {
   const MuwsLayer& l = c.l;
   for (int64_t n = 0; n < l.n; n++)
     for (int64_t o = 0; o < l.o; o++)
       for (int64_t i = 0; i < l.oh; i++)
         for (int64_t j = 0; j < l.ow; j++) {
-          const double want = reference(c, x, n, o, i, j);
-          const double got = l.batch_last_out ? y[((o * l.oh + i) * l.ow + j) * l.n + n] : y[((n * l.o + o) * l.oh + i) * l.ow + j];
+          const int64_t at = l.batch_last_out ? ((o * l.oh + i) * l.ow + j) * l.n + n : ((n * l.o + o) * l.oh + i) * l.ow + j;
+          const double want = reference(c, x, onto ? onto[at] : 0.0f, n, o, i, j), got = y[at];
           if (std::fabs(got - want) > 1e-4 * (1 + std::fabs(want))) {
             std::printf("%s: got %g, not %g\n", what, got, want);
             std::exit(1);
@@ -194,14 +194,16 @@ int main(int, char** arguments) {
     for (int i = 0; i < cases; i++) {
       const bool linear = i % 4 == 0;
       Case c = random_case(name == "avx512_bf16" && i % 2, linear);
-      Exact x(c.l.n * c.l.c * c.l.h * c.l.w), y(c.l.n * c.l.o * c.l.oh * c.l.ow);
+      Exact x(c.l.n * c.l.c * c.l.h * c.l.w), y(c.l.n * c.l.o * c.l.oh * c.l.ow), other(c.l.n * c.l.o * c.l.oh * c.l.ow);
+      const bool adds = (c.l.batch_lanes != 1 || c.l.batch_last_out) && any(0, 1);
+      const float* onto = adds ? other.data : nullptr;
       void* plan = make(level, &c.l);
-      run(level, plan, x.data, nullptr, y.data, any(1, 3));
+      run(level, plan, x.data, onto, y.data, any(1, 3));
       release(level, plan);
-      compare(c, x.data, y.data, name.c_str());
+      compare(c, x.data, onto, y.data, name.c_str());
       if (linear && !c.l.bfloat16 && !c.l.batch_last_in && !c.l.batch_last_out) {
         gemv(level, &c.l, x.data, y.data, any(1, 3));
-        compare(c, x.data, y.data, (name + " gemv").c_str());
+        compare(c, x.data, nullptr, y.data, (name + " gemv").c_str());
       }
       run_signs(level);
     }
