@@ -34,7 +34,7 @@ template <int ROWS> constexpr int max_vectors() {
 #if MUWS_LANES == 16 || defined(__aarch64__)
   return ROWS >= 8 ? 3 : ROWS >= 4 ? 6 : 8;
 #else
-  return ROWS >= 8 ? 1 : ROWS >= 4 ? 3 : 4;  // sixteen registers
+  return ROWS >= 8 ? 1 : ROWS >= 4 ? 2 : 4;  // sixteen registers: 4 rows by 3 vectors spill
 #endif
 }
 
