@@ -189,6 +189,16 @@ def test_bfloat16_keeps_nan_and_infinity():
     assert y[3:].isfinite().all()
 
 
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="this CPU has no dot product of bfloat16")
+def test_bfloat16_refuses_a_cpu_without_it(at_level):
+    layer, x = pruned(nn.Linear(8, 4), (4, 1), 0), torch.ones(16, 8)
+    fast = native.build_bfloat16(layer, (4, 1), x)
+    at_level("avx512")
+    assert native.build_bfloat16(layer, (4, 1), x) is None
+    with pytest.raises(StateError, match="needs the level avx512_bf16; here is avx512: build it again here"):
+        copy.deepcopy(fast)(x)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv1d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)])
 def test_takes_every_layout_and_rank_the_dense_layer_takes(layer):
     pruned(layer, (2, 2), 0.5)
@@ -451,6 +461,9 @@ def test_refusals(at_level):
         layer(torch.zeros(1, 4, dtype=torch.float64))
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(StateError, match="has no gradient"):
         layer(torch.zeros(1, 4, requires_grad=True))
+    at_level("none")
+    with pytest.raises(StateError, match="the native kernels are not there"):
+        layer(torch.zeros(2, 4))
     at_level("sse9")
     with pytest.raises(SettingError, match=r"MUWS_LEVEL='sse9' is not allowed here: choose one of .*portable, or none"):
         library.level()

@@ -736,6 +736,19 @@ def test_an_exported_network_with_zeros_is_equal():
     )
 
 
+def test_what_is_accelerated_can_be_compiled_and_exported_as_one_graph(monkeypatch):
+    always_fast(monkeypatch)
+    model, x = resnet(), normal(0, 2, 3, 12, 12, dtype=torch.float32)
+    fast, report = accelerate(model, x, kernels=["native"])
+    if report.machine.native == "none":
+        pytest.skip("the native kernels are not built here")
+    expected = fast(x)
+    exported = torch.export.export(fast, (x,))
+    assert sum("lightning_muws" in str(node.target) for node in exported.graph.nodes) == len(report.layers)
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), expected)
+
+
 # CUDA
 
 

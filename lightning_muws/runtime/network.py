@@ -48,7 +48,8 @@ class Verdict:
 def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) -> dict[str, Form]:
     """Return the network dense in every way that torch has: as given, folded, channels last, and oneDNN-prepacked."""
     forms: dict[str, Form] = {"dense": (given, example), "folded": (folded, example)}
-    if any(isinstance(m, nn.Conv2d) for m in folded.modules()):
+    convolves = any(isinstance(m, nn.Conv2d) for m in folded.modules())
+    if convolves:
         last = channels_last(copy.deepcopy(folded))
         forms["channels_last"] = last, example.map(_channels_last)
     packed = copy.deepcopy(folded)
@@ -59,7 +60,8 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
             replace(packed, layer, kernel)
         fuse(packed, example)
         forms["onednn"] = packed, example
-        forms["onednn_channels_last"] = packed, example.map(_channels_last)
+        if convolves:
+            forms["onednn_channels_last"] = packed, example.map(_channels_last)
     return forms
 
 

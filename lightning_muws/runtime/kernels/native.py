@@ -24,7 +24,7 @@ def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, re
     if geometry is None:
         return None
     matrix, bias = matrix_of(layer)
-    rows, cols = choose_block(matrix, block_shape, geometry.out // geometry.groups)
+    rows, cols = choose_block(matrix, block_shape, geometry.out // geometry.groups, most_rows())
     packed = pack(matrix, rows, cols)
     return _fastest(
         lambda lanes: BlockSparse(
@@ -84,6 +84,11 @@ def geometry_of(layer: nn.Module, example: Tensor, relu: bool) -> Geometry | Non
     weight = layer.weight
     fits = weight[0].numel() <= MOST_COLUMNS
     return geometry if fits and weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+
+
+def most_rows() -> int:
+    """Return how many rows of a block are computed together: eight take the 32 registers of AVX-512."""
+    return 8 if str(level()).startswith("avx512") else 4
 
 
 def _n_dims(layer: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.runtime.kernels.native import geometry_of, matrix_of
+from lightning_muws.runtime.kernels.native import geometry_of, matrix_of, most_rows
 from lightning_muws.runtime.native.blocks import choose_block, pack, pack_signs
 from lightning_muws.runtime.native.layers import BlockSparse, SignedLinear
 
@@ -27,7 +27,7 @@ def build(
         return None
     rest = None
     if torch.any(others != 0):
-        numbers = choose_block(others, block_shape, len(others))
+        numbers = choose_block(others, block_shape, len(others), most_rows())
         plain = geometry._replace(rows=numbers[0], cols=numbers[1], relu=0, batch_lanes=1)
         rest, bias = BlockSparse(pack(others, *numbers), bias, plain, 1), None
     return SignedLinear(packed, bias, rest, len(matrix), relu)

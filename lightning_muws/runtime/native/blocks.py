@@ -41,12 +41,14 @@ def kept(matrix: Tensor, rows: int, cols: int) -> Tensor:
     return padded.view(len(padded) // rows, rows, n_in // cols, cols).any(3).any(1)
 
 
-def choose_block(matrix: Tensor, block_shape: tuple[int, int], row_limit: int) -> tuple[int, int]:
+def choose_block(matrix: Tensor, block_shape: tuple[int, int], row_limit: int, most_rows: int = 8) -> tuple[int, int]:
     """Return the ``(rows, cols)`` the kernels would run fastest over the zeros of ``matrix``.
 
-    ``row_limit`` is the number of outputs that belong together: those of a group of a convolution.
+    ``row_limit`` is the number of outputs that belong together: those of a group of a convolution. ``most_rows`` is
+    what the registers hold.
     """
-    allowed = [rows for rows in ROW_COSTS if row_limit % rows == 0 or row_limit == len(matrix)]
+    there = [rows for rows in ROW_COSTS if rows <= most_rows]
+    allowed = [rows for rows in there if row_limit % rows == 0 or row_limit == len(matrix)]
     costs = {rows: ROW_COSTS[rows] * float(kept(matrix, rows, 1).sum()) for rows in allowed}
     rows = min(costs, key=lambda r: (costs[r], -r))
     return rows, 4 if block_shape[1] % 4 == 0 and matrix.shape[1] % 4 == 0 else 1

@@ -16,6 +16,7 @@ struct Run {
 struct Target {
   float* y;
   int64_t output, unit, row, column;
+  bool far;  // the output itself, not scratch
 };
 
 // Fill the tile with vectors start .. stop of the rows of a span; return the last output row they read for.
@@ -90,7 +91,7 @@ static void run_tile(const Plan& p, const float* x, const Tile& tile, const Targ
   const int64_t per_group = ceil_div(l.row_blocks, l.groups), group_stride = l.c / l.groups * p.channel_stride;
   for (int64_t b = first; b < last;) {  // group by group
     const int64_t group = b / per_group, stop = least(last, (group + 1) * per_group);
-    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output});
+    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output, to.far});
     b = stop;
   }
 }
@@ -106,13 +107,13 @@ static void run_span(const Plan& p, const float* x, const float* onto, float* y,
   int64_t packed = 0;
   for (int64_t row = 0; row < s.n_rows; row += p.step) {
     Span now{s.unit, s.n_units, row, least(p.step, s.n_rows - row)};  // rows of the band
-    Target to{y + s.unit * l.o * plane + band_row * l.ow, plane, l.o * plane, l.ow, 1};
+    Target to{y + s.unit * l.o * plane + band_row * l.ow, plane, l.o * plane, l.ow, 1, true};
     if (p.lanes > 1 && in_place) {
-      to = Target{y + band_row * l.ow * l.n + s.unit * V, plane * l.n, V, l.ow * l.n, l.n};
+      to = Target{y + band_row * l.ow * l.n + s.unit * V, plane * l.n, V, l.ow * l.n, l.n, true};
     } else if (!in_place) {
       const int64_t count = now.n_rows * l.ow * V;
       done = muws_scratch(1, (size_t)(done_outputs * s.n_units * count));
-      to = Target{done - first * l.rows * s.n_units * count - row * l.ow * V, s.n_units * count, count, l.ow * V, V};
+      to = Target{done - first * l.rows * s.n_units * count - row * l.ow * V, s.n_units * count, count, l.ow * V, V, false};
     }
     const int64_t vectors = count_vectors(p, now), tiles = ceil_div(vectors, most_vectors(l.rows));
     for (int64_t i = 0; i < tiles; i++) {

@@ -77,6 +77,9 @@ static void place(Plan& p) {
 }
 
 static void* make_plan(const MuwsLayer* layer) {
+#if !defined(__AVX512BF16__)
+  if (layer->bfloat16) return nullptr;
+#endif
   Plan* p = (Plan*)malloc(sizeof(Plan));
   if (!p) return nullptr;
   p->layer = *layer;

@@ -96,6 +96,8 @@ class Plan:
         self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16
         if self.is_gemv or 0 in self.shape:
             return
+        if g.bfloat16 and level() != "avx512_bf16":
+            raise StateError(f"a bfloat16 layer needs the level avx512_bf16; here is {level()}: build it again here")
         self.address = self.found.muws_plan(self.level, ctypes.addressof(layer))
         if not self.address:
             raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: lower the batch")

@@ -28,11 +28,15 @@ struct Work {
   float* y;
   const float* onto;  // laid as y: added to the sums; or null
   int64_t pitch;
+  bool far;  // y is the output itself, not scratch
 };
 
 template <int ROWS> constexpr int max_vectors() {
-  if (MUWS_LANES == 8) return ROWS >= 8 ? 1 : ROWS >= 4 ? 3 : 4;  // sixteen registers
+#if MUWS_LANES == 16 || defined(__aarch64__)
   return ROWS >= 8 ? 3 : ROWS >= 4 ? 6 : 8;
+#else
+  return ROWS >= 8 ? 1 : ROWS >= 4 ? 2 : 4;  // sixteen registers: 4 rows by 3 vectors spill
+#endif
 }
 
 MUWS_INLINE void store_piece(float* to, vf v, const Piece& piece) {
@@ -134,7 +138,7 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
     // Few sums would wait for each other: every other column gets sums of its own.
     constexpr bool TWICE = COLS > 1 && ROWS * N <= 4;
     vf other[TWICE ? ROWS : 1][N] = {};
-    expect<ROWS, N>(tile, y, work.pitch);
+    if (work.far) expect<ROWS, N>(tile, y, work.pitch);
     for (; column != end; column++, w += COLS * ROWS) {
       const int32_t* offset = offsets + *column;
       fetch<COLS * ROWS>(w);
@@ -177,7 +181,7 @@ template <int ROWS, int N> static void pair_tile_of(const float* __restrict x, c
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
       for (int t = 0; t < N; t++) sum[r][t] = splat(l.bias ? l.bias[b * ROWS + r] : 0.0f);
-    expect<ROWS, N>(tile, y, work.pitch);
+    if (work.far) expect<ROWS, N>(tile, y, work.pitch);
     for (; offset != end; offset += 2, w += ROWS) {
       fetch<ROWS>(w);
       const float *p = x + offset[0], *q = x + offset[1];
