@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from rich.console import Console
 
-console = Console(width=170)
+console = Console(width=180)
 
 
 def say_machine() -> None:

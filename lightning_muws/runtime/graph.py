@@ -103,7 +103,11 @@ class FusedForward(nn.Module):
         super().__init__()
         self.__dict__["module"] = module  # not a child of its own part
         self.shape = shape
-        self.steps = fx.GraphModule(dict(children), graph)
+        names = {name: f"m{i}" for i, name in enumerate(children)}  # without dots: one look-up a call, not three
+        for node in graph.nodes:
+            if node.op == "call_module":
+                node.target = names[str(node.target)]
+        self.steps = fx.GraphModule({names[name]: child for name, child in children.items()}, graph)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the module's forward returns."""
