@@ -159,6 +159,14 @@ def test_equals_float64_at_any_image(size):
         assert error(variant(layer, x, cols=4, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_groups_stay_apart_where_an_image_is_one_position(batch):
+    layer = pruned(nn.Conv2d(8, 16, 1, groups=2), (4, 4), 0.3)
+    x = normal(0, batch, 8, 1, 1, dtype=torch.float32)
+    for lanes in (0, 1):
+        assert error(variant(layer, x, cols=4, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
+
+
 def test_large_bands_are_cut():
     layer = pruned(nn.Conv2d(64, 8, 3, 2, 1), (4, 4), 0.9)
     x = normal(0, 16, 64, 96, 96, dtype=torch.float32)  # more scratch than a band may have

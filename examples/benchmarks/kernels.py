@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 from statistics import median
 
 import torch
@@ -157,8 +159,17 @@ def dynamic_int8(layer: nn.Module) -> nn.Module | None:
     return torch.ao.quantization.quantize_dynamic(whole, {nn.Linear}, dtype=torch.qint8)
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed: or a task pays for the pages that another one gave back."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its largest
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 def main() -> None:
     say_machine()
+    keep_memory()
     console.print(f"native kernels: {level() or 'not built: nothing to measure'}")
     if level() is not None:
         torch.manual_seed(0)

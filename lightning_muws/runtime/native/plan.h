@@ -109,7 +109,7 @@ static void* make_plan(const MuwsLayer* layer) {
   } else {
     int64_t band = l.oh, units = 1;
     lay_out(*p, band, 1);
-    const int64_t limit = p->lanes == 1 ? CACHED_BYTES / 4 * 3 : SCRATCH_BYTES;
+    const int64_t limit = p->lanes == 1 ? CACHED_BYTES : SCRATCH_BYTES;
     while (band > 1 && 4 * p->scratch_size > limit) lay_out(*p, band = ceil_div(band, 2), 1);
     if (band == l.oh) {
       // small images: several to an item, so that tiles are full
