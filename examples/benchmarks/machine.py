@@ -35,8 +35,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up.
 
-    With more threads than one they are those of the wall. A sample takes at least ``sample_s``: shorter tasks are run several times in a row, as they are in use. What stands
-    ``before`` every sample is not timed.
+    With more threads than one they are those of the wall. A sample takes at least ``sample_s``: shorter tasks are run
+    several times in a row, as they are in use. What stands ``before`` every sample is not timed.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # threads wait for each other
     repeats = dict.fromkeys(tasks, 1)
