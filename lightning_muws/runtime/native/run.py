@@ -89,7 +89,7 @@ class Plan:
         layer.relu, layer.bfloat16, layer.batch_lanes = g.relu, g.bfloat16, g.batch_lanes
         layer.batch_last_in, layer.batch_last_out = int(self.last_in), int(last_out)
         self.layer, self.address = layer, None
-        is_linear = g.kernel_h * g.kernel_w * h * w * g.groups == 1
+        is_linear = g.kernel_h * g.kernel_w * h * w * g.groups == 1 and self.shape[2:] == (1, 1)  # no padding
         self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16
         if self.is_gemv or 0 in self.shape:
             return
