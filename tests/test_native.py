@@ -98,8 +98,8 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor, tuple[int, int]]:
         n = 1 if kind == "conv1d" else 2
         sides = [draw(st.sampled_from([1, 2, 3, 5])) for _ in range(n)]
         strides = [draw(st.integers(1, 3)) for _ in range(n)]
-        pads = [draw(st.integers(0, side // 2)) for side in sides]
-        sizes = [draw(st.integers(side, 20)) for side in sides]
+        pads = [draw(st.integers(0, side + 1)) for side in sides]
+        sizes = [draw(st.one_of(st.just(side), st.integers(side, 20))) for side in sides]
         make = nn.Conv1d if n == 1 else nn.Conv2d
         layer = make(inputs, outputs, tuple(sides), tuple(strides), tuple(pads), groups=groups, bias=bias)
         shape = (batch, inputs, *sizes)

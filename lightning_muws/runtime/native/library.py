@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 from pathlib import Path
 from typing import ClassVar
+
+import torch
 
 from lightning_muws.errors import SettingError
 
@@ -62,6 +65,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     ):
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
+    with contextlib.suppress(OSError, AttributeError):  # torch is not linked with an OpenMP that has it
+        found.muws_use_team.argtypes = [pointer]
+        found.muws_use_team(ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, pointer))
     return found
 
 

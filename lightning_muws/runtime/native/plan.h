@@ -37,7 +37,7 @@ static void lay_out(Plan& p, int64_t band, int64_t item_units) {
   p.bands = ceil_div(l.oh, band);
   p.item_units = item_units;
   p.rows = phase_rows(l, band);
-  const int64_t shared_w = share && l.sw == 1 ? least(l.pw, l.kw - 1) : 0;  // a wider border would hide outputs
+  const int64_t shared_w = share && l.sw == 1 ? least(l.pw, l.kw - 1) : 0;
   const int64_t shared_h = share && l.sh == 1 && band == l.oh && item_units > 1 ? least(l.ph, l.kh - 1) : 0;
   p.pitch = l.ow - 1 + (l.kw - 1) / l.sw + 1 - shared_w;
   p.unit_stride = (p.rows - shared_h) * p.pitch;

@@ -1,4 +1,6 @@
 // Knows threads and their scratch memory. Nothing is started while one thread is asked for.
+// Where torch runs on OpenMP its own team works for us too: two pools would keep each other from the cores.
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -37,14 +39,14 @@ class Pool {
       job_++;
     }
     wake_.notify_all();
-    take(job_);
+    take();
     std::unique_lock<std::mutex> lock(mutex_);
     helpers_ = 0;  // who has not come by now is not needed
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
  private:
-  void take(uint64_t) {
+  void take() {
     for (;;) {
       const int64_t item = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
       if (item >= items_) return;
@@ -60,7 +62,7 @@ class Pool {
       if (index >= helpers_) continue;
       busy_++;
       lock.unlock();
-      take(seen);
+      take();
       lock.lock();
       if (--busy_ == 0) done_.notify_all();
     }
@@ -78,6 +80,30 @@ std::mutex one_job;  // two Python threads may call at once; the second runs on 
 Pool* pool = nullptr;
 long pool_process = 0;
 
+// GOMP_parallel of the OpenMP that torch is linked with: runs a function on so many threads and waits for all.
+typedef void (*Team)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+Team team = nullptr;
+std::atomic<long> team_process{0};
+
+struct Job {
+  int64_t items;
+  MuwsTask task;
+  void* context;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on(void* data) {
+  Job& job = *(Job*)data;
+  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.task(job.context, item);
+}
+
+bool team_is_there() {
+  if (!team) return false;
+  long none = 0;
+  const long here = process();
+  return team_process.compare_exchange_strong(none, here) || none == here;  // a fork takes no threads with it
+}
+
 struct Scratch {
   float* memory[2] = {nullptr, nullptr};
   size_t size[2] = {0, 0};
@@ -88,8 +114,17 @@ struct Scratch {
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) void muws_use_team(void* gomp_parallel) {
+  team = (Team)gomp_parallel;
+}
+
 extern "C" void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context) {
   if (threads > items) threads = items;
+  if (threads > 1 && team_is_there()) {
+    Job job{items, task, context};
+    team(work_on, &job, (unsigned)threads, 0);
+    return;
+  }
   if (threads > 1 && one_job.try_lock()) {
     if (!pool || pool_process != process()) {  // a fork takes no threads with it
       pool = new Pool();
