@@ -11,13 +11,14 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
 	@echo "make test    run the test suite"
-	@echo "make check   ruff and mypy"
+	@echo "make check   ruff, mypy, and the native kernels under sanitizers"
 	@echo "make attack  damage files in 10,000 ways, and kill the process that writes one 200 times (2 minutes)"
-	@echo "make bench   measure files, the projection, the cost of a step, and ADMM against one-shot (50 minutes)"
+	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch first and pinned, so that nothing else brings another build of it
-$(READY): pyproject.toml constraints.txt
+# The native kernels are built by the way, where there is a compiler; a change of theirs builds them again.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard lightning_muws/runtime/native/*.cpp lightning_muws/runtime/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev]"
@@ -33,6 +34,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	tests/sanitize.sh $(BIN)/python
 
 attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.fuzz_file 10000
@@ -42,7 +44,10 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "without zstandard and zipnn, which files are compared to"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/file.py
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
+	$(ENV) $(BIN)/python examples/benchmarks/kernels.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
+	$(ENV) $(BIN)/python examples/benchmarks/networks.py
+	$(ENV) $(BIN)/python examples/benchmarks/export.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
 
 sweep: $(READY)

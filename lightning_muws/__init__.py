@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.save import save_compressed
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.errors import FormatError, MuwsError
+    from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.structure.sets import MicroStructure
     from lightning_muws.training.phases import Phases, Retraining
@@ -43,6 +44,7 @@ __all__ = [
     "Phases",
     "Retraining",
     "WeightUnificationCallback",
+    "accelerate",
     "inspect_compressed",
     "load_compressed",
     "save_compressed",
@@ -57,6 +59,7 @@ _HOMES = {
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
+    "accelerate": "lightning_muws.runtime.accelerate",
     "inspect_compressed": "lightning_muws.artifact.load",
     "load_compressed": "lightning_muws.artifact.load",
     "save_compressed": "lightning_muws.artifact.save",

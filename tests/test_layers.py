@@ -14,9 +14,11 @@ ORDER = [
     ["structure"],
     ["report"],
     ["training", "artifact"],
+    ["runtime"],
     ["callback", "pytorch_lightning", "plots", "command"],
 ]
 ORDER += [["cli", "__main__"]]
+STRANGERS = {("runtime", "training"), ("runtime", "report")}  # the order would allow it, and they have no business
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAY_IMPORT_LIGHTNING = {"callback.py", "pytorch_lightning.py", "cli.py"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -44,6 +46,7 @@ def test_a_room_imports_only_rooms_before_it(file):
         if name.startswith("lightning_muws."):
             other = name.split(".")[1]
             assert other == room or LEVEL[other] < LEVEL[room], f"{file} must not import {name}"
+            assert (room, other) not in STRANGERS, f"{file} must not import {name}"
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -56,6 +59,15 @@ def test_only_the_callback_imports_lightning(file):
 @pytest.mark.parametrize("file", FILES)
 def test_no_file_passes_300_lines(file):
     assert len((PACKAGE / file).read_text().splitlines()) <= 300
+
+
+def test_a_network_is_accelerated_without_lightning_and_without_rich():
+    code = (
+        "import sys, torch, lightning_muws as m\n"
+        "m.accelerate(torch.nn.Linear(8, 8).eval(), torch.ones(1, 8))\n"
+        "assert not {'lightning', 'pytorch_lightning', 'rich'} & set(sys.modules), 'more was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  our own code
 
 
 def test_structures_and_runs_work_without_lightning():

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from rich.console import Console
 
-console = Console(width=140)
+console = Console(width=180)
 
 
 def say_machine() -> None:
@@ -27,15 +27,31 @@ def say_machine() -> None:
     console.print("one thread, process time, interleaved")
 
 
-def interleaved(tasks: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
-    """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up."""
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    sample_s: float = 0.0,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Return the process times in seconds of each task, run in turn for so many rounds after one to warm up.
+
+    With more threads than one they are those of the wall. A sample takes at least ``sample_s``: shorter tasks are run
+    several times in a row, as they are in use. What stands ``before`` every sample is not timed.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # threads wait for each other
+    repeats = dict.fromkeys(tasks, 1)
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
-            start = time.process_time()
-            task()
+            before()
+            start = clock()
+            for _ in range(repeats[name]):
+                task()
+            seconds = clock() - start
             if turn:
-                times[name].append(time.process_time() - start)
+                times[name].append(seconds / repeats[name])
+            else:
+                repeats[name] = max(1, round(sample_s / seconds))
     return times
 
 

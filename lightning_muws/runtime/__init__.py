@@ -1,0 +1,1 @@
+"""RUN fast: kernels for packed blocks, and the measured choice among them."""

@@ -1,0 +1,69 @@
+"""All-zero rows, columns and channels dropped: a smaller dense layer, exact on any device and in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, convolution_of, is_plain, zero_bias
+
+WORTH = 0.95  # of the weights left; above, nothing is won
+
+
+class Compact(Kernel):
+    """The dense layer of the inputs and outputs that are left.
+
+    Args:
+        layer: Linear, or a convolution of one group.
+        relu: Whether ReLU ends it.
+        rows: Outputs with a weight that is not zero.
+        columns: Inputs with one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    columns: Tensor | None
+    rows: Tensor | None
+    constant: Tensor
+
+    def __init__(self, layer: Layer, relu: bool, rows: Tensor, columns: Tensor) -> None:
+        super().__init__(layer, relu)
+        weight = layer.weight.detach()
+        self.convolution = convolution_of(layer)
+        n_out, n_in = len(weight), weight.shape[1]
+        bias = bias_of(layer)
+        self.register_buffer("weight", weight[rows][:, columns].contiguous())
+        self.register_buffer("columns", columns if len(columns) < n_in else None)
+        self.register_buffer("rows", rows if len(rows) < n_out else None)
+        self.register_buffer("bias", bias if bias is None or len(rows) == n_out else bias[rows])
+        self.register_buffer("constant", zero_bias(layer))
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the small layer's output, and the bias where every weight is zero."""
+        c = self.convolution
+        axis = x.dim() - 1 if c is None else c.channel_axis(x)
+        if self.columns is not None:
+            x = x.index_select(axis, self.columns)
+        y = F.linear(x, self.weight, self.bias) if c is None else c(x, self.weight, self.bias)
+        if self.rows is None:
+            return y
+        shape = [1] * y.dim()
+        shape[axis] = len(self.constant)
+        sizes = [*y.shape]
+        sizes[axis] = len(self.constant)
+        whole = self.constant.view(shape).expand(sizes).contiguous()
+        return whole.index_copy_(axis, self.rows, y)
+
+
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
+    """Return the compact layer, or None where fewer than one weight in twenty would go."""
+    if not is_plain(layer) or getattr(layer, "groups", 1) != 1 or not layer.weight.numel():
+        return None
+    used = (layer.weight.detach() != 0).flatten(2).any(2) if layer.weight.dim() > 2 else layer.weight.detach() != 0
+    rows, columns = (used.any(axis).nonzero().squeeze(1) for axis in (1, 0))
+    if not len(rows):  # a layer of zeros: keep one of each, so that every operator has something to do
+        rows = columns = torch.zeros(1, dtype=torch.long, device=layer.weight.device)
+    if len(rows) * len(columns) > WORTH * used.numel():
+        return None
+    return Compact(layer, relu, rows, columns)

@@ -1,0 +1,50 @@
+// Knows what crosses the borders: from Python (plain C, raw pointers) and from the dispatcher to a level.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+// A layer and the shape of its input. Python fills it in; runtime/native/library.py repeats the fields in this order.
+// The weights stay where they are and must outlive the plan.
+struct MuwsLayer {
+  int64_t n, c, h, w;        // input (n, c, h, w); a Linear has h = w = 1
+  int64_t o, oh, ow;         // output (n, o, oh, ow)
+  int64_t kh, kw, sh, sw, ph, pw, groups;
+  int64_t rows, cols;        // of a packed block: 1, 2, 4 or 8 by 1 or 4; bfloat16: by 2
+  int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
+  int64_t n_logical;         // 2 * blocks for bfloat16, else 0
+  const int32_t* starts;     // (row_blocks + 1)
+  const uint16_t* columns;   // (blocks): the first column of each; not read for bfloat16
+  const int32_t* logical;    // bfloat16: (2 * blocks) the two columns of each
+  const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
+  const float* bias;         // (row_blocks * rows) or null
+  int64_t relu, bfloat16;
+  int64_t batch_last_in, batch_last_out;  // strides (1, h*w*n, w*n, n) instead of contiguous
+  int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image, 2: over
+                             // those of every tap of the kernel, unfolded
+};
+
+// Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.
+struct MuwsSigns {
+  int64_t o, rows, cols, row_blocks;
+  const int32_t* starts;
+  const uint16_t* columns;   // (blocks): the first column of each
+  const float* magnitudes;   // (blocks)
+  const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
+  int64_t relu;
+};
+
+typedef void (*MuwsTask)(void* context, int64_t item);
+void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
+float* muws_scratch(int slot, size_t n_floats);  // this thread's, 64-byte aligned
+
+struct MuwsLevel {
+  const char* name;
+  void* (*plan)(const MuwsLayer*);
+  int (*run)(void* plan, const float* x, const float* onto, float* y, int64_t threads);  // onto: null, or laid as y
+  void (*free_plan)(void* plan);
+  void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
+  void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);
+};
+}

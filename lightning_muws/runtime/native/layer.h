@@ -1,0 +1,163 @@
+// Knows how a whole layer runs: items of a few units and rows, each packed as it is read, computed tile by tile.
+#pragma once
+#include "pack.h"
+
+namespace {
+
+struct Run {
+  const Plan* plan;
+  const float* x;
+  const float* onto;  // added to what is stored at the same place of y; null for nothing
+  float* y;
+  int64_t row_splits;
+};
+
+// Where a tile's outputs go: output o, unit u, row r, column c at y + o * output + u * unit + r * row + c * column.
+struct Target {
+  float* y;
+  int64_t output, unit, row, column;
+  bool far;  // the output itself, not scratch
+};
+
+// Fill the tile with vectors start .. stop of the rows of a span; return the last output row they read for.
+static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int64_t stop, Tile& tile) {
+  const MuwsLayer& l = p.layer;
+  const int64_t per_row = p.lanes == 1 ? ceil_div(l.ow, V) : l.ow, per_unit = per_row * s.n_rows;
+  int64_t last_row = 0;
+  int n = 0;
+  tile.count = (int)(stop - start);
+  tile.whole = true;
+  for (int64_t v = start; v < stop; v++) {
+    const int t = (int)(v - start);
+    tile.start[t] = n;
+    if (p.lanes > 1 || p.by_rows) {
+      const int64_t unit = v / per_unit, row = v % per_unit / per_row;
+      const int64_t column = p.lanes > 1 ? v % per_row : least(v % per_row * V, l.ow - V);
+      const int64_t images = p.lanes > 1 ? least<int64_t>(V, l.n - (s.unit + unit) * V) : V;
+      tile.from[t] = (int32_t)((unit * p.unit_stride + (s.row + row) * p.pitch + column) * p.lanes);
+      tile.pieces[n++] = Piece{unit * to.unit + (s.row + row) * to.row + column * to.column, 0, (int)images};
+      tile.whole = tile.whole && images == V;
+      last_row = most(last_row, s.row + row);
+      continue;
+    }
+    tile.from[t] = (int32_t)(v * V);
+    for (int64_t at = v * V; at < (v + 1) * V;) {
+      const int64_t unit = at / p.unit_stride, row = at % p.unit_stride / p.pitch, column = at % p.unit_stride % p.pitch;
+      if (unit >= s.n_units) break;
+      int64_t count = least((v + 1) * V - at, p.pitch - column);
+      if (row < s.n_rows && column < l.ow) {
+        const int64_t first = at - v * V, there = least(count, l.ow - column);
+        tile.pieces[n++] = Piece{unit * to.unit + row * to.row + column - first, (int)first, (int)there};
+        last_row = most(last_row, row);
+      } else if (row >= s.n_rows) {
+        count = (unit + 1) * p.unit_stride - at;
+      }
+      at += count;
+    }
+    tile.whole = tile.whole && n == tile.start[t] + 1 && tile.pieces[n - 1].count == V;
+    if (n == tile.start[t]) tile.pieces[n++] = Piece{0, 0, 0};  // between two images: nothing to store
+  }
+  tile.start[tile.count] = n;
+  return last_row;
+}
+
+static int64_t count_vectors(const Plan& p, Span s) {
+  const MuwsLayer& l = p.layer;
+  if (p.lanes > 1) return s.n_units * s.n_rows * l.ow;
+  if (p.by_rows) return s.n_units * s.n_rows * ceil_div(l.ow, V);
+  return ceil_div((s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow, V);
+}
+
+// Pack as far as some scratch row, some rows ahead.
+static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
+  if (row <= packed) return;
+  if (p.taps) {
+    pack_taps(p, x, scratch, s);
+    packed = p.rows;
+    return;
+  }
+  const Rows rows{packed, least(p.rows, most(row, packed + p.chunk))};
+  if (p.lanes == 1)
+    (p.layer.bfloat16 ? pack_rows<true> : pack_rows<false>)(p, x, scratch, s, rows);
+  else
+    (p.layer.bfloat16 ? pack_images<true> : pack_images<false>)(p, x, scratch, s, rows);
+  packed = rows.last;
+}
+
+static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, const float* onto,
+                     int64_t first, int64_t last) {
+  const MuwsLayer& l = p.layer;
+  const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0);
+  const int64_t per_group = ceil_div(l.row_blocks, l.groups), group_stride = l.c / l.groups * p.channel_stride;
+  for (int64_t b = first; b < last;) {  // group by group
+    const int64_t group = b / per_group, stop = least(last, (group + 1) * per_group);
+    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output, to.far});
+    b = stop;
+  }
+}
+
+static void run_span(const Plan& p, const float* x, const float* onto, float* y, Span s, int64_t first, int64_t last) {
+  const MuwsLayer& l = p.layer;
+  const int64_t plane = l.oh * l.ow, band_row = s.row, done_outputs = least(l.o, last * l.rows) - first * l.rows;
+  const bool in_place = p.lanes == 1 || l.batch_last_out;
+  float* scratch = p.direct ? nullptr : muws_scratch(0, (size_t)p.scratch_size);
+  const float* from = p.direct ? x + s.unit * l.c * l.h * l.w : scratch;
+  float* done = nullptr;
+  Tile tile;
+  int64_t packed = 0;
+  for (int64_t row = 0; row < s.n_rows; row += p.step) {
+    Span now{s.unit, s.n_units, row, least(p.step, s.n_rows - row)};  // rows of the band
+    Target to{y + s.unit * l.o * plane + band_row * l.ow, plane, l.o * plane, l.ow, 1, true};
+    if (p.lanes > 1 && in_place) {
+      to = Target{y + band_row * l.ow * l.n + s.unit * V, plane * l.n, V, l.ow * l.n, l.n, true};
+    } else if (!in_place) {
+      const int64_t count = now.n_rows * l.ow * V;
+      done = muws_scratch(1, (size_t)(done_outputs * s.n_units * count));
+      to = Target{done - first * l.rows * s.n_units * count - row * l.ow * V, s.n_units * count, count, l.ow * V, V, false};
+    }
+    const int64_t vectors = count_vectors(p, now), tiles = ceil_div(vectors, most_vectors(l.rows));
+    for (int64_t i = 0; i < tiles; i++) {
+      const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
+      if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
+      if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed);
+      run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
+    }
+    if (in_place) continue;
+    now.row += band_row;
+    unpack_images(p, done, y, now, first * l.rows, first * l.rows + done_outputs);
+  }
+}
+
+static void run_item(void* context, int64_t item) {
+  const Run& run = *(const Run*)context;
+  const Plan& p = *run.plan;
+  const MuwsLayer& l = p.layer;
+  const int64_t split = item % run.row_splits, band = item / run.row_splits % p.bands;
+  const int64_t group = item / run.row_splits / p.bands;
+  const int64_t first = split * l.row_blocks / run.row_splits, last = (split + 1) * l.row_blocks / run.row_splits;
+  if (first == last) return;
+  Span s;
+  s.unit = group * p.item_units;
+  s.n_units = least(p.item_units, p.units - s.unit);
+  s.row = band * p.band;
+  s.n_rows = least(p.band, l.oh - s.row);
+  run_span(p, run.x, run.onto, run.y, s, first, last);
+}
+
+static int run_plan(void* plan, const float* x, const float* onto, float* y, int64_t threads) {
+  const Plan& p = *(const Plan*)plan;
+  const int64_t items = ceil_div(p.units, p.item_units) * p.bands;
+  Run run{&p, x, onto, y, 1};
+  if (items < threads) run.row_splits = least(p.layer.row_blocks, ceil_div(threads, items));
+  muws_parallel(threads, items * run.row_splits, run_item, &run);
+  return 0;
+}
+
+static void free_plan(void* plan) {
+  if (!plan) return;
+  free(((Plan*)plan)->offsets);
+  free(((Plan*)plan)->places);
+  free(plan);
+}
+
+}  // namespace

@@ -1,0 +1,12 @@
+// Compiled once for every set of instructions, with MUWS_LEVEL the name of that set.
+#include "gemv.h"
+#include "layer.h"
+#include "signs.h"
+
+#define MUWS_JOIN(a, b) a##b
+#define MUWS_EXPORT(name) MUWS_JOIN(muws_level_, name)
+#define MUWS_STRING(name) #name
+#define MUWS_NAME(name) MUWS_STRING(name)
+
+extern "C" const MuwsLevel MUWS_EXPORT(MUWS_LEVEL);
+const MuwsLevel MUWS_EXPORT(MUWS_LEVEL) = {MUWS_NAME(MUWS_LEVEL), make_plan, run_plan, free_plan, run_gemv, run_signs};

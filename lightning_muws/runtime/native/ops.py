@@ -1,0 +1,41 @@
+"""The kernels as operators of torch, with shapes for tracing: torch.compile and torch.export see one node each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_muws.runtime.native.run import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
+
+block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
+signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())
+
+
+@block_sparse_op.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    logical: Tensor | None,
+    bias: Tensor | None,
+    geometry: list[int],
+) -> Tensor:
+    g = Geometry(*geometry)
+    shape = g.out_shape(x.shape[0], x.shape[2], x.shape[3])
+    if g.batch_lanes == 1 and x.shape[0] > 1 and (g.batch_last or is_batch_last(x)):
+        return x.new_empty_strided(shape, batch_last_strides(shape))
+    return x.new_empty(shape)
+
+
+@signed_linear_op.register_fake
+def _(
+    x: Tensor,
+    magnitudes: Tensor,
+    minus: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    onto: Tensor | None,
+    geometry: list[int],
+) -> Tensor:
+    return x.new_empty(geometry[0])

@@ -1,0 +1,77 @@
+"""Builds the native kernels: one library that needs no Python and no torch, with a level for each set of instructions.
+
+All of it is optional. Without a compiler, or with one that knows none of the vector extensions of GCC and clang, the
+package is installed without the library and computes in torch operations.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+SOURCE = Path("lightning_muws/runtime/native")
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+LEVELS = {"portable": []}
+if platform.machine().lower() in {"x86_64", "amd64"}:
+    LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildLevels(build_ext):
+    """Compiles level.cpp once for every level this compiler knows, and links them behind one dispatcher."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name no Python in the file: it is no module."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link, or raise what an optional extension survives."""
+        if self.compiler.compiler_type == "msvc":
+            raise PlatformError("the native kernels need GCC or clang; the package works without them")
+        objects, macros = [], []
+        for name, flags in LEVELS.items():
+            try:
+                objects += self._compile("level.cpp", name, [*FLAGS, *flags], [("MUWS_LEVEL", name)])
+            except CompileError:  # an older compiler, or one for another machine
+                if name == "portable":
+                    raise
+                continue
+            macros.append((f"MUWS_HAVE_{name.upper()}", "1"))
+        objects += self._compile("api.cpp", "dispatch", FLAGS, macros)
+        objects += self._compile("threads.cpp", "dispatch", FLAGS, [])
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def _compile(self, source: str, name: str, flags: list[str], macros: list[tuple[str, str]]) -> list[str]:
+        directory = str(Path(self.build_temp) / name)
+        return self.compiler.compile([str(SOURCE / source)], directory, macros, extra_postargs=flags)
+
+
+class AnyPython(bdist_wheel):
+    """Tags the wheel for any Python 3 of this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return what the wheel is for."""
+        return "py3", "none", super().get_tag()[2]
+
+
+kernels = Extension(
+    "lightning_muws.runtime.native.kernels",
+    sources=[str(SOURCE / name) for name in ("api.cpp", "level.cpp", "threads.cpp")],
+    depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
+    optional=True,
+)
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildLevels, "bdist_wheel": AnyPython})
