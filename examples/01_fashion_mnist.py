@@ -17,7 +17,7 @@ import torch
 from datasets import DataError, Images, load
 from networks import ConvNet
 
-from lightning_muws import MicroStructure, WeightUnificationCallback, load_compressed
+from lightning_muws import MicroStructure, WeightUnificationCallback, accelerate, load_compressed
 from lightning_muws.plots import plot_before_after, plot_residuals
 from lightning_muws.structure.blocks import BlockGrid
 
@@ -91,9 +91,11 @@ def main() -> None:
     plot_residuals(callback.report).figure.savefig(chosen.output / "residuals.png", dpi=150)
     print(f"pictures: {chosen.output / 'blocks.png'}, {chosen.output / 'residuals.png'}")
     print(f"{dense_file} has {dense_bytes:,} bytes, {file} {n_bytes:,}; loaded anew its accuracy is {loaded:.4f} again")
-    ratio = dense_bytes / n_bytes
+    _, speed = accelerate(fresh.eval(), data.test.images[:1])
+    speed.print()
     print(
-        f"dense {dense:.4f} compressed {compressed:.4f} sparsity {callback.report.sparsity:.2f} file_ratio {ratio:.1f}"
+        f"dense {dense:.4f} compressed {compressed:.4f} sparsity {callback.report.sparsity:.2f} "
+        f"file_ratio {dense_bytes / n_bytes:.1f} speedup {speed.speedup:.1f}"
     )
 
 

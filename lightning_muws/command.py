@@ -1,4 +1,4 @@
-"""The `muws` command: looks into `.muws` files, checks, makes, unpacks and compares them. Needs no Lightning."""
+"""The `muws` command: looks into `.muws` files, checks, makes, unpacks, compares and times them. Needs no Lightning."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lightning_muws.artifact.load import MAX_BYTES, inspect_compressed, load_com
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.artifact.source import plain, read_state
 from lightning_muws.errors import MuwsError, SettingError
+from lightning_muws.runtime import bench
 
 DONE, NO, TROUBLE = 0, 1, 2  # exit codes: all is well; broken or different; the command could not be carried out
 WIDE = 150  # columns of a table that is printed to a file
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--value-dtype", choices=("float16", "bfloat16"), help="round values to this dtype instead")
     pack.add_argument("--lossy", choices=("weights", "all"), default="weights", help="what may lose anything (weights)")
     limited += [command("unpack", _unpack, "write a file as .safetensors, .pt or .pth", "file", "target")]
+    bench.add_parser(commands)
     limited += [command("diff", _diff, "compare the tensors of two files of any of these kinds", "one", "other")]
     for added in limited:
         added.add_argument("--max-bytes", type=int, default=MAX_BYTES, help=f"most bytes of all tensors ({MAX_BYTES})")

@@ -111,7 +111,7 @@ def _build(name: str, arguments: str) -> nn.Module:
 
 def _load(path: Path, model: nn.Module) -> Mapping[str, tuple[int, int]]:
     """Load the file into the model, and return the block shapes that it names."""
-    from lightning_muws.artifact.load import (  # type: ignore[import-not-found]  # until that room is merged
+    from lightning_muws.artifact.load import (
         inspect_compressed,
         load_compressed,
     )
