@@ -55,12 +55,14 @@ def test_the_demo_runs_on_digits(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own script
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    found = re.fullmatch(r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d) file_ratio (\d+\.\d)", last)
+    form = r"dense (0\.\d{4}) compressed (0\.\d{4}) sparsity (0\.\d\d) file_ratio (\d+\.\d) speedup (\d+\.\d)"
+    found = re.fullmatch(form, last)
     assert found, last
-    dense, compressed, sparsity, ratio = map(float, found.groups())
+    dense, compressed, sparsity, ratio, speedup = map(float, found.groups())
     assert dense > 0.9
     assert compressed > 0.5
     assert 0.7 < sparsity < 0.9
+    assert speedup >= 1  # 1.0 where no kernel wins: then the network comes back as it was
     assert "ADMM residuals" in done.stdout
     assert {"blocks.png", "residuals.png", "dense.pt", "model.muws"} <= {path.name for path in tmp_path.iterdir()}
     sizes = [(tmp_path / name).stat().st_size for name in ("dense.pt", "model.muws")]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
 from lightning_muws.report import CompressionReport, Update, make_report
-from lightning_muws.structure.plan import LayerRule, Plan, clean_name, make_plan
+from lightning_muws.structure.plan import LayerRule, Plan, make_plan
 from lightning_muws.structure.sets import MicroStructure, Support
 from lightning_muws.training import rates, saving, trainers
 from lightning_muws.training.constraint import Constraint
@@ -296,7 +296,5 @@ class CompressionHooks:
             self._stepped_batches, self._began = state["stepped_batches"], rates.Beginning(**state["began"])
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        raw = self._run.raw if self._run else {}  # saved in the middle of a projected validation
-        for name, _ in pl_module.named_parameters() if raw else ():
-            if clean_name(name) in raw:
-                checkpoint["state_dict"][name] = raw[clean_name(name)].clone()
+        if self._run:
+            trainers.put_back(self._run.raw, pl_module, checkpoint["state_dict"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_muws.errors import SettingError, StateError
+from lightning_muws.structure.plan import clean_name
 
 REFUSED = {
     "DeepSpeedStrategy": "it keeps gradients where they cannot be changed; use strategy='ddp'",
@@ -130,3 +133,10 @@ def reset_averages(trainer: Any) -> None:
 
 def _worst(mode: str) -> torch.Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
+
+
+def put_back(raw: Mapping[str, Tensor], pl_module: Any, state: dict[str, Any]) -> None:
+    """Put the raw weights into a state_dict that is saved in the middle of a projected validation."""
+    for name, _ in pl_module.named_parameters() if raw else ():
+        if clean_name(name) in raw:
+            state[name] = raw[clean_name(name)].clone()
