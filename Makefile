@@ -34,7 +34,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	tests/sanitize.sh $(BIN)/python
+	tests/sanitize.sh $(CURDIR)/$(BIN)/python
 
 attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.fuzz_file 10000
