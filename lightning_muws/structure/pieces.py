@@ -71,7 +71,7 @@ class Pieces:
 
     def write_(self, values: Tensor) -> None:
         """Write the blocks, ``(rows, n, cols)`` of the matrix's dtype."""
-        self._flat.index_copy_(0, self._index, values.reshape(-1).view(self._flat.dtype))
+        self._flat.index_copy_(0, self._index, values.reshape(-1).contiguous().view(self._flat.dtype))
 
 
 def bits(x: Tensor) -> Tensor:

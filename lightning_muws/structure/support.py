@@ -115,7 +115,7 @@ class Support:
 
     def project_(self, weight: Tensor) -> Tensor:
         """Project in place; see :meth:`project`."""
-        return self._write_(weight, lambda pieces, flips, _: _mean(_flipped(pieces.read(), flips)))
+        return self._write_(weight, lambda pieces, flips, _: _mean(_flip_(pieces.read(), flips)))
 
     def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
         """Return ``weight`` with unified blocks of these magnitudes ``(n_unified,)``, and pruned ones zero."""
@@ -151,8 +151,8 @@ class Support:
         found = [pieces.read() for pieces, _, _ in self._unified(self._matrix(weight))]
         if not found:
             return self, weight.new_empty(0)
-        means = torch.cat([_mean(x.abs() if free else x) for x in found])
-        return (replace(self, negative=torch.cat([x.signbit() for x in found], 1)) if free else self), means
+        signs = torch.cat([x.signbit() for x in found], 1) if free else self.negative
+        return replace(self, negative=signs), torch.cat([_mean(x.abs_() if free else x) for x in found])
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> float:
@@ -191,8 +191,10 @@ class Support:
             self._prune_(bits(self.grid.covered(matrix)))
         rows, cols = self.grid.block_shape
         for pieces, flips, part in self._unified(matrix):
-            # -0.0 + 0.0 is 0.0: a sign on zero would be one
-            blocks = _flipped(_run(values(pieces, flips, part), cols), flips) + 0.0
+            magnitudes = values(pieces, flips, part)
+            blocks = _flipped(_run(magnitudes, cols), flips)
+            if matrix.device.type != "cpu" or (magnitudes == 0).any():  # elsewhere the question costs more
+                blocks = blocks + 0.0  # -0.0 + 0.0 is 0.0: a sign on zero would be one
             pieces.write_(blocks.expand(rows, -1, -1))
         if matrix.data_ptr() != weight.data_ptr():
             weight.copy_(self.grid.weight(matrix, weight.shape))
@@ -229,15 +231,20 @@ def _flipped(x: Tensor, flips: Tensor | None, first: bool = False) -> Tensor:
     return bits(x).bitwise_xor(flips[0, :, 0] if first else flips).view(x.dtype)
 
 
+def _flip_(x: Tensor, flips: Tensor | None) -> Tensor:
+    if flips is not None:
+        bits(x).bitwise_xor_(flips)
+    return x
+
+
 def _mean(x: Tensor) -> Tensor:
-    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry.
+    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry; x is used up.
 
     It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first = wide[0, :, 0]
-    rest = wide - _run(first, x.shape[2])
-    total = fold(fold(rest, 0), 2).flatten()
+    first = wide[0, :, 0].clone()
+    total = fold(fold(wide.sub_(_run(first, x.shape[2])), 0), 2).flatten()
     return (first + total / (x.shape[0] * x.shape[2])).to(x.dtype)
 
 
