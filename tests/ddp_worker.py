@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -101,3 +102,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if dist.is_initialized():  # or its threads may still run when the interpreter is gone, and abort the process
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Two real processes under DDP: exact, alike, and refused where they are not."""
 
+import atexit
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_muws import WeightUnificationCallback, load_compressed
@@ -32,8 +34,8 @@ def launch(module: str, folder: Path, n_ranks: int = 2, **environment: str) -> l
         subprocess.Popen(command, env={**os.environ, **common, **environment, "LOCAL_RANK": str(rank)}, **pipes)  # noqa: S603  our own
         for rank in range(n_ranks)
     ]
-    for worker in workers:
-        output, _ = worker.communicate(timeout=300)
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output[-4000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(n_ranks)]
 
@@ -100,6 +102,8 @@ def test_spawned_and_forked_ranks_bring_their_weights_home(start):
 class Counting(Probe):
     def on_fit_end(self, trainer, pl_module):
         assert self.n_checked == 2 * 8 * 3
+        # or gloo's threads may outlive the interpreter of a spawned process, and abort it
+        atexit.register(dist.destroy_process_group)
 
 
 def test_ranks_that_differ_are_refused(ranks):
