@@ -2,6 +2,7 @@
 #pragma once
 #include "pack.h"
 
+static unsigned long long PK=0;
 namespace {
 
 struct Run {
@@ -19,6 +20,11 @@ struct Target {
   bool far;  // the output itself, not scratch
 };
 
+// A position of the scratch: its unit, its place in it, the row of that.
+struct Place {
+  int64_t unit, place, row;
+};
+
 // Fill the tile with vectors start .. stop of the rows of a span; return the last output row they read for.
 static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int64_t stop, Tile& tile) {
   const MuwsLayer& l = p.layer;
@@ -27,6 +33,8 @@ static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int6
   int n = 0;
   tile.count = (int)(stop - start);
   tile.whole = true;
+  Place at{start * V / p.unit_stride, start * V % p.unit_stride, 0};
+  at.row = at.place / p.pitch;
   for (int64_t v = start; v < stop; v++) {
     const int t = (int)(v - start);
     tile.start[t] = n;
@@ -35,29 +43,42 @@ static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int6
       const int64_t column = p.lanes > 1 ? v % per_row : least(v % per_row * V, l.ow - V);
       const int64_t images = p.lanes > 1 ? least<int64_t>(V, l.n - (s.unit + unit) * V) : V;
       tile.from[t] = (int32_t)((unit * p.unit_stride + (s.row + row) * p.pitch + column) * p.lanes);
-      tile.pieces[n++] = Piece{unit * to.unit + (s.row + row) * to.row + column * to.column, 0, (int)images};
+      tile.pieces[n++] = Piece{unit * to.unit + (s.row + row) * to.row + column * to.column, (1u << images) - 1, (int)images};
       tile.whole = tile.whole && images == V;
       last_row = most(last_row, s.row + row);
       continue;
     }
     tile.from[t] = (int32_t)(v * V);
-    for (int64_t at = v * V; at < (v + 1) * V;) {
-      const int64_t unit = at / p.unit_stride, row = at % p.unit_stride / p.pitch, column = at % p.unit_stride % p.pitch;
-      if (unit >= s.n_units) break;
-      int64_t count = least((v + 1) * V - at, p.pitch - column);
-      if (row < s.n_rows && column < l.ow) {
-        const int64_t first = at - v * V, there = least(count, l.ow - column);
-        tile.pieces[n++] = Piece{unit * to.unit + row * to.row + column - first, (int)first, (int)there};
-        last_row = most(last_row, row);
-      } else if (row >= s.n_rows) {
-        count = (unit + 1) * p.unit_stride - at;
+    for (int lane = 0, open = -1; lane < V && at.unit < s.n_units;) {
+      const int64_t left = V - lane, column = at.place - at.row * p.pitch;
+      int64_t step = least(left, p.unit_stride - at.place);
+      if (at.row < s.n_rows) {
+        step = least(step, p.pitch - column);
+        const int64_t there = least(step, l.ow - column);
+        if (there > 0) {
+          if (open < 0) tile.pieces[open = n++] = Piece{at.unit * to.unit + at.row * to.row + column, 0, 0};
+          tile.pieces[open].mask |= ((1u << there) - 1) << lane;
+          tile.pieces[open].count += (int)there;
+          last_row = most(last_row, at.row);
+        }
+        if (column + step == p.pitch) at.row++;
       }
-      at += count;
+      lane += (int)step;
+      if ((at.place += step) == p.unit_stride) {
+        at = Place{at.unit + 1, 0, 0};
+        open = -1;
+      }
     }
-    tile.whole = tile.whole && n == tile.start[t] + 1 && tile.pieces[n - 1].count == V;
+    tile.whole = tile.whole && n == tile.start[t] + 1 && tile.pieces[n - 1].mask == ALL_LANES;
     if (n == tile.start[t]) tile.pieces[n++] = Piece{0, 0, 0};  // between two images: nothing to store
   }
   tile.start[tile.count] = n;
+  const Piece& end = tile.pieces[n - 1];
+  tile.joined = p.lanes == 1 && n == tile.count;
+  for (int i = 0; i + 1 < n && tile.joined; i++) {
+    const Piece& piece = tile.pieces[i];
+    tile.joined = tile.pieces[i + 1].to == piece.to + piece.count && piece.to + V <= end.to + end.count;
+  }
   return last_row;
 }
 
@@ -119,7 +140,7 @@ static void run_span(const Plan& p, const float* x, const float* onto, float* y,
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
       if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
-      if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed);
+      unsigned long long t0=__builtin_ia32_rdtsc(); if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed); PK+=__builtin_ia32_rdtsc()-t0;
       run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
     }
     if (in_place) continue;

@@ -58,11 +58,56 @@ static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
 }
 
 // Rows of a channel lie far from those of the next: ask for them while earlier ones are copied.
-constexpr int64_t FETCH_CHANNELS = 2;
+constexpr int64_t FETCH_CHANNELS = 4;
+
+#if MUWS_LANES == 16
+MUWS_INLINE __mmask16 below(int64_t n) { return (__mmask16)(n <= 0 ? 0 : n >= V ? 0xffff : (1 << n) - 1); }
+
+// Without a stride, rows of at most N vectors: each is loaded with the zeros around it, and stored whole.
+template <bool HALF, int N> static void pack_short_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
+  const MuwsLayer& l = p.layer;
+  const int64_t plane = l.h * l.w, pitch = p.pitch, width = l.w, top = s.row - l.ph;
+  const int64_t first = most(rows.first, least(rows.last, -top)), last = most(first, least(rows.last, l.h - top));
+  const int64_t tail = rows.last == p.rows ? p.phase_stride - s.n_units * p.unit_stride : 0;
+  const __mmask16 out = below(pitch - (N - 1) * V);
+  __mmask16 in[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) in[i] = below(l.w + l.pw - i * V) & ~below(l.pw - i * V);
+  for (int64_t c = 0; c < l.c; c++) {
+    const float* image = x + (s.unit * l.c + c) * plane + (top + first) * width;
+    if (s.n_units == 1 && c + FETCH_CHANNELS < l.c)
+      for (int64_t i = 0; i < (last - first) * width; i += 16) __builtin_prefetch(image + FETCH_CHANNELS * plane + i);
+    for (int64_t u = 0; u < s.n_units; u++) {
+      float* unit = scratch + c * p.channel_stride + u * p.unit_stride;
+      const float* from = image + u * l.c * plane - l.pw;
+      clear(unit + rows.first * pitch, (first - rows.first) * pitch);
+      float* to = unit + first * pitch;
+      for (int64_t i = first; i < last; i++, to += pitch, from += width) {
+#pragma GCC unroll 4
+        for (int t = 0; t + 1 < N; t++) store(to + t * V, rounded<HALF>((vf)_mm512_maskz_loadu_ps(in[t], from + t * V)));
+        const vf end = rounded<HALF>((vf)_mm512_maskz_loadu_ps(in[N - 1], from + (N - 1) * V));
+        _mm512_mask_storeu_ps(to + (N - 1) * V, out, (__m512)end);
+      }
+      clear(to, (rows.last - last) * pitch);
+    }
+    if (tail > 0) clear(scratch + c * p.channel_stride + s.n_units * p.unit_stride, tail);
+  }
+}
+#endif
 
 // Lanes over positions: rows are copied, strided rows gathered.
 template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
+#if MUWS_LANES == 16
+  if (l.sh == 1 && l.sw == 1 && p.pitch <= 4 * V) {
+    const int64_t vectors = ceil_div(p.pitch, V);
+    const auto pack = vectors == 1   ? pack_short_rows<HALF, 1>
+                      : vectors == 2 ? pack_short_rows<HALF, 2>
+                      : vectors == 3 ? pack_short_rows<HALF, 3>
+                                     : pack_short_rows<HALF, 4>;
+    return pack(p, x, scratch, s, rows);
+  }
+#endif
   const int64_t tail = p.phase_stride - s.n_units * p.unit_stride;
   const int64_t top = most<int64_t>(0, (s.row + rows.first) * l.sh - l.ph), plane = l.h * l.w;
   const int64_t ahead = (least(l.h, (s.row + rows.last) * l.sh - l.ph) - top) * l.w;

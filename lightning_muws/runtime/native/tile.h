@@ -5,16 +5,19 @@
 
 namespace {
 
-// Lanes first .. first + count of a vector are output: lane l goes to y + row * pitch + to + l.
+// The lanes of `mask`, `count` of them, are outputs: they go to y + row * pitch + to, side by side.
 struct Piece {
   int64_t to;
-  int first, count;
+  uint32_t mask;
+  int count;
 };
+constexpr uint32_t ALL_LANES = (1u << V) - 1;
 
 // Vector t reads at x + from[t] + the column's offset; its pieces are pieces[start[t]] .. pieces[start[t + 1]].
 struct Tile {
   int count;
   bool whole;  // every vector is one piece of all its lanes
+  bool joined;  // every vector is one piece, which goes on where the one before ended, none but the last near the end
   int32_t from[8];
   int start[9];
   Piece pieces[8 * V];
@@ -39,13 +42,30 @@ template <int ROWS> constexpr int max_vectors() {
 #endif
 }
 
+#if MUWS_LANES == 16
+MUWS_INLINE vf packed(vf v, const Piece& piece) {
+  return (vf)_mm512_maskz_compress_ps((__mmask16)piece.mask, (__m512)v);
+}
+#endif
+
 MUWS_INLINE void store_piece(float* to, vf v, const Piece& piece) {
 #if MUWS_LANES == 16
-  _mm512_mask_storeu_ps(to, (__mmask16)(((1u << piece.count) - 1) << piece.first), (__m512)v);
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << piece.count) - 1), (__m512)packed(v, piece));
 #else
   float lanes[V];
   store(lanes, v);
-  for (int i = piece.first; i < piece.first + piece.count; i++) to[i] = lanes[i];
+  for (uint32_t left = piece.mask; left; left &= left - 1) *to++ = lanes[__builtin_ctz(left)];
+#endif
+}
+
+MUWS_INLINE vf load_piece(const float* from, const Piece& piece) {
+#if MUWS_LANES == 16
+  const __m512 packed = _mm512_maskz_loadu_ps((__mmask16)((1u << piece.count) - 1), from);
+  return (vf)_mm512_maskz_expand_ps((__mmask16)piece.mask, packed);
+#else
+  float lanes[V] = {};
+  for (uint32_t left = piece.mask; left; left &= left - 1) lanes[__builtin_ctz(left)] = *from++;
+  return load(lanes);
 #endif
 }
 
@@ -57,16 +77,6 @@ template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, const float
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) __builtin_prefetch(to + r * pitch, 1);
   }
-}
-
-MUWS_INLINE vf load_piece(const float* from, const Piece& piece) {
-#if MUWS_LANES == 16
-  return (vf)_mm512_maskz_loadu_ps((__mmask16)(((1u << piece.count) - 1) << piece.first), from);
-#else
-  float lanes[V] = {};
-  for (int i = piece.first; i < piece.first + piece.count; i++) lanes[i] = from[i];
-  return load(lanes);
-#endif
 }
 
 template <int ROWS, int N>
@@ -107,6 +117,15 @@ MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, const Work& work, int
         if (r < rows) store(to + r * pitch, sum[r][t]);
       continue;
     }
+#if MUWS_LANES == 16
+    if (tile.joined && t + 1 < N) {  // what this writes too much the next vectors write over
+      const Piece& piece = tile.pieces[t];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++)
+        if (r < rows) store(y + r * pitch + piece.to, packed(sum[r][t], piece));
+      continue;
+    }
+#endif
     for (int i = tile.start[t]; i < tile.start[t + 1]; i++) {
       const Piece& piece = tile.pieces[i];
 #pragma GCC unroll 8
@@ -119,13 +138,53 @@ MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, const Work& work, int
 // The barrier keeps p in a register of its own, so that a load is one instruction: base and index.
 #define MUWS_OWN(p) __asm__("" : "+r"(p))
 
+// How many blocks ahead to ask for their columns; 0 where a block is too quick for it to be worth its instructions.
+constexpr int columns_ahead(int rows, int vectors, int cols) {
+  return MUWS_LANES < 16 ? 0 : cols > 1 ? (rows * vectors >= 12 ? 2 : 0) : rows * vectors >= 20 ? 5 : 0;
+}
+
+// Columns lie all over the input, which the second-level cache holds: ask for every line that their vectors touch.
+template <int N, int COLS> MUWS_INLINE void fetch_columns(const float* x, const int32_t* offset, const int64_t (&from)[N]) {
+#pragma GCC unroll 2
+  for (int c = 0; c < COLS; c += COLS > 1 ? COLS - 1 : 1) {
+    const float* p = x + offset[c];
+#pragma GCC unroll 8
+    for (int t = 0; t < N; t++) __builtin_prefetch(p + from[t]);
+    __builtin_prefetch(p + from[N - 1] + V - 1);
+  }
+}
+
+// The weights of a column, one by one in all lanes of a vector.
+template <int ROWS, int COLS> struct Column {
+#if MUWS_LANES == 16
+  static constexpr bool PERMUTED = ROWS == 4 && COLS == 1;  // loads are short there: one of four, and four permutations
+  const float* w;
+  __m512 four;
+  MUWS_INLINE Column of(const float* w) {
+    return {w, PERMUTED ? _mm512_broadcast_f32x4(_mm_loadu_ps(w)) : __m512{}};
+  }
+  inline __attribute__((always_inline)) vf operator[](int r) const {
+    if (!PERMUTED) return splat(w[r]);
+    return (vf)(r == 0   ? _mm512_permute_ps(four, 0x00)
+                : r == 1 ? _mm512_permute_ps(four, 0x55)
+                : r == 2 ? _mm512_permute_ps(four, 0xaa)
+                         : _mm512_permute_ps(four, 0xff));
+  }
+#else
+  const float* w;
+  MUWS_INLINE Column of(const float* w) { return {w}; }
+  inline __attribute__((always_inline)) vf operator[](int r) const { return splat(w[r]); }
+#endif
+};
+
 template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
   const MuwsLayer& l = *work.layer;
   const int32_t* offsets = work.offsets;
   int64_t from[N];
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
-  const uint16_t* column = l.columns + l.starts[work.first];
+  constexpr int AHEAD = columns_ahead(ROWS, N, COLS);
+  const uint16_t *column = l.columns + l.starts[work.first], *last = l.columns + l.starts[work.last] - 1;
   const float* w = l.weights + (int64_t)l.starts[work.first] * COLS * ROWS;
   for (int64_t b = work.first; b < work.last; b++) {
     float* y = work.y + b * ROWS * work.pitch;
@@ -142,6 +201,7 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
     for (; column != end; column++, w += COLS * ROWS) {
       const int32_t* offset = offsets + *column;
       fetch<COLS * ROWS>(w);
+      if constexpr (AHEAD > 0) fetch_columns<N, COLS>(x, offsets + *least(column + AHEAD, last), from);
 #pragma GCC unroll 4
       for (int c = 0; c < COLS; c++) {
         const float* p = x + offset[c];
@@ -149,9 +209,10 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
         vf in[N];
 #pragma GCC unroll 8
         for (int t = 0; t < N; t++) in[t] = load(p + from[t]);
+        const Column<ROWS, COLS> weights = Column<ROWS, COLS>::of(w + c * ROWS);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-          const vf weight = splat(w[c * ROWS + r]);
+          const vf weight = weights[r];
 #pragma GCC unroll 8
           for (int t = 0; t < N; t++) (TWICE && c % 2 ? other[TWICE ? r : 0] : sum[r])[t] += weight * in[t];
         }
