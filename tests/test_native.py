@@ -151,6 +151,18 @@ def test_equals_float64_at_any_batch(name, batch, at_level):
             assert error(variant(layer, x, batch_lanes=lanes)(x), reference(layer, x)) <= 1e-5
 
 
+@pytest.mark.parametrize("name", LEVELS)
+def test_reads_nothing_that_another_layer_left_behind(at_level, name):
+    """Rows are packed a few ahead of the tiles that read them, into scratch that is never cleared as a whole."""
+    at_level(name)
+    layer = pruned(nn.Conv2d(64, 8, 3, padding=1), (4, 4), 0.5)
+    for width in range(15, 62):
+        x, other = normal(0, 1, 64, 20, width, dtype=torch.float32), torch.full((1, 64, 20, width + 3), torch.nan)
+        for cols in (1, 4):
+            assert variant(layer, other, cols=cols)(other)[:, :, 1:-1, 1:-1].isnan().any()
+            assert error(variant(layer, x, cols=cols)(x), reference(layer, x)) <= 1e-5
+
+
 @pytest.mark.parametrize("size", [(4, 4), (7, 7), (16, 16), (31, 33), (56, 56), (3, 130)])
 def test_equals_float64_at_any_image(size):
     layer = pruned(nn.Conv2d(12, 16, 3, padding=1), (4, 4), 0.7)

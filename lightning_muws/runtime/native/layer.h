@@ -89,7 +89,7 @@ static int64_t count_vectors(const Plan& p, Span s) {
   return ceil_div((s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow, V);
 }
 
-// Pack as far as some scratch row, some rows ahead.
+// Pack as far as some scratch row, some rows ahead. The zeros right of the last row read are those left of the next one.
 static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
   if (row <= packed) return;
   if (p.taps) {
@@ -140,7 +140,7 @@ static void run_span(const Plan& p, const float* x, const float* onto, float* y,
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
       if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
-      unsigned long long t0=__builtin_ia32_rdtsc(); if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 1), packed); PK+=__builtin_ia32_rdtsc()-t0;
+      unsigned long long t0=__builtin_ia32_rdtsc(); if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 2), packed); PK+=__builtin_ia32_rdtsc()-t0;
       run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
     }
     if (in_place) continue;

@@ -184,7 +184,8 @@ template <int ROWS, int N, int COLS> static void tile_of(const float* __restrict
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) from[t] = tile.from[t];
   constexpr int AHEAD = columns_ahead(ROWS, N, COLS);
-  const uint16_t *column = l.columns + l.starts[work.first], *last = l.columns + l.starts[work.last] - 1;
+  const uint16_t* column = l.columns + l.starts[work.first];
+  const uint16_t* last = l.columns + most<int64_t>(0, l.starts[work.last] - 1);
   const float* w = l.weights + (int64_t)l.starts[work.first] * COLS * ROWS;
   for (int64_t b = work.first; b < work.last; b++) {
     float* y = work.y + b * ROWS * work.pitch;
