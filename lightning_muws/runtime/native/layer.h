@@ -2,7 +2,6 @@
 #pragma once
 #include "pack.h"
 
-static unsigned long long PK=0;
 namespace {
 
 struct Run {
@@ -140,7 +139,7 @@ static void run_span(const Plan& p, const float* x, const float* onto, float* y,
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
       if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
-      unsigned long long t0=__builtin_ia32_rdtsc(); if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 2), packed); PK+=__builtin_ia32_rdtsc()-t0;
+      if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 2), packed);
       run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
     }
     if (in_place) continue;
