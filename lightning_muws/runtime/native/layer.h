@@ -173,8 +173,17 @@ static int run_plan(void* plan, const float* x, const float* onto, float* y, int
   return 0;
 }
 
+static void* make_plan(const MuwsLayer* layer) {
+  Plan* p = plan_of(layer);
+#if MUWS_LANES == 16
+  if (p && p->taps) p->windows = make_windows(p->source);
+#endif
+  return p;
+}
+
 static void free_plan(void* plan) {
   if (!plan) return;
+  free(((Plan*)plan)->windows);
   free(((Plan*)plan)->offsets);
   free(((Plan*)plan)->places);
   free(plan);

@@ -1,41 +1,8 @@
 // Knows how an input becomes padded scratch, and how finished positions become the output.
 #pragma once
-#include "plan.h"
+#include "taps.h"
 
 namespace {
-
-// bfloat16: the nearest (ties to even), in both halves of the lane. NaN stays NaN: the hidden bits could carry out.
-template <bool HALF> MUWS_INLINE vf rounded(vf v) {
-  if constexpr (!HALF) return v;
-  const vi i = (vi)v;
-  const vi half = ((i + 0x7fff + ((i >> 16) & 1)) >> 16) & 0xffff;
-  const vi nan = v != v;
-  const vi kept = (half & ~nan) | (nan & 0x7fc0);
-  return bits(kept | (kept << 16));
-}
-template <bool HALF> MUWS_INLINE float rounded_one(float f) { return rounded<HALF>(splat(f))[0]; }
-
-template <bool HALF> MUWS_INLINE void copy_rounded(float* to, const float* from, int64_t n) {
-  if (n >= V) {
-    for (int64_t i = 0; i + V <= n; i += V) store(to + i, rounded<HALF>(load(from + i)));
-    store(to + n - V, rounded<HALF>(load(from + n - V)));
-  } else {
-    for (int64_t i = 0; i < n; i++) to[i] = rounded_one<HALF>(from[i]);
-  }
-}
-
-struct Span {
-  int64_t unit, n_units, row, n_rows;  // units of the batch, output rows of the band
-};
-struct Rows {
-  int64_t first, last;  // of the scratch
-};
-
-// First and one past the last column of a phase that lie inside the input.
-MUWS_INLINE void inside(int64_t phase, int64_t stride, int64_t pad, int64_t size, int64_t pitch, int64_t& a, int64_t& b) {
-  a = least(pitch, most<int64_t>(0, ceil_div(pad - phase, stride)));
-  b = most(a, least(pitch, ceil_div(size + pad - phase, stride)));
-}
 
 // Write zeros where a unit's padded planes of one channel hold no input.
 static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
@@ -57,57 +24,10 @@ static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
     }
 }
 
-// Rows of a channel lie far from those of the next: ask for them while earlier ones are copied.
-constexpr int64_t FETCH_CHANNELS = 4;
-
-#if MUWS_LANES == 16
-MUWS_INLINE __mmask16 below(int64_t n) { return (__mmask16)(n <= 0 ? 0 : n >= V ? 0xffff : (1 << n) - 1); }
-
-// Without a stride, rows of at most N vectors: each is loaded with the zeros around it, and stored whole.
-template <bool HALF, int N> static void pack_short_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
-  const MuwsLayer& l = p.layer;
-  const int64_t plane = l.h * l.w, pitch = p.pitch, width = l.w, top = s.row - l.ph;
-  const int64_t first = most(rows.first, least(rows.last, -top)), last = most(first, least(rows.last, l.h - top));
-  const int64_t tail = rows.last == p.rows ? p.phase_stride - s.n_units * p.unit_stride : 0;
-  const __mmask16 out = below(pitch - (N - 1) * V);
-  __mmask16 in[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; i++) in[i] = below(l.w + l.pw - i * V) & ~below(l.pw - i * V);
-  for (int64_t c = 0; c < l.c; c++) {
-    const float* image = x + (s.unit * l.c + c) * plane + (top + first) * width;
-    if (s.n_units == 1 && c + FETCH_CHANNELS < l.c)
-      for (int64_t i = 0; i < (last - first) * width; i += 16) __builtin_prefetch(image + FETCH_CHANNELS * plane + i);
-    for (int64_t u = 0; u < s.n_units; u++) {
-      float* unit = scratch + c * p.channel_stride + u * p.unit_stride;
-      const float* from = image + u * l.c * plane - l.pw;
-      clear(unit + rows.first * pitch, (first - rows.first) * pitch);
-      float* to = unit + first * pitch;
-      for (int64_t i = first; i < last; i++, to += pitch, from += width) {
-#pragma GCC unroll 4
-        for (int t = 0; t + 1 < N; t++) store(to + t * V, rounded<HALF>((vf)_mm512_maskz_loadu_ps(in[t], from + t * V)));
-        const vf end = rounded<HALF>((vf)_mm512_maskz_loadu_ps(in[N - 1], from + (N - 1) * V));
-        _mm512_mask_storeu_ps(to + (N - 1) * V, out, (__m512)end);
-      }
-      clear(to, (rows.last - last) * pitch);
-    }
-    if (tail > 0) clear(scratch + c * p.channel_stride + s.n_units * p.unit_stride, tail);
-  }
-}
-#endif
-
 // Lanes over positions: rows are copied, strided rows gathered.
 template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
-#if MUWS_LANES == 16
-  if (l.sh == 1 && l.sw == 1 && p.pitch <= 4 * V) {
-    const int64_t vectors = ceil_div(p.pitch, V);
-    const auto pack = vectors == 1   ? pack_short_rows<HALF, 1>
-                      : vectors == 2 ? pack_short_rows<HALF, 2>
-                      : vectors == 3 ? pack_short_rows<HALF, 3>
-                                     : pack_short_rows<HALF, 4>;
-    return pack(p, x, scratch, s, rows);
-  }
-#endif
+  if (pack_short_rows<HALF>(p, x, scratch, s, rows)) return;
   const int64_t tail = p.phase_stride - s.n_units * p.unit_stride;
   const int64_t top = most<int64_t>(0, (s.row + rows.first) * l.sh - l.ph), plane = l.h * l.w;
   const int64_t ahead = (least(l.h, (s.row + rows.last) * l.sh - l.ph) - top) * l.w;
@@ -142,41 +62,6 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
           }
         }
         if (tail > 0 && rows.last == p.rows) clear(phase + s.n_units * p.unit_stride, tail);
-      }
-  }
-}
-
-// Every tap of the kernel as a plane of the outputs' size: what the outputs read there. Rows are stored in whole vectors,
-// and what they write too much the next row writes over.
-static void pack_taps(const Plan& p, const float* x, float* scratch, Span s) {
-  const MuwsLayer& l = p.source;
-  const int64_t pitch = ceil_div(l.w + 2 * l.pw, l.sw), phase = (l.h + 2 * l.ph) * pitch;
-  float* padded = muws_scratch(1, (size_t)(l.sw * phase + 2 * V));
-  clear(padded, l.sw * phase + 2 * V);
-  for (int64_t c = 0; c < l.c; c++) {
-    const float* image = x + (s.unit * l.c + c) * l.h * l.w;
-    for (int64_t i = 0; i < l.h; i++) {
-      const float* from = image + i * l.w;
-      float* to = padded + (i + l.ph) * pitch;
-      if (l.sw == 1) {
-        copy(to + l.pw, from, l.w);
-        continue;
-      }
-      for (int64_t b = 0; b < l.sw; b++) {
-        const int64_t first = (b + l.sw - l.pw % l.sw) % l.sw, count = ceil_div(l.w - first, l.sw);
-        float* there = to + b * phase + (first + l.pw) / l.sw;
-        if (l.sw == 2)
-          copy_every_second(there, from + first, count);
-        else
-          for (int64_t j = 0; j < count; j++) there[j] = from[first + l.sw * j];
-      }
-    }
-    for (int64_t a = 0; a < l.kh; a++)
-      for (int64_t b = 0; b < l.kw; b++) {
-        float* to = scratch + ((c * l.kh + a) * l.kw + b) * p.channel_stride;
-        const float* from = padded + b % l.sw * phase + a * pitch + b / l.sw;
-        for (int64_t i = 0; i < l.oh; i++, to += l.ow, from += l.sh * pitch)
-          for (int64_t j = 0; j < l.ow; j += V) store(to + j, load(from + j));
       }
   }
 }

@@ -21,6 +21,7 @@ struct Plan {
   bool by_rows;        // no lanes over images: vectors do not cross rows, the last of a row moves back instead
   int64_t chunk, step;  // rows packed at a time, output rows finished at a time
   int32_t* offsets;    // of each logical column
+  void* windows;       // taps: where each vector of a plane comes from, or null
   int32_t* places;     // of each input position in its unit, band 0; -1 where no output reads it
 };
 
@@ -76,7 +77,7 @@ static void place(Plan& p) {
     }
 }
 
-static void* make_plan(const MuwsLayer* layer) {
+static Plan* plan_of(const MuwsLayer* layer) {
 #if !defined(__AVX512BF16__)
   if (layer->bfloat16) return nullptr;
 #endif
@@ -85,6 +86,7 @@ static void* make_plan(const MuwsLayer* layer) {
   p->layer = *layer;
   const MuwsLayer& l = p->layer;
   p->source = *layer;
+  p->windows = nullptr;
   p->lanes = l.batch_lanes == 1 ? V : 1;
   p->units = ceil_div(l.n, p->lanes);
   p->phases_h = least(l.sh, l.kh);
