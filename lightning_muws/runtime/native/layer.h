@@ -107,11 +107,12 @@ static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64
 static void run_tile(const Plan& p, const float* x, const Tile& tile, const Target& to, const float* onto,
                      int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
-  const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0);
+  const int64_t spacing = p.taps || p.direct ? p.channel_stride : 0;
+  const TileFn fn = choose_tile(l.rows, l.cols, tile.count, l.bfloat16 != 0, spacing != 0);
   const int64_t per_group = ceil_div(l.row_blocks, l.groups), group_stride = l.c / l.groups * p.channel_stride;
   for (int64_t b = first; b < last;) {  // group by group
     const int64_t group = b / per_group, stop = least(last, (group + 1) * per_group);
-    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output, to.far});
+    fn(x + group * group_stride, tile, Work{&l, p.offsets, b, stop, to.y, onto, to.output, to.far, spacing});
     b = stop;
   }
 }
