@@ -68,7 +68,7 @@ static Case random_case(bool bfloat16, bool linear) {
   const int64_t n_in = l.c / l.groups * l.kh * l.kw;
   l.cols = bfloat16 ? 2 : n_in % 4 == 0 && any(0, 1) ? 4 : 1;
   l.row_blocks = (l.o + l.rows - 1) / l.rows;
-  l.relu = any(0, 1), l.bfloat16 = bfloat16, l.batch_lanes = any(0, 2);
+  l.relu = any(0, 1), l.bfloat16 = bfloat16, l.batch_lanes = any(0, 2), l.threads = any(1, 3);
   if (l.batch_lanes == 1 && l.n > 1) l.batch_last_in = any(0, 1), l.batch_last_out = any(0, 1);
   c.matrix.assign((size_t)(l.row_blocks * l.rows * n_in), 0.0);
   c.starts.push_back(0);

@@ -23,6 +23,7 @@ struct MuwsLayer {
   int64_t batch_last_in, batch_last_out;  // strides (1, h*w*n, w*n, n) instead of contiguous
   int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image, 2: over
                              // those of every tap of the kernel, unfolded
+  int64_t threads;           // it will run on: an image is cut into as many bands where it is large enough
 };
 
 // Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.

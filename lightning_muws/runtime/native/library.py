@@ -26,6 +26,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "cols", "row_blocks", "n_logical")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("relu", "bfloat16", "batch_last_in", "batch_last_out", "batch_lanes")),
+        ("threads", ctypes.c_int64),
     ]
 
 
@@ -66,8 +67,10 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
     with contextlib.suppress(OSError, AttributeError):  # torch is not linked with an OpenMP that has it
-        found.muws_use_team.argtypes = [pointer]
-        found.muws_use_team(ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, pointer))
+        openmp = ctypes.CDLL(torch._C.__file__)
+        team = openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads
+        found.muws_use_team.argtypes = [pointer] * 3
+        found.muws_use_team(*(ctypes.cast(function, pointer) for function in team))
     return found
 
 

@@ -113,6 +113,10 @@ static Plan* plan_of(const MuwsLayer* layer) {
     lay_out(*p, band, 1);
     const int64_t limit = p->lanes == 1 ? CACHED_BYTES : SCRATCH_BYTES;
     while (band > 1 && 4 * p->scratch_size > limit) lay_out(*p, band = ceil_div(band, 2), 1);
+    // else all threads would pack the whole image, each for outputs of its own
+    const int64_t shared = ceil_div(l.oh, most<int64_t>(1, l.threads));
+    if (p->units * p->bands < l.threads && shared * p->pitch * p->lanes >= V * most_vectors(l.rows))
+      lay_out(*p, band = shared, 1);
     if (band == l.oh) {
       // small images: several to an item, so that tiles are full
       const int64_t full = 2 * most_vectors(l.rows);

@@ -91,6 +91,7 @@ class Plan:
             setattr(layer, name, 0 if tensor is None else tensor.data_ptr())
         layer.relu, layer.bfloat16, layer.batch_lanes = g.relu, g.bfloat16, g.batch_lanes
         layer.batch_last_in, layer.batch_last_out = int(self.last_in), int(last_out)
+        layer.threads = torch.get_num_threads()
         self.layer, self.address = layer, None
         is_linear = g.kernel_h * g.kernel_w * h * w * g.groups == 1 and not g.pad_h and not g.pad_w
         self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16

@@ -80,9 +80,14 @@ std::mutex one_job;  // two Python threads may call at once; the second runs on 
 Pool* pool = nullptr;
 long pool_process = 0;
 
-// GOMP_parallel of the OpenMP that torch is linked with: runs a function on so many threads and waits for all.
-typedef void (*Team)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-Team team = nullptr;
+// Of the OpenMP that torch is linked with: GOMP_parallel runs a function on so many threads and waits for all, the others
+// are omp_get_thread_num and omp_get_num_threads.
+struct Team {
+  void (*run)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+  int (*number)();
+  int (*size)();
+};
+Team team = {};
 std::atomic<long> team_process{0};
 
 struct Job {
@@ -92,13 +97,16 @@ struct Job {
   std::atomic<int64_t> next{0};
 };
 
+// Every thread begins with the item of its number, call after call: what it left in its caches is likely what it reads.
 void work_on(void* data) {
   Job& job = *(Job*)data;
-  for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.task(job.context, item);
+  const int64_t size = team.size();
+  for (int64_t item = team.number(); item < job.items; item = size + job.next.fetch_add(1, std::memory_order_relaxed))
+    job.task(job.context, item);
 }
 
 bool team_is_there() {
-  if (!team) return false;
+  if (!team.run) return false;
   long none = 0;
   const long here = process();
   return team_process.compare_exchange_strong(none, here) || none == here;  // a fork takes no threads with it
@@ -114,15 +122,16 @@ struct Scratch {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void muws_use_team(void* gomp_parallel) {
-  team = (Team)gomp_parallel;
+extern "C" __attribute__((visibility("default"))) void muws_use_team(void* run, void* number, void* size) {
+  team.number = (int (*)())number, team.size = (int (*)())size;
+  team.run = (void (*)(void (*)(void*), void*, unsigned, unsigned))run;
 }
 
 extern "C" void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context) {
   if (threads > items) threads = items;
   if (threads > 1 && team_is_there()) {
     Job job{items, task, context};
-    team(work_on, &job, (unsigned)threads, 0);
+    team.run(work_on, &job, (unsigned)threads, 0);
     return;
   }
   if (threads > 1 && one_job.try_lock()) {
