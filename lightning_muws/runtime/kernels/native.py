@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from lightning_muws.runtime.native.blocks import choose_block, pack, pack_pairs
 from lightning_muws.runtime.native.layers import BlockSparse
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.native.run import Geometry
+from lightning_muws.runtime.timing import clock_for
 
 TRIALS = 4
 MOST_COLUMNS = 1 << 16  # inputs times kernel: a column's number takes two bytes
@@ -100,13 +100,14 @@ def _fastest(make: Callable[[int], BlockSparse], example: Tensor) -> BlockSparse
     ways = [make(lanes) for lanes in (0, 1, 2)]
     if ways[0].n_dims == 1:
         return ways[1]
+    clock = clock_for(example.device)
     with torch.inference_mode():
-        rounds = [[_timed(way, example) for way in ways] for _ in range(1 + TRIALS)][1:]  # the first makes the plans
+        rounds = [[_timed(way, example, clock) for way in ways] for _ in range(1 + TRIALS)][1:]  # the first makes plans
     best = [min(times) for times in zip(*rounds, strict=True)]
     return ways[best.index(min(best))]
 
 
-def _timed(module: nn.Module, example: Tensor) -> float:
-    start = time.process_time()
+def _timed(module: nn.Module, example: Tensor, clock: Callable[[], float]) -> float:
+    start = clock()
     module(example)
-    return time.process_time() - start
+    return clock() - start
