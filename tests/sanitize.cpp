@@ -60,7 +60,7 @@ static Case random_case(bool bfloat16, bool linear) {
   l.kh = l.kw = l.sh = l.sw = l.h = l.w = 1;
   if (!linear) {
     l.kh = any(1, 4), l.kw = any(1, 4), l.sh = any(1, 3), l.sw = any(1, 3), l.ph = any(0, l.kh + 1), l.pw = any(0, l.kw + 1);
-    l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 40);
+    l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 80);
   } else {
     l.c = any(1, 70);
   }
