@@ -14,9 +14,9 @@ from rich.console import Console
 console = Console(width=180)
 
 
-def say_machine() -> None:
-    """Print what the numbers were measured on, and fix the number of threads to one."""
-    torch.set_num_threads(1)
+def say_machine(threads: int = 1) -> None:
+    """Print what the numbers were measured on, and fix the number of threads."""
+    torch.set_num_threads(threads)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -24,7 +24,9 @@ def say_machine() -> None:
     console.print(
         f"{name}, {capability}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
-    console.print("one thread, process time, interleaved")
+    console.print(
+        "one thread, process time, interleaved" if threads == 1 else f"{threads} threads, wall time, interleaved"
+    )
 
 
 def interleaved(

@@ -149,8 +149,7 @@ def main() -> None:
     options.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
-    say_machine()
-    torch.set_num_threads(chosen.threads)
+    say_machine(chosen.threads)
     table = Table(title=f"accelerate on whole networks, 4x4 blocks scattered, {chosen.threads} thread(s)")
     headers = ("network", "batch", "pruned", "as given, ms", "best dense, ms", "accelerated, ms", "gain", "spread")
     for header in (*headers, "over as given", "over bf16", "error", "bound"):
