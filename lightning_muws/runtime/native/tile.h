@@ -17,7 +17,7 @@ template <int ROWS> constexpr int max_vectors() {
 
 // How many blocks ahead to ask for their columns; 0 where a block is too quick for it to be worth its instructions.
 constexpr int columns_ahead(int rows, int vectors, int cols) {
-  return MUWS_LANES < 16 ? 0 : cols > 1 ? (rows * vectors >= 12 ? 2 : 0) : rows * vectors >= 20 ? 5 : 0;
+  return MUWS_LANES < 16 ? 0 : cols > 1 ? (rows * vectors >= 12 ? 2 : 0) : rows * vectors >= 16 ? 8 : 0;
 }
 
 // Columns lie all over the input, which the second-level cache holds: ask for every line that their vectors touch.
@@ -83,7 +83,8 @@ template <int ROWS, int N, int COLS, bool EVEN = false> static void tile_of(cons
     for (; column != end; column++, w += COLS * ROWS) {
       const int32_t* offset = offsets + *column;
       const float* even = x + *column * work.spacing;
-      fetch<COLS * ROWS>(w);
+      // where loads are short, narrow columns leave their weights to the hardware, which foresees them
+      if constexpr (COLS > 1 || AHEAD == 0) fetch<COLS * ROWS>(w);
       if constexpr (EVEN)
         fetch_even<COLS>(x + *least(column + AHEAD, last) * work.spacing + from[0], work.spacing);
       else if constexpr (AHEAD > 0)
