@@ -46,8 +46,8 @@ bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
 	$(ENV) $(BIN)/python examples/benchmarks/kernels.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
-	$(ENV) $(BIN)/python examples/benchmarks/networks.py
-	$(ENV) $(BIN)/python examples/benchmarks/networks.py --networks ResNet-18 --shares 0.75 0.9 --threads 2
+	$(ENV) $(BIN)/python examples/benchmarks/whole_networks.py
+	$(ENV) $(BIN)/python examples/benchmarks/whole_networks.py --networks ResNet-18 --shares 0.75 0.9 --threads 2
 	$(ENV) $(BIN)/python examples/benchmarks/export.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
 

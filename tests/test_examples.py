@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import subprocess
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -139,3 +140,18 @@ def test_other_data_is_refused_by_its_digest(datasets, tmp_path):
     (tmp_path / "installed" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(datasets.DataError, match=r"t10k-labels-idx1-ubyte\.gz cannot be read"):
         datasets.load()
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_script_finds_what_it_imports(script, monkeypatch):
+    """As make runs it: its own folder first, then that of the examples."""
+    monkeypatch.setattr(sys, "path", [str(script.parent), str(EXAMPLES), *sys.path])
+    names = {path.stem for path in EXAMPLES.rglob("*.py")}
+    for name in names & set(sys.modules):
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    try:
+        assert runpy.run_path(str(script), run_name="imported")["__doc__"]
+    finally:
+        for name in (set(sys.modules) - before) & names:
+            del sys.modules[name]

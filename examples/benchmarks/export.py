@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 from machine import console, interleaved, ratios, say_machine
-from networks import pruned
+from whole_networks import pruned
 from rich.table import Table
 from torch import Tensor, nn
 
