@@ -6,8 +6,8 @@ import hashlib
 import importlib.util
 import io
 import re
-import subprocess
 import runpy
+import subprocess
 import sys
 import zipfile
 from pathlib import Path

@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 from machine import console, interleaved, ratios, say_machine
-from whole_networks import pruned
 from rich.table import Table
 from torch import Tensor, nn
+from whole_networks import pruned
 
 SHARE = 0.9
 
