@@ -1,9 +1,11 @@
 """The runtime: kernels equal the float64 layer, choices follow the times they are given, and nothing is ever slower."""
 
 import copy
+import gc
 import io
 import json
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_muws import MicroStructure
+from lightning_muws import MicroStructure, load_compressed, save_compressed
 from lightning_muws.errors import MuwsError, SettingError, StateError
 from lightning_muws.runtime import accelerate as accelerate_module
 from lightning_muws.runtime import network
@@ -316,6 +318,23 @@ def test_a_network_that_is_not_faster_comes_back_as_it_was(monkeypatch):
 def test_a_network_that_is_faster_than_dense_but_not_than_its_best_form_comes_back_as_it_was(monkeypatch):
     slow_and_fast(monkeypatch, {"compact": 0.1, "dense": 9.0, "onednn": 1.0, "fast": 1.0, "fast_fused": 1.0})
     assert accelerate(mlp(), torch.zeros(4, 32))[1].chosen == "dense"
+
+
+def test_what_is_packed_keeps_no_dense_copy(monkeypatch, tmp_path):
+    slow_and_fast(monkeypatch, {"compact": 0.1, "fast": 0.5, "fast_fused": 0.25})
+    model = mlp()
+    save_compressed(model, tmp_path / "model.muws")
+    loaded = mlp(seed=7)
+    load_compressed(tmp_path / "model.muws", into=loaded)
+    fast, report = accelerate(loaded, torch.zeros(4, 32))
+    assert report.is_faster
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in fast.state_dict().values()}
+    dense = sum(t.untyped_storage().nbytes() for t in model.state_dict().values())
+    assert sum(held.values()) < 0.7 * dense  # half of each weight's columns are zero
+    weights = [weakref.ref(layer.weight) for layer in loaded if isinstance(layer, nn.Linear)]
+    del loaded
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * 3
 
 
 def test_the_faster_form_comes_back(monkeypatch):
