@@ -42,7 +42,8 @@ static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int6
       const int64_t column = p.lanes > 1 ? v % per_row : least(v % per_row * V, l.ow - V);
       const int64_t images = p.lanes > 1 ? least<int64_t>(V, l.n - (s.unit + unit) * V) : V;
       tile.from[t] = (int32_t)((unit * p.unit_stride + (s.row + row) * p.pitch + column) * p.lanes);
-      tile.pieces[n++] = Piece{unit * to.unit + (s.row + row) * to.row + column * to.column, (1u << images) - 1, (int)images};
+      const int64_t place = unit * to.unit + (s.row + row) * to.row + column * to.column;
+      tile.pieces[n++] = Piece{place, (1u << images) - 1, (int)images};
       tile.whole = tile.whole && images == V;
       last_row = most(last_row, s.row + row);
       continue;
@@ -88,7 +89,7 @@ static int64_t count_vectors(const Plan& p, Span s) {
   return ceil_div((s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow, V);
 }
 
-// Pack as far as some scratch row, some rows ahead. The zeros right of the last row read are those left of the next one.
+// Pack as far as some scratch row, some rows ahead. The zeros right of the last row read are those left of the next.
 static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
   if (row <= packed) return;
   if (p.taps) {

@@ -43,9 +43,10 @@ constexpr int64_t FETCH_CHANNELS = 4;
 #if MUWS_LANES == 16
 MUWS_INLINE __mmask16 below(int64_t n) { return (__mmask16)(n <= 0 ? 0 : n >= V ? 0xffff : (1 << n) - 1); }
 
-// Rows of at most N vectors, without a stride between columns or every second one: a row is loaded with the zeros around
-// it, parted into its phases, and stored.
-template <bool HALF, int STRIDE, int N> static void pack_rows_of(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
+// Rows of at most N vectors, without a stride between columns or every second one: a row is loaded with the zeros
+// around it, parted into its phases, and stored.
+template <bool HALF, int STRIDE, int N>
+static void pack_rows_of(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
   const int64_t plane = l.h * l.w, pitch = p.pitch, step = l.sh * l.w, top = s.row * l.sh - l.ph;
   const int64_t tail = rows.last == p.rows ? p.phase_stride - s.n_units * p.unit_stride : 0;
@@ -87,12 +88,14 @@ template <bool HALF, int STRIDE, int N> static void pack_rows_of(const Plan& p, 
           clear(unit + last * pitch, (rows.last - last) * pitch);
         }
       }
-      for (int64_t b = 0; b < p.phases_w && tail > 0; b++) clear(phase + b * p.phase_stride + s.n_units * p.unit_stride, tail);
+      for (int64_t b = 0; b < p.phases_w && tail > 0; b++)
+        clear(phase + b * p.phase_stride + s.n_units * p.unit_stride, tail);
     }
   }
 }
 
-template <bool HALF, int STRIDE> static void pack_rows_by(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
+template <bool HALF, int STRIDE>
+static void pack_rows_by(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const int64_t vectors = ceil_div(p.pitch, V);
   const auto pack = vectors == 1   ? pack_rows_of<HALF, STRIDE, 1>
                     : vectors == 2 ? pack_rows_of<HALF, STRIDE, 2>

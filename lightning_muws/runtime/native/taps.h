@@ -47,7 +47,8 @@ static Window* make_windows(const MuwsLayer& l) {
 }
 
 // A window of every channel.
-template <int VECTORS> static void pack_window(const Window& w, const MuwsLayer& l, const float* x, float* to, int64_t stride) {
+template <int VECTORS>
+static void pack_window(const Window& w, const MuwsLayer& l, const float* x, float* to, int64_t stride) {
   const __m512i lane = _mm512_loadu_si512(w.lane);
   const float* from = x + w.from;
   for (int64_t c = 0; c < l.c; c++, from += l.h * l.w, to += stride) {

@@ -80,8 +80,8 @@ std::mutex one_job;  // two Python threads may call at once; the second runs on 
 Pool* pool = nullptr;
 long pool_process = 0;
 
-// Of the OpenMP that torch is linked with: GOMP_parallel runs a function on so many threads and waits for all, the others
-// are omp_get_thread_num and omp_get_num_threads.
+// Of the OpenMP that torch is linked with: GOMP_parallel runs a function on so many threads and waits for all, the
+// others are omp_get_thread_num and omp_get_num_threads.
 struct Team {
   void (*run)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
   int (*number)();

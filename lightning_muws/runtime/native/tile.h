@@ -21,7 +21,8 @@ constexpr int columns_ahead(int rows, int vectors, int cols) {
 }
 
 // Columns lie all over the input, which the second-level cache holds: ask for every line that their vectors touch.
-template <int N, int COLS> MUWS_INLINE void fetch_columns(const float* x, const int32_t* offset, const int64_t (&from)[N]) {
+template <int N, int COLS>
+MUWS_INLINE void fetch_columns(const float* x, const int32_t* offset, const int64_t (&from)[N]) {
 #pragma GCC unroll 2
   for (int c = 0; c < COLS; c += COLS > 1 ? COLS - 1 : 1) {
     const float* p = x + offset[c];
@@ -58,7 +59,8 @@ template <int ROWS, int N, int COLS> struct Column {
 #endif
 };
 
-template <int ROWS, int N, int COLS, bool EVEN = false> static void tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
+template <int ROWS, int N, int COLS, bool EVEN = false>
+static void tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
   const MuwsLayer& l = *work.layer;
   const int32_t* offsets = work.offsets;
   int64_t from[N];
