@@ -85,8 +85,9 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Work& wor
     for (; column != end; column++, w += COLS * ROWS) {
       const int32_t* offset = offsets + *column;
       const float* even = x + *column * work.spacing;
-      // where loads are short, narrow columns leave their weights to the hardware, which foresees them
-      if constexpr (COLS > 1 || AHEAD == 0) fetch<COLS * ROWS>(w);
+      // a line once, where columns are narrow; where loads are short, the hardware foresees the weights
+      if constexpr (COLS > 1 || ROWS * N < 24)
+        if (((size_t)w & 63) < 4 * COLS * ROWS) fetch<COLS * ROWS>(w);
       if constexpr (EVEN)
         fetch_even<COLS>(x + *least(column + AHEAD, last) * work.spacing + from[0], work.spacing);
       else if constexpr (AHEAD > 0)
