@@ -4,6 +4,23 @@
 
 namespace {
 
+template <bool HALF> MUWS_INLINE float rounded_one(float f) { return rounded<HALF>(splat(f))[0]; }
+
+template <bool HALF> MUWS_INLINE void copy_rounded(float* to, const float* from, int64_t n) {
+  if (n >= V) {
+    for (int64_t i = 0; i + V <= n; i += V) store(to + i, rounded<HALF>(load(from + i)));
+    store(to + n - V, rounded<HALF>(load(from + n - V)));
+  } else {
+    for (int64_t i = 0; i < n; i++) to[i] = rounded_one<HALF>(from[i]);
+  }
+}
+
+// First and one past the last column of a phase that lie inside the input.
+MUWS_INLINE void inside(int64_t phase, int64_t stride, int64_t pad, int64_t size, int64_t pitch, int64_t& a, int64_t& b) {
+  a = least(pitch, most<int64_t>(0, ceil_div(pad - phase, stride)));
+  b = most(a, least(pitch, ceil_div(size + pad - phase, stride)));
+}
+
 // Write zeros where a unit's padded planes of one channel hold no input.
 static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
   const MuwsLayer& l = p.layer;

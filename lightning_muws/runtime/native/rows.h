@@ -13,16 +13,6 @@ template <bool HALF> MUWS_INLINE vf rounded(vf v) {
   const vi kept = (half & ~nan) | (nan & 0x7fc0);
   return bits(kept | (kept << 16));
 }
-template <bool HALF> MUWS_INLINE float rounded_one(float f) { return rounded<HALF>(splat(f))[0]; }
-
-template <bool HALF> MUWS_INLINE void copy_rounded(float* to, const float* from, int64_t n) {
-  if (n >= V) {
-    for (int64_t i = 0; i + V <= n; i += V) store(to + i, rounded<HALF>(load(from + i)));
-    store(to + n - V, rounded<HALF>(load(from + n - V)));
-  } else {
-    for (int64_t i = 0; i < n; i++) to[i] = rounded_one<HALF>(from[i]);
-  }
-}
 
 struct Span {
   int64_t unit, n_units, row, n_rows;  // units of the batch, output rows of the band
@@ -30,12 +20,6 @@ struct Span {
 struct Rows {
   int64_t first, last;  // of the scratch
 };
-
-// First and one past the last column of a phase that lie inside the input.
-MUWS_INLINE void inside(int64_t phase, int64_t stride, int64_t pad, int64_t size, int64_t pitch, int64_t& a, int64_t& b) {
-  a = least(pitch, most<int64_t>(0, ceil_div(pad - phase, stride)));
-  b = most(a, least(pitch, ceil_div(size + pad - phase, stride)));
-}
 
 // Rows of a channel lie far from those of the next: ask for them while earlier ones are copied.
 constexpr int64_t FETCH_CHANNELS = 4;
