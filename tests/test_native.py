@@ -525,6 +525,19 @@ def test_geometry_and_api_have_the_same_fields():
 
 
 @pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_images_of_one_position_side_by_side(name, batch, at_level):
+    """A few of them are samples of a Linear, whose kernel knows one layout."""
+    at_level(name)
+    layer = pruned(nn.Conv2d(8, 12, 1), (4, 4), 0.3)
+    x = normal(0, batch, 8, 1, 1, dtype=torch.float32)
+    last = torch.empty_strided(x.shape, batch_last_strides(x.shape)).copy_(x)
+    fast = variant(layer, x, cols=4, batch_lanes=1)
+    for way, images in ((fast.with_batch_last(), x), (fast, last)):
+        assert error(way(images), reference(layer, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("batch_last", [False, True])
 def test_adds_onto_another_tensor_before_relu(name, batch_last, at_level):
     at_level(name)

@@ -94,7 +94,7 @@ class Plan:
         layer.threads = torch.get_num_threads()
         self.layer, self.address = layer, None
         is_linear = g.kernel_h * g.kernel_w * h * w * g.groups == 1 and not g.pad_h and not g.pad_w
-        self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16
+        self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16 and not last_out  # it knows no other layout
         if self.is_gemv or 0 in self.shape:
             return
         if g.bfloat16 and level() != "avx512_bf16":
