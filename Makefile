@@ -18,7 +18,7 @@ help:
 
 # torch first and pinned, so that nothing else brings another build of it
 # The native kernels are built by the way, where there is a compiler; a change of theirs builds them again.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard lightning_muws/runtime/native/*.cpp lightning_muws/runtime/native/*.h)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard lightning_muws/runtime/native/src/*.cpp lightning_muws/runtime/native/src/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev]"
@@ -34,11 +34,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	tests/sanitize.sh $(CURDIR)/$(BIN)/python
+	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python
 
 attack: $(READY)
-	$(ENV) $(BIN)/python -m tests.fuzz_file 10000
-	$(ENV) $(BIN)/python -m tests.kill_writer 200
+	$(ENV) $(BIN)/python -m tests.support.fuzz_file 10000
+	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "without zstandard and zipnn, which files are compared to"

@@ -12,7 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
-SOURCE = Path("lightning_muws/runtime/native")
+SOURCE = Path("lightning_muws/runtime/native/src")
 FLAGS = [
     "-std=c++17",
     "-O3",

@@ -19,7 +19,7 @@ from networks import ConvNet
 
 from lightning_muws import MicroStructure, WeightUnificationCallback, accelerate, load_compressed
 from lightning_muws.plots import plot_before_after, plot_residuals
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 EPOCHS = {"fashion": (5, 10), "digits": (30, 60)}  # dense, and with the callback
 PICTURED = "classifier.0.weight"

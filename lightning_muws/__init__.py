@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
+    from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.plan import LayerRule
-    from lightning_muws.structure.sets import MicroStructure
     from lightning_muws.training.phases import Phases, Retraining
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ __all__ = [
 _HOMES = {
     "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",
-    "MicroStructure": "lightning_muws.structure.sets",
+    "MicroStructure": "lightning_muws.structure.micro",
     "MuwsError": "lightning_muws.errors",
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",

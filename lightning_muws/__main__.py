@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_muws.command import main
+from lightning_muws.commands.files import main
 
 if __name__ == "__main__":
     sys.exit(main())

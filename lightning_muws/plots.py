@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_muws.errors import MuwsError
-from lightning_muws.report import CompressionReport, Update
+from lightning_muws.report import CompressionReport
+from lightning_muws.training.run import Update
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

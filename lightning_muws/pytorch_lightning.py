@@ -5,7 +5,8 @@ from __future__ import annotations
 from pytorch_lightning import Callback
 
 from lightning_muws.artifact.save import save_compressed
-from lightning_muws.training.hooks import CompressionHooks
+from lightning_muws.report import CompressionReport, make_report
+from lightning_muws.trainer.hooks import CompressionHooks
 
 
 class WeightUnificationCallback(CompressionHooks, Callback):
@@ -27,3 +28,5 @@ class WeightUnificationCallback(CompressionHooks, Callback):
 
     namespace = "pytorch_lightning"
     writer = staticmethod(save_compressed)
+    reporter = staticmethod(make_report)
+    report: CompressionReport | None

@@ -12,28 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import Plan, PlanEntry
-from lightning_muws.structure.sets import Kind, Support
-from lightning_muws.structure.shards import whole
+from lightning_muws.structure.sharded import whole
+from lightning_muws.structure.support import Support
+from lightning_muws.training.run import Update
 
 WIDE = 150  # columns of a table that is printed to a file
-
-
-@dataclass(frozen=True)
-class Update:
-    """One Z/U update of a run, or its hard projection, over all covered weights.
-
-    Args:
-        when: The epoch (or step) at whose start it happened; within an epoch with its fraction.
-        rho: The penalty factor that led there.
-        primal: ``|W - Z| / |W|``.
-        dual: ``|Z - Z_old| / |W|``.
-    """
-
-    when: float
-    rho: float
-    primal: float
-    dual: float
 
 
 @dataclass(frozen=True)

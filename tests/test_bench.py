@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_muws import MicroStructure
+from lightning_muws.commands.bench import add_parser
 from lightning_muws.errors import MuwsError, SettingError
-from lightning_muws.runtime.bench import add_parser
-from lightning_muws.runtime.speed import SpeedReport
+from lightning_muws.runtime.measure.report import SpeedReport
 
 save = pytest.importorskip("lightning_muws.artifact.save", reason="the artifact room is not here").save_compressed
 NETWORK = """

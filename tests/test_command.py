@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_muws import load_compressed, save_compressed
-from lightning_muws.command import main
-from tests.forge import small_model
-from tests.strategies import normal, same_bytes
+from lightning_muws.commands.files import main
+from tests.support.forge import small_model
+from tests.support.strategies import normal, same_bytes
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_pack_takes_the_settings(capsys, tmp_path):
 
 
 def test_pack_takes_the_weights_of_a_lightning_checkpoint(capsys, tmp_path):
-    from tests.modules import TwoLayers, fit
+    from tests.support.modules import TwoLayers, fit
 
     module = TwoLayers("adam")
     fit(module, max_epochs=1).save_checkpoint(tmp_path / "m.ckpt")
@@ -123,7 +123,7 @@ def test_trouble_has_an_exit_code_of_its_own_and_one_sentence(capsys, path, tmp_
 
 
 def test_the_command_is_installed():
-    assert 'muws = "lightning_muws.command:main"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'muws = "lightning_muws.commands.files:main"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 
 def test_it_is_a_module_too_and_needs_no_lightning(path):

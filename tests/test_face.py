@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 import lightning_muws
 from lightning_muws.errors import MuwsError
-from lightning_muws.training.trainers import REFUSED
+from lightning_muws.trainer.trainers import REFUSED
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "lightning_muws.runtime.native.kernels"  # looks like a module to Python, and is a plain library
@@ -104,7 +104,7 @@ def readme_rows() -> list[list[str]]:
 def test_each_row_of_the_readme_is_backed_by_a_test(row):
     _, says, test = row
     assert says
-    file, name = re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", test).groups()
+    file, name = re.fullmatch(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", test).groups()
     tree = ast.parse((ROOT / "tests" / file).read_text())
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 

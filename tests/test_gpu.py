@@ -8,13 +8,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_muws import Retraining, WeightUnificationCallback
-from tests.ddp_worker import CASES
-from tests.explicit import PHASES, assert_same_after_admm
-from tests.modules import OPTIMIZERS, STRUCTURE, Probe, TwoLayers, fit
-from tests.strategies import same_bits
-from tests.test_exactness import ExplicitGan, ExplicitLayers, Fused, Gan, of_one_step
-from tests.test_ranks import launch
-from tests.test_real import Classifier, Recurrent, compress, labelled
+from tests.support.ddp_worker import CASES
+from tests.support.explicit import PHASES, assert_same_after_admm
+from tests.support.modules import OPTIMIZERS, STRUCTURE, Probe, TwoLayers, fit
+from tests.support.strategies import same_bits
+from tests.trainer.test_exactness import ExplicitGan, ExplicitLayers, Fused, Gan, of_one_step
+from tests.trainer.test_ranks import launch
+from tests.trainer.test_real import Classifier, Recurrent, compress, labelled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_the_gpu_goes_on_there_and_on_the_cpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_ranks_over_nccl(tmp_path):
-    one, two = launch("tests.ddp_worker", tmp_path, ACCELERATOR="gpu")
+    one, two = launch("tests.support.ddp_worker", tmp_path, ACCELERATOR="gpu")
     for case in CASES:
         for rank in (one, two):
             for name, expected in rank[case]["explicit"].items():

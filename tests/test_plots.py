@@ -7,8 +7,8 @@ import torch
 
 from lightning_muws import MicroStructure, MuwsError
 from lightning_muws.plots import plot_before_after, plot_residuals, plot_weight
-from lightning_muws.report import Update
-from tests.strategies import normal
+from lightning_muws.training.run import Update
+from tests.support.strategies import normal
 
 
 def test_before_and_after_show_both_matrices(tmp_path):

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from lightning_muws import MicroStructure
 from lightning_muws.runtime.accelerate import accelerate
-from lightning_muws.runtime.graph import fold
-from lightning_muws.runtime.network import bf16_form, dense_forms
-from lightning_muws.runtime.observe import Example, inference
+from lightning_muws.runtime.measure.network import bf16_form, dense_forms
+from lightning_muws.runtime.rewrite.graph import fold
+from lightning_muws.runtime.rewrite.observe import Example, inference
 
 SHARES = (0.0, 0.5, 0.75, 0.9)
 BOUNDS = {

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_muws.artifact.coding import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
+from lightning_muws.artifact.rans import Bytes
 from lightning_muws.artifact.streams import (
     KINDS_A_BYTE,
     N_KINDS,
@@ -31,8 +31,8 @@ from lightning_muws.artifact.streams import (
     unpack_signs,
 )
 from lightning_muws.artifact.values import WIDTHS, Form
-from lightning_muws.structure.blocks import BlockGrid
-from lightning_muws.structure.sets import Kind
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 
 ROLES = ("magnitudes", "free")
 ORDER = [f"{role}.{stored}" for role in ROLES for stored in WIDTHS]  # of the streams of values in a chunk

@@ -12,7 +12,7 @@ import torch
 from lightning_muws.artifact.container import VERSION
 from lightning_muws.artifact.values import FLOATS, GRID, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 OTHERS = (
     "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "complex32", "complex64",

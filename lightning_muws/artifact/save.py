@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import ChunkWriter
-from lightning_muws.artifact.coding import count, encode, entropy_bytes
 from lightning_muws.artifact.container import dump, write
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
+from lightning_muws.artifact.rans import count, encode, entropy_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
 from lightning_muws.artifact.values import Loss, choose
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file

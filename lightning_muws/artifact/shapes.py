@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from lightning_muws.artifact.coding import entropy_bytes
+from lightning_muws.artifact.rans import entropy_bytes
 from lightning_muws.artifact.streams import N_KINDS, Patterns, block_bits, kinds_of, pack_kinds, plane, rotate
 from lightning_muws.artifact.values import bits
-from lightning_muws.structure.blocks import BlockGrid
-from lightning_muws.structure.sets import Kind
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 
 # (1, 1) is for zeros that lie anywhere
 SHAPES = tuple(sorted({(r, c) for r in (1, 2, 4, 8, 16) for c in (1, 2, 4, 8, 16)}))

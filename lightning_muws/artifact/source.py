@@ -18,7 +18,7 @@ from lightning_muws.artifact.load import load_compressed
 from lightning_muws.artifact.manifest import DTYPES
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import clean_name
-from lightning_muws.structure.shards import whole
+from lightning_muws.structure.sharded import whole
 
 Source = nn.Module | Mapping[str, Any] | str | Path
 

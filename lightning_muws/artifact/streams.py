@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_muws.artifact.coding import Bytes
+from lightning_muws.artifact.rans import Bytes
 from lightning_muws.errors import FormatError
-from lightning_muws.structure.sets import Kind
+from lightning_muws.structure.kinds import Kind
 
 Patterns = NDArray[Any]  # unsigned, of 16, 32 or 64 bits
 
@@ -135,7 +135,7 @@ def unpack_kinds(packed: Bytes, n: int) -> Bytes:
 
 
 def pack_signs(signs: NDArray[np.bool_]) -> Bytes:
-    """Return eight signs a byte, the first one in the lowest bit, as :func:`lightning_muws.structure.bits.pack`."""
+    """Return eight signs a byte, the first one in the lowest bit, as :func:`lightning_muws.structure.pieces.pack`."""
     return np.packbits(signs, bitorder="little")
 
 

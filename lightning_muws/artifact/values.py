@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, sign_bit, slabs
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
 GRID = "grid"  # patterns of 16 bits: the sign, and how many steps

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.runtime.blocks import find_block_shape
-from lightning_muws.runtime.choose import ERRORS, Choice, build_all, choose, describe, left_alone
-from lightning_muws.runtime.graph import fold
 from lightning_muws.runtime.kernels import DENSE, KERNELS
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
-from lightning_muws.runtime.network import bf16_form, dense_forms, expected_output, fast_forms, judge
-from lightning_muws.runtime.observe import Calls, Example, Root, inference, observe
-from lightning_muws.runtime.observe import replace as replace_module
-from lightning_muws.runtime.speed import LayerSpeed, Machine, SpeedReport
-from lightning_muws.runtime.stored import void
+from lightning_muws.runtime.measure.layer import ERRORS, Choice, build_all, choose, describe, left_alone
+from lightning_muws.runtime.measure.network import bf16_form, dense_forms, expected_output, fast_forms, judge
+from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedReport
+from lightning_muws.runtime.measure.stored import void
+from lightning_muws.runtime.rewrite.graph import fold
+from lightning_muws.runtime.rewrite.observe import Calls, Example, Root, inference, observe
+from lightning_muws.runtime.rewrite.observe import replace as replace_module
+from lightning_muws.runtime.shapes import find_block_shape
 from lightning_muws.runtime.timing import Timing, clock_for
 
 LAYER_TIMING = Timing(rounds=9, least_rounds=3, budget_s=0.5)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 # An element of 16 bytes is moved as fast as one of 4.
 UNITS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -77,3 +78,24 @@ class Pieces:
 def bits(x: Tensor) -> Tensor:
     """Return the same memory as integers of the same width."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def pack(flags: Tensor) -> Tensor:
+    """Return booleans of any shape as uint8 ``(ceil(n / 8),)``, first flag in the lowest bit, rest padded with False.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = flags.flatten().to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    packed = flat[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= flat[:, bit] << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the booleans that :func:`pack` packed, in this shape."""
+    bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1)
+    return bits.flatten()[: math.prod(shape)].view(*shape).to(torch.bool)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_muws.errors import PlanError, SettingError
-from lightning_muws.structure.blocks import BlockGrid
-from lightning_muws.structure.sets import MicroStructure
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.micro import MicroStructure
 
 
 @dataclass(frozen=True)

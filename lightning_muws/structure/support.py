@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_muws.structure.bits import pack, unpack
-from lightning_muws.structure.blocks import BlockGrid, fold
-from lightning_muws.structure.pieces import Pieces, bits, corners, unit_bytes
+from lightning_muws.structure.grid import BlockGrid, fold
+from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.pieces import Pieces, bits, corners, pack, unit_bytes, unpack
 
 MEMORY_RATIO = 0.35  # of the weight: what a support may take in all, its mask included
-
-
-class Kind(IntEnum):
-    """What becomes of a block. These numbers are in files: append, never renumber."""
-
-    DENSE = 0
-    UNIFIED = 1
-    PRUNED = 2
 
 
 @dataclass(frozen=True)

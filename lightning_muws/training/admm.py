@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import StateError
-from lightning_muws.structure.blocks import CHUNK_NUMEL
+from lightning_muws.structure.grid import CHUNK_NUMEL
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.shards import (
+from lightning_muws.structure.sharded import (
     apply_,
     choice_state,
     is_sharded,

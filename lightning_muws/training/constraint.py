@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.shards import apply_, choice_state, largest, load_choice, local, norm, part, whole
+from lightning_muws.structure.sharded import apply_, choice_state, largest, load_choice, local, norm, part, whole
 from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import on_device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
-from lightning_muws.report import Update
 from lightning_muws.structure.plan import PlanEntry
-from lightning_muws.structure.shards import gathered, is_sharded, like, whole
+from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import Admm, Residuals, total
 from lightning_muws.training.constraint import Constraint
@@ -22,6 +22,23 @@ from lightning_muws.training.phases import Phases, Retraining, Timeline
 Phase = Literal["dense", "admm", "retraining"]
 PHASES: tuple[Phase, ...] = ("dense", "admm", "retraining")
 STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Update:
+    """One Z/U update of a run, or its hard projection, over all covered weights.
+
+    Args:
+        when: The epoch (or step) at whose start it happened; within an epoch with its fraction.
+        rho: The penalty factor that led there.
+        primal: ``|W - Z| / |W|``.
+        dual: ``|Z - Z_old| / |W|``.
+    """
+
+    when: float
+    rho: float
+    primal: float
+    dual: float
 
 
 class CompressionRun:

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from lightning_muws import load_compressed, save_compressed
-from tests.forge import small_model
-from tests.strategies import normal
+from tests.support.forge import small_model
+from tests.support.strategies import normal
 
 HERE = Path(__file__).parent
 

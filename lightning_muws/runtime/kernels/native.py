@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.runtime.native.blocks import choose_block, pack, pack_pairs
-from lightning_muws.runtime.native.layers import BlockSparse
 from lightning_muws.runtime.native.library import level
-from lightning_muws.runtime.native.run import Geometry
+from lightning_muws.runtime.native.modules import BlockSparse
+from lightning_muws.runtime.native.packing import choose_block, pack, pack_pairs
+from lightning_muws.runtime.native.plan import Geometry
 from lightning_muws.runtime.timing import clock_for
 
 TRIALS = 4

@@ -17,7 +17,7 @@ from lightning_muws.runtime.kernels.base import (
     matrix_of,
     zero_bias,
 )
-from lightning_muws.structure.blocks import BlockGrid
+from lightning_muws.structure.grid import BlockGrid
 
 Build = Callable[..., nn.Module | None]
 WORTH = 0.5  # of the blocks that are free; above, their own term costs what pooling saves

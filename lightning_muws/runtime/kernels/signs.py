@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.runtime.kernels.native import geometry_of, matrix_of, most_rows
-from lightning_muws.runtime.native.blocks import choose_block, pack, pack_signs
-from lightning_muws.runtime.native.layers import BlockSparse, SignedLinear
+from lightning_muws.runtime.native.modules import BlockSparse, SignedLinear
+from lightning_muws.runtime.native.packing import choose_block, pack, pack_signs
 
 
 def build(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_muws.runtime.native.run import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
+from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
 
 block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
 signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())

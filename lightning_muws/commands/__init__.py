@@ -1,0 +1,1 @@
+"""The `muws` command, one file for each family of subcommands."""

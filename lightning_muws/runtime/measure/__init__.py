@@ -1,0 +1,1 @@
+"""Timing of kernels and networks, and the reports on it."""

@@ -1,0 +1,162 @@
+"""One layer: its kernels built, checked against float64, timed in turn, and the one that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
+from lightning_muws.runtime.kernels.reference import reference, relative_error
+from lightning_muws.runtime.measure.report import LayerSpeed
+from lightning_muws.runtime.rewrite.observe import Calls, has_hooks
+from lightning_muws.runtime.timing import Timing, gain, race
+
+ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+ROUNDED_ERROR = 3e-2  # allowed to kernels of lower precision, where they are asked for
+CACHE_BYTES = 1 << 26  # more than this is in no cache
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer's kernels are judged by.
+
+    Args:
+        kernels: Names of the kernels to try; those of :data:`~lightning_muws.runtime.kernels.DENSE` always are.
+        min_gain: How many times faster than the best dense form a kernel must be to stay.
+        rounded: Whether kernels of lower precision may stay; otherwise they are timed to compare with.
+        clock: Gives seconds.
+        timing: How long the measurement may take.
+        n_bytes: Of all the network's weights: as much memory is read between two samples, up to what no cache holds.
+    """
+
+    kernels: Sequence[str]
+    min_gain: float
+    rounded: bool
+    clock: Callable[[], float]
+    timing: Timing
+    n_bytes: int
+
+
+def choose(
+    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+) -> tuple[LayerSpeed, nn.Module]:
+    """Return what was measured of a layer, and the module that stays: the layer itself where dense does.
+
+    Args:
+        name: What the report calls it.
+        layer: Linear, Conv1d or Conv2d, in eval mode.
+        inputs: One input of each shape that it is called with.
+        block_shape: Of its blocks.
+        choice: What the kernels are judged by.
+    """
+    built, errors, refused = build_all(layer, inputs, block_shape, choice)
+    tasks = {kernel: _task(module, inputs) for kernel, module in built.items()}
+    times = race(tasks, choice.clock, choice.timing, keep=DENSE, between=_between(inputs, choice.n_bytes))
+    allowed = [kernel for kernel in times if choice.rounded or kernel not in ROUNDED]
+    winner = pick({kernel: times[kernel] for kernel in allowed}, choice.min_gain)
+    speed = LayerSpeed(
+        name=name,
+        layer=describe(layer),
+        inputs=tuple(tuple(x.shape) for x in inputs),
+        block_shape=block_shape,
+        n_weights=layer.weight.numel(),
+        n_nonzero=int(torch.count_nonzero(layer.weight)),
+        times={kernel: median(values) for kernel, values in times.items()},
+        errors=errors,
+        winner=winner,
+        refused=refused,
+    )
+    return speed, layer if winner == "dense" else built[winner]
+
+
+def pick(times: Mapping[str, Sequence[float]], min_gain: float) -> str:
+    """Return the kernel that stays: the fastest, if it beats the best dense form by ``min_gain``; else that form.
+
+    A dense form other than ``dense`` has to beat ``dense`` by as much.
+
+    Example:
+        >>> pick({"dense": [4.0, 4.0], "compact": [1.0, 1.1]}, min_gain=1.1)
+        'compact'
+        >>> pick({"dense": [4.0, 4.0], "compact": [3.9, 3.8]}, min_gain=1.1)
+        'dense'
+    """
+    best = "dense"
+    for form in DENSE:
+        if form in times and gain(times["dense"], times[form]) >= min_gain and _middle(times, form, best):
+            best = form
+    others = [kernel for kernel in times if kernel not in DENSE and times[kernel]]
+    fastest = min(others, key=lambda kernel: median(times[kernel]), default=best)
+    return fastest if fastest != best and gain(times[best], times[fastest]) >= min_gain else best
+
+
+def _middle(times: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
+    return median(times[one]) <= median(times[other])
+
+
+def build_all(
+    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+) -> tuple[dict[str, nn.Module], dict[str, float], dict[str, str]]:
+    """Return the kernels that apply and are right, the error of each, and the reasons against the others."""
+    expected = [reference(layer, x) for x in inputs]
+    built: dict[str, nn.Module] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for kernel in dict.fromkeys(["dense", *choice.kernels]):
+        try:
+            module = KERNELS[kernel](layer, block_shape, inputs[0])
+            if module is None:
+                continue
+            outputs = [module(x) for x in inputs]
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            refused[kernel] = f"it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        wrong = max(
+            relative_error(y, e) if y.shape == e.shape else float("inf") for y, e in zip(outputs, expected, strict=True)
+        )
+        errors[kernel] = wrong
+        limit = ROUNDED_ERROR if kernel in ROUNDED else ERRORS[layer.weight.dtype]
+        if kernel == "dense" or wrong <= max(limit, 2 * errors["dense"]) or (kernel in ROUNDED and not choice.rounded):
+            built[kernel] = module
+        else:
+            refused[kernel] = f"its relative error is {wrong:.1e}, more than {limit:.0e}"
+    return built, errors, refused
+
+
+def left_alone(layer: Layer, seen: Calls | None) -> str:
+    """Return why a layer is not measured, or an empty string."""
+    if type(layer) not in LAYER_TYPES:
+        return f"a {type(layer).__name__} may compute something else than the layer it inherits from"
+    if has_hooks(layer):
+        return "it has hooks"
+    if layer.weight.dtype not in ERRORS:
+        return f"its weights are of dtype {layer.weight.dtype}"
+    if seen is None or not seen.n:
+        return "the example does not come through it"
+    if not seen.takes_one or not seen.inputs or not seen.inputs[0].numel() or not layer.weight.numel():
+        return "its input is not one tensor with values"
+    return ""
+
+
+def describe(layer: Layer) -> str:
+    """Return the layer's type and sizes in few letters."""
+    sizes = "x".join(map(str, layer.weight.shape))
+    stride = getattr(layer, "stride", (1,))
+    extra = f"/{stride[0]}" if any(s != 1 for s in stride) else ""
+    return f"{type(layer).__name__} {sizes}{extra}" + (f" g{layer.groups}" if getattr(layer, "groups", 1) != 1 else "")
+
+
+def _task(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    return lambda: [module(x) for x in inputs]
+
+
+def _between(inputs: Sequence[Tensor], n_bytes: int) -> Callable[[], object] | None:
+    """Return what happens between two samples: as the rest of the network would, push weights out of the caches."""
+    if inputs[0].device.type != "cpu":
+        return None
+    rest = torch.zeros(max(1, min(n_bytes, CACHE_BYTES) // 4))
+    return lambda: (rest.sum(), [x.sum() for x in inputs])

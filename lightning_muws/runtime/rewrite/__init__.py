@@ -1,0 +1,1 @@
+"""Changes to a network's graph: observe its layers, fold and fuse them."""

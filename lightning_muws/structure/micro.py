@@ -1,0 +1,139 @@
+"""Micro-structures: sets of weights, and the nearest point of each (Lin et al. 2021, arXiv:2106.08301)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_muws.errors import SettingError, StateError
+from lightning_muws.structure.assign import cheapest
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.support import Support
+
+SCALE = 2.0**64  # weights whose squares overflow are ranked divided by it, which is exact
+
+
+@dataclass(frozen=True)
+class MicroStructure:
+    """The set of weights of which given shares of the blocks are pruned, and unified.
+
+    Args:
+        block_shape: Outputs and inputs of a block, on the weight seen as the matrix ``(out, in * kernel)``.
+        prune_ratio: Share of the blocks that are all zero, in [0, 1]; ``round(prune_ratio * n_blocks)`` of a weight's.
+        unify_ratio: Share of the blocks whose weights share one magnitude, in [0, 1]; with prune_ratio at most 1.
+        signs: In a unified block, ``free``: each weight keeps its sign; ``shared``: all weights are one value.
+
+    Raises:
+        SettingError: A value is not allowed.
+
+    Example:
+        >>> MicroStructure(block_shape=(1, 2), unify_ratio=0.5).project(torch.tensor([[3.0, -1.0], [5.0, 5.0]]))
+        tensor([[ 3., -1.],
+                [ 5.,  5.]])
+    """
+
+    block_shape: tuple[int, int] = (4, 4)
+    prune_ratio: float = 0.0
+    unify_ratio: float = 0.0
+    signs: Literal["free", "shared"] = "free"
+
+    def __post_init__(self) -> None:
+        BlockGrid(self.block_shape)  # refuses a wrong shape
+        object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        for name in ("prune_ratio", "unify_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise SettingError(f"{name}={value!r} is not allowed: give a share of the blocks from 0 to 1")
+        if self.prune_ratio + self.unify_ratio > 1 + 1e-9:
+            raise SettingError(
+                f"prune_ratio={self.prune_ratio} and unify_ratio={self.unify_ratio} sum to more than 1: "
+                "they are shares of all blocks, so lower one of them"
+            )
+        if self.signs not in ("free", "shared"):
+            raise SettingError(f"signs={self.signs!r} is not allowed: give 'free' or 'shared'")
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The grid of its blocks on a weight whose outputs are on axis 0."""
+        return BlockGrid(self.block_shape)
+
+    def quotas(self, n_blocks: int) -> tuple[int, int]:
+        """Return how many of ``n_blocks`` blocks are pruned, and unified."""
+        n_pruned = round(self.prune_ratio * n_blocks)
+        return n_pruned, min(round(self.unify_ratio * n_blocks), n_blocks - n_pruned)
+
+    def project(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Tensor:
+        """Return the nearest point of the set, ``argmin |z - weight|``.
+
+        A unified block becomes ``sign(w) * mean(|w|)`` (``mean(w)`` with shared signs) at a cost of ``n * Var(|w|)``,
+        a pruned one zero at a cost of ``|w|^2``; which blocks, with both ratios given, is decided jointly.
+
+        Args:
+            weight: Any floating dtype, 2 or more axes; half precision is worked on in float32.
+            grid: How the weight is cut; outputs on axis 0 where it is not given.
+            name: What an error calls the weight.
+
+        Returns:
+            Same shape, dtype and device. Edges and dense blocks are returned bit for bit.
+
+        Raises:
+            StateError: The weight has NaN or Inf.
+        """
+        support, magnitudes = self.nearest(weight, grid, name)
+        return support.place(weight, magnitudes)
+
+    def support(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Support:
+        """Return the choice that :meth:`project` makes, frozen: each block's kind, and the signs."""
+        return self.nearest(weight, grid, name)[0]
+
+    @torch.no_grad()
+    def nearest(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> tuple[Support, Tensor]:
+        """Return the support that :meth:`project` chooses, and the magnitudes of its unified blocks.
+
+        Returns:
+            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)`` with shared signs, of
+            each unified block in turn.
+
+        Raises:
+            StateError: The weight has NaN or Inf.
+        """
+        grid = grid or self.grid
+        matrix = grid.matrix(weight.detach())
+        covered = grid.covered(matrix)
+        unify_cost, gain = self._costs(covered, grid, 1.0)
+        if not torch.isfinite(gain + unify_cost).all() or not all(torch.isfinite(e).all() for e in grid.edges(matrix)):
+            if n_bad := int((~torch.isfinite(matrix)).sum()):
+                raise StateError(
+                    f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
+                    "finite weights only, so lower the learning rate or clip the gradient"
+                )
+            unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
+        n_pruned, n_unified = self.quotas(gain.numel())
+        pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
+        kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
+        support = Support(grid, kinds, kinds.new_empty(0, dtype=torch.bool))
+        return support.choose_signs(weight, self.signs == "free")
+
+    def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
+        """Return the squared distance of unifying each block, and what pruning it adds to that."""
+        tall, n = grid.tall(covered), grid.block_numel
+        dtype = torch.promote_types(covered.dtype, torch.float32)
+        shape = tall.shape[0], covered.shape[1] // grid.block_shape[1]
+        unify_cost, gain = (torch.empty(shape, dtype=dtype, device=covered.device) for _ in range(2))
+        for rows in grid.chunks(covered):
+            x = tall[rows].to(dtype)
+            x = x.abs() if self.signs == "free" else x.clone()
+            if scale != 1:
+                x.mul_(scale)
+            # About the block's first entry: exact for a block of one value, and as the entry is one of the block's,
+            # the variance loses at most log2(n) bits (Chan, Golub and LeVeque 1983, shifted data).
+            first = grid.first(x).clone()
+            x.sub_(grid.spread(first))
+            shift = grid.sum(x) / n
+            unify_cost[rows] = (grid.sum(x.square_()) - n * shift.square()).clamp_min_(0)
+            gain[rows] = n * (first + shift).square()
+        return unify_cost, gain

@@ -1,0 +1,1 @@
+"""WHEN each step happens in Lightning. Imports no Lightning namespace."""

@@ -1,0 +1,151 @@
+"""The entropy coder: exact, near the entropy, and strict about what it reads."""
+
+import contextlib
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_muws.artifact import rans
+from lightning_muws.artifact.rans import decode, encode, entropy_bytes, inflate
+from lightning_muws.errors import FormatError
+from tests.support import format_reader
+
+
+def skewed(seed: int, n: int, p: float = 0.35, low: int = 127) -> np.ndarray:
+    return (low - np.minimum(low, np.random.default_rng(seed).geometric(p, n))).astype(np.uint8)
+
+
+def test_a_stream_by_hand():
+    # one lane; a table of the symbols 7 and 8, half each; the state holds the 3 symbols, as no word was needed yet
+    data = np.array([7, 7, 8], np.uint8)
+    coded = rans._rans_encode(data, [(3, np.isin(np.arange(256), (7, 8)).astype(np.int64))])
+    x = 65536
+    for symbol in (8, 7, 7):
+        x = x // 2048 * 4096 + x % 2048 + (2048 if symbol == 8 else 0)
+    assert coded == bytes([1, 7, 8, 0x80, 0x10, 0x80, 0x10]) + x.to_bytes(4, "little")
+    assert decode("rans", coded, 3).tolist() == [7, 7, 8]
+
+
+@st.composite
+def streams(draw) -> np.ndarray:
+    """Return streams of one symbol, of few, of all, changing in the middle, or repeating."""
+    n, seed = draw(st.integers(1, 20_000)), draw(st.integers(0, 10**6))
+    random = np.random.default_rng(seed)
+    kind = draw(st.sampled_from(["constant", "skewed", "uniform", "two", "repeating", "rare"]))
+    match kind:
+        case "constant":
+            return np.full(n, seed % 256, np.uint8)
+        case "skewed":
+            return skewed(seed, n, draw(st.sampled_from([0.05, 0.5, 0.99])))
+        case "uniform":
+            return random.integers(0, 256, n, np.uint8)
+        case "two":
+            return np.concatenate([skewed(seed, n), skewed(seed + 1, n, 0.8, 40)])
+        case "repeating":
+            return np.resize(random.integers(0, 256, 37, np.uint8), n)
+    return (random.random(n) < 1e-3).astype(np.uint8) * np.uint8(255)
+
+
+@given(streams())
+def test_decode_undoes_encode(data):
+    coder, coded = encode(data)
+    assert len(coded) <= len(data)
+    assert np.array_equal(decode(coder, coded, len(data)), data)
+
+
+@given(streams())
+def test_rans_is_exact_whether_it_pays_or_not(data):
+    coded = rans._rans_encode(data, rans._stretches(data))
+    assert np.array_equal(rans._rans_decode(coded, len(data)), data)
+
+
+@pytest.mark.parametrize("data", [skewed(0, 5000), np.concatenate([skewed(1, 9000), skewed(2, 9000, 0.9, 30)])])
+def test_another_decoder_reads_the_same(data):
+    coded = rans._rans_encode(data, rans._stretches(data))
+    assert format_reader.rans(coded, len(data)) == data.tolist()
+
+
+def test_the_size_is_the_entropy():
+    data = skewed(3, 1 << 20)
+    coder, coded = encode(data)
+    assert coder == "rans"
+    assert len(coded) < 1.01 * entropy_bytes(np.bincount(data))
+
+
+def test_a_new_table_where_the_symbols_change():
+    data = np.concatenate([skewed(4, 1 << 18), skewed(5, 1 << 18, 0.7, 60)])
+    assert len(rans._stretches(data)) == 2
+    assert len(encode(data)[1]) < 0.85 * entropy_bytes(np.bincount(data))
+    assert len(rans._stretches(skewed(6, 1 << 20))) == 1
+
+
+def test_long_repeats_are_left_to_zlib():
+    data = np.tile(np.random.default_rng(0).integers(0, 256, 1000, np.uint8), 200)
+    assert encode(data)[0] == "zlib"
+    assert encode(np.random.default_rng(0).integers(0, 256, 10_000, np.uint8))[0] == "raw"
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=256).filter(any))
+def test_frequencies_sum_to_the_total_and_forget_no_symbol(counts):
+    counts = np.pad(np.array(counts), (0, 256 - len(counts)))
+    f = rans._frequencies(counts)
+    assert f.sum() == 4096
+    assert ((f > 0) == (counts > 0)).all()
+
+
+# ---- what is refused
+
+
+def coded_by_rans(data: np.ndarray) -> bytes:
+    return rans._rans_encode(data, rans._stretches(data))
+
+
+@pytest.mark.parametrize(
+    ("coder", "coded", "n", "says"),
+    [
+        ("lzma", b"", 0, "coder 'lzma' is not known"),
+        ("raw", b"abc", 4, "3 bytes was found where 4"),
+        ("zlib", b"abc", 3, "zlib stream is broken"),
+        ("zlib", zlib.compress(b"abcd"), 3, "does not hold the 3 bytes"),
+        ("zlib", zlib.compress(b"abcd"), 5, "does not hold the 5 bytes"),
+        ("zlib", zlib.compress(b"abcd")[:-1], 4, "does not hold the 4 bytes"),
+        ("zlib", zlib.compress(b"abcd") + b"x", 4, "does not hold the 4 bytes"),
+        ("rans", b"", 1, "ends within its tables"),
+        ("rans", bytes([0]), 1, "speaks of 0 tables"),
+        ("rans", bytes([2, 0, 0, 1]), 1, "speaks of 2 tables"),
+        ("rans", bytes([0x81, 8]) + bytes([1]) * 9999, 5000, "speaks of 1025 tables"),
+        ("rans", bytes([2, 9]) + bytes([5, 5, 0x80, 0x20]) * 2, 9, "are not for its 9 steps"),
+        ("rans", bytes([1, 5, 5, 0x81, 0x20]), 1, "sum to 4097"),
+        ("rans", bytes([1, 5, 4]), 1, "sum to 0"),
+        ("rans", bytes([1, 5, 5, 0x80, 0x20, 0, 0]), 1, "ends within its states"),
+        ("rans", coded_by_rans(skewed(0, 5000))[:-2], 5000, "ends too early"),
+        ("rans", coded_by_rans(skewed(0, 5000)) + b"ab", 5000, "not end where it should"),
+        ("rans", coded_by_rans(skewed(0, 5000)), 4990, "not end where it should"),
+    ],
+)
+def test_refused(coder, coded, n, says):
+    with pytest.raises(FormatError, match=says):
+        decode(coder, coded, n)
+
+
+@given(streams(), st.data())
+def test_a_damaged_rans_stream_is_refused_or_read_as_so_many_bytes(data, draw):
+    coded = bytearray(coded_by_rans(data))
+    for _ in range(draw.draw(st.integers(1, 4))):
+        coded[draw.draw(st.integers(0, len(coded) - 1))] = draw.draw(st.integers(0, 255))
+    with contextlib.suppress(FormatError):
+        assert len(rans._rans_decode(bytes(coded), len(data))) == len(data)
+
+
+def test_a_zlib_bomb_takes_no_memory():
+    bomb = zlib.compress(bytes(1 << 28), 9)
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="does not hold the 1000 bytes"):
+        inflate(bomb, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -1,0 +1,213 @@
+// Runs the native kernels over random layers under the sanitizers and against plain loops. See tests/runtime/sanitize.sh.
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../lightning_muws/runtime/native/src/api.h"
+
+static std::mt19937 generator(0);
+static int64_t any(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+static float normal() { return std::normal_distribution<float>()(generator); }
+
+static void* library;
+template <class F> static F function(const char* name) { return (F)dlsym(library, name); }
+
+// Memory of exactly the size asked for, so that one number too far is seen.
+struct Exact {
+  float* data;
+  explicit Exact(int64_t n) : data((float*)malloc(sizeof(float) * (size_t)n)) {
+    for (int64_t i = 0; i < n; i++) data[i] = normal();
+  }
+  ~Exact() { free(data); }
+};
+
+static float rounded(float f) {  // to bfloat16, ties to even
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static uint16_t half(float f) {
+  uint32_t bits;
+  f = rounded(f);
+  memcpy(&bits, &f, 4);
+  return (uint16_t)(bits >> 16);
+}
+
+struct Case {
+  MuwsLayer l{};
+  std::vector<double> matrix;
+  std::vector<int32_t> starts, logical;
+  std::vector<uint16_t> columns;
+  std::vector<float> weights, bias;
+};
+
+static Case random_case(bool bfloat16, bool linear) {
+  Case c;
+  MuwsLayer& l = c.l;
+  const int64_t rows[] = {1, 2, 4, 8};
+  l.n = any(0, 3) ? any(1, 5) : any(6, 40);
+  l.groups = linear || any(0, 3) ? 1 : 2;
+  l.rows = rows[any(0, 3)];
+  l.c = l.groups * any(1, 9), l.o = l.groups == 1 ? any(1, 37) : 2 * l.rows * any(1, 3);
+  l.kh = l.kw = l.sh = l.sw = l.h = l.w = 1;
+  if (!linear) {
+    l.kh = any(1, 4), l.kw = any(1, 4), l.sh = any(1, 3), l.sw = any(1, 3), l.ph = any(0, l.kh + 1), l.pw = any(0, l.kw + 1);
+    l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 80);
+  } else {
+    l.c = any(1, 70);
+  }
+  l.oh = (l.h + 2 * l.ph - l.kh) / l.sh + 1, l.ow = (l.w + 2 * l.pw - l.kw) / l.sw + 1;
+  const int64_t n_in = l.c / l.groups * l.kh * l.kw;
+  l.cols = bfloat16 ? 2 : n_in % 4 == 0 && any(0, 1) ? 4 : 1;
+  l.row_blocks = (l.o + l.rows - 1) / l.rows;
+  l.relu = any(0, 1), l.bfloat16 = bfloat16, l.batch_lanes = any(0, 2), l.threads = any(1, 3);
+  if (l.batch_lanes == 1 && l.n > 1) l.batch_last_in = any(0, 1), l.batch_last_out = any(0, 1);
+  c.matrix.assign((size_t)(l.row_blocks * l.rows * n_in), 0.0);
+  c.starts.push_back(0);
+  for (int64_t b = 0; b < l.row_blocks; b++) {
+    const int64_t share = any(0, 4);  // 0: an empty row, 4: a full one
+    std::vector<int32_t> kept;
+    for (int64_t k = 0; k < n_in; k += bfloat16 ? 1 : l.cols)
+      if (any(0, 3) < share) kept.push_back((int32_t)k);
+    auto weight = [&](int64_t k, int64_t r) {
+      const float w = bfloat16 ? rounded(normal()) : normal();
+      c.matrix[(size_t)((b * l.rows + r) * n_in + k)] = w;
+      return w;
+    };
+    if (!bfloat16) {
+      for (int32_t k : kept) {
+        c.columns.push_back((uint16_t)k);
+        for (int64_t i = 0; i < l.cols; i++)
+          for (int64_t r = 0; r < l.rows; r++) c.weights.push_back(weight(k + i, r));
+      }
+    }
+    for (size_t i = 0; bfloat16 && i < kept.size(); i += 2) {
+      const bool two = i + 1 < kept.size();
+      c.columns.push_back(0);
+      c.logical.push_back(kept[i]);
+      c.logical.push_back(kept[two ? i + 1 : i]);
+      for (int64_t r = 0; r < l.rows; r++) {
+        const uint16_t pair[2] = {half(weight(kept[i], r)), two ? half(weight(kept[i + 1], r)) : (uint16_t)0};
+        float both;
+        memcpy(&both, pair, 4);
+        c.weights.push_back(both);
+      }
+    }
+    c.starts.push_back((int32_t)c.columns.size());
+  }
+  for (int64_t i = 0; i < l.row_blocks * l.rows; i++) c.bias.push_back(normal());
+  l.starts = c.starts.data(), l.columns = c.columns.data(), l.weights = c.weights.data();
+  l.bias = any(0, 1) ? c.bias.data() : nullptr;
+  l.logical = bfloat16 ? c.logical.data() : nullptr, l.n_logical = (int64_t)c.logical.size();
+  return c;
+}
+
+static double reference(const Case& c, const float* x, float onto, int64_t n, int64_t o, int64_t i, int64_t j) {
+  const MuwsLayer& l = c.l;
+  const int64_t per_group = l.c / l.groups, n_in = per_group * l.kh * l.kw;
+  double sum = onto + (l.bias ? l.bias[o] : 0.0);
+  for (int64_t k = 0; k < n_in; k++) {
+    const int64_t ch = o / (l.o / l.groups) * per_group + k / (l.kh * l.kw);
+    const int64_t h = i * l.sh + k / l.kw % l.kh - l.ph, w = j * l.sw + k % l.kw - l.pw;
+    if (h < 0 || h >= l.h || w < 0 || w >= l.w) continue;
+    const float in = l.batch_last_in ? x[((ch * l.h + h) * l.w + w) * l.n + n] : x[((n * l.c + ch) * l.h + h) * l.w + w];
+    sum += c.matrix[(size_t)(o * n_in + k)] * (l.bfloat16 ? rounded(in) : in);
+  }
+  return l.relu && sum < 0 ? 0.0 : sum;
+}
+
+static void compare(const Case& c, const float* x, const float* onto, const float* y, const char* what) {
+  const MuwsLayer& l = c.l;
+  for (int64_t n = 0; n < l.n; n++)
+    for (int64_t o = 0; o < l.o; o++)
+      for (int64_t i = 0; i < l.oh; i++)
+        for (int64_t j = 0; j < l.ow; j++) {
+          const int64_t at = l.batch_last_out ? ((o * l.oh + i) * l.ow + j) * l.n + n : ((n * l.o + o) * l.oh + i) * l.ow + j;
+          const double want = reference(c, x, onto ? onto[at] : 0.0f, n, o, i, j), got = y[at];
+          if (std::fabs(got - want) > 1e-4 * (1 + std::fabs(want))) {
+            std::printf("%s: got %g, not %g\n", what, got, want);
+            std::exit(1);
+          }
+        }
+}
+
+static void run_signs(const void* level) {
+  const int64_t rows[] = {4, 4, 8, 16}, which = any(0, 3);
+  MuwsSigns l{};
+  l.rows = rows[which], l.cols = which ? 8 * any(1, 2) : 4, l.row_blocks = any(1, 9), l.o = l.row_blocks * l.rows;
+  const int64_t across = any(1, 9);
+  Exact x(across * l.cols), y(l.o);
+  std::vector<int32_t> starts{0};
+  std::vector<uint16_t> columns;
+  std::vector<float> magnitudes;
+  std::vector<uint8_t> minus;
+  std::vector<double> want(y.data, y.data + l.o);
+  for (int64_t b = 0; b < l.row_blocks; b++) {
+    for (int64_t k = 0; k < across; k++) {
+      if (any(0, 1)) continue;
+      columns.push_back((uint16_t)(k * l.cols));
+      magnitudes.push_back(std::fabs(normal()));
+      const size_t first = minus.size();
+      minus.resize(first + (size_t)(l.rows * l.cols / 8), 0);
+      for (int64_t r = 0; r < l.rows; r++)
+        for (int64_t c = 0; c < l.cols; c++) {
+          const bool below = any(0, 1);
+          const int64_t bit = l.cols == 4 ? r * 4 + c : (c / 8 * l.rows + r) * 8 + c % 8;
+          if (below) minus[first + (size_t)bit / 8] |= (uint8_t)(1 << bit % 8);
+          want[(size_t)(b * l.rows + r)] += (below ? -1.0 : 1.0) * magnitudes.back() * x.data[k * l.cols + c];
+        }
+    }
+    starts.push_back((int32_t)columns.size());
+  }
+  l.starts = starts.data(), l.columns = columns.data(), l.magnitudes = magnitudes.data(), l.minus = minus.data();
+  function<void (*)(const void*, const MuwsSigns*, const float*, float*, int64_t)>("muws_signs")(level, &l, x.data, y.data, any(1, 2));
+  for (int64_t i = 0; i < l.o; i++)
+    if (std::fabs(y.data[i] - want[(size_t)i]) > 1e-4 * (1 + std::fabs(want[(size_t)i]))) {
+      std::printf("signs: got %g, not %g\n", y.data[i], want[(size_t)i]);
+      std::exit(1);
+    }
+}
+
+int main(int, char** arguments) {
+  library = dlopen(arguments[1], RTLD_NOW);
+  if (!library) {
+    std::printf("%s\n", dlerror());
+    return 1;
+  }
+  auto find = function<const void* (*)(const char*)>("muws_level");
+  auto make = function<void* (*)(const void*, const MuwsLayer*)>("muws_plan");
+  auto run = function<int (*)(const void*, void*, const float*, const float*, float*, int64_t)>("muws_run");
+  auto release = function<void (*)(const void*, void*)>("muws_free_plan");
+  auto gemv = function<void (*)(const void*, const MuwsLayer*, const float*, float*, int64_t)>("muws_gemv");
+  for (std::string name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+    const void* level = find(name.c_str());
+    if (!level) continue;
+    const int cases = std::atoi(arguments[2]);
+    for (int i = 0; i < cases; i++) {
+      const bool linear = i % 4 == 0;
+      Case c = random_case(name == "avx512_bf16" && i % 2, linear);
+      Exact x(c.l.n * c.l.c * c.l.h * c.l.w), y(c.l.n * c.l.o * c.l.oh * c.l.ow), other(c.l.n * c.l.o * c.l.oh * c.l.ow);
+      const bool adds = (c.l.batch_lanes != 1 || c.l.batch_last_out) && any(0, 1);
+      const float* onto = adds ? other.data : nullptr;
+      void* plan = make(level, &c.l);
+      run(level, plan, x.data, onto, y.data, any(1, 3));
+      release(level, plan);
+      compare(c, x.data, onto, y.data, name.c_str());
+      if (linear && !c.l.bfloat16 && !c.l.batch_last_in && !c.l.batch_last_out) {
+        gemv(level, &c.l, x.data, y.data, any(1, 3));
+        compare(c, x.data, nullptr, y.data, (name + " gemv").c_str());
+      }
+      run_signs(level);
+    }
+    std::printf("%s: %d layers, no finding\n", name.c_str(), cases);
+  }
+  return 0;
+}

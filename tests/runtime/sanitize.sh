@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds the native kernels with the address and undefined behaviour sanitizers, by the package's own build, and runs
+# tests/runtime/sanitize.cpp over them. Without a compiler it says so and passes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON="${1:-python3}"
+CXX="${CXX:-c++}"
+if ! command -v "$CXX" >/dev/null; then
+  echo "no C++ compiler: the native kernels are not built, and no sanitizer runs over them"
+  exit 0
+fi
+WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
+FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+cp -r setup.py pyproject.toml README.md LICENSE MANIFEST.in "$WORK"
+mkdir "$WORK/lightning_muws"
+cp -r lightning_muws/__init__.py lightning_muws/runtime "$WORK/lightning_muws"
+sed -i.bak "s/-O3/-O1/" "$WORK/setup.py" # quicker to build, and as good to look at
+rm -f "$WORK/lightning_muws/runtime/native/kernels.so"
+(cd "$WORK" && CFLAGS="$FLAGS" CXXFLAGS="$FLAGS" LDFLAGS="$FLAGS" "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir wheel .)
+"$PYTHON" -m zipfile -e "$WORK"/wheel/*.whl "$WORK/out"
+grep -q __asan_report_load "$WORK/out/lightning_muws/runtime/native/kernels.so"  # or nothing would be looked at
+"$CXX" -std=c++17 -O1 -g $FLAGS tests/runtime/sanitize.cpp -o "$WORK/sanitize" -ldl -pthread
+# the pool of threads lives as long as the process: leaks are not looked for
+ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize" "$WORK/out/lightning_muws/runtime/native/kernels.so" "${2:-2000}"
