@@ -16,7 +16,7 @@ from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import Admm, Residuals, total
-from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.constraint import Constraint, check_finite
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 
@@ -211,11 +211,21 @@ class CompressionRun:
                 checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
 
+    def check_finite(self) -> None:
+        """Check that no covered weight has NaN or Inf, in any phase. Call it now and then, and before saving.
+
+        It costs one norm a weight. Where weights are sharded, every rank must call it.
+
+        Raises:
+            StateError: A weight has; the message has its name, and how many of its values are not finite.
+        """
+        check_finite(self.weights)
+
     def verify(self) -> None:
         """Check that every weight is inside its structure, with ``==``.
 
         Raises:
-            StateError: A weight is not, or the structure is not frozen yet.
+            StateError: A weight is not, or it has NaN or Inf, or the structure is not frozen yet.
         """
         if self.constraint is None:
             raise StateError(

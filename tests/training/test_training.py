@@ -389,3 +389,28 @@ def test_projected_weights_are_shown_all_or_none():
         run.show_projected()
     assert all(same_bits(weight.detach(), raw[name]) for name, weight in run.weights.items())
     assert run.raw == {}
+
+
+# ---- weights that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_verify_and_check_finite_name_a_weight_with_nan_or_inf_in_retraining(bad):
+    layer, plan = a_layer(JOINT)
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(admm_start=0, admm_end=0), Retraining())
+    run.tick(0, Timeline(0, 0, 1), [])
+    run.check_finite()
+    layer.weight.data[:2, :2] = bad
+    for check in (run.check_finite, run.verify):
+        with pytest.raises(
+            StateError, match="weight holds 4 values of 48 that are NaN or Inf: lower the learning rate"
+        ):
+            check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_finite_weights_pass_check_finite(dtype):
+    layer, plan = a_layer(JOINT, dtype=dtype)
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(), Retraining())
+    layer.weight.data.fill_(torch.finfo(dtype).max)
+    run.check_finite()
