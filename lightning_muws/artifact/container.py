@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_muws.artifact.rans import inflate
+from lightning_muws.artifact.codecs import inflate
 from lightning_muws.errors import FormatError
 
 FORMAT = "muws"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.artifact.chunk import ChunkReader
+from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
-from lightning_muws.artifact.rans import Bytes, decode
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import slabs
 from lightning_muws.errors import FormatError, MuwsError, StateError

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import ChunkWriter
+from lightning_muws.artifact.codecs import encode
 from lightning_muws.artifact.container import dump, write
+from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
-from lightning_muws.artifact.rans import count, encode, entropy_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
