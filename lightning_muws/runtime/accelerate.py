@@ -71,7 +71,8 @@ def accelerate(
     is not faster, a copy of the model as it was comes back, and the report says so. The model given is not changed.
 
     The copy is for inference. Its speed is that of inputs shaped as the example, on this machine with this number of
-    threads; it is right for any.
+    threads; it is right for any. ``torch.export.save`` and AOTInductor can store it; a process that loads such a file
+    runs ``import lightning_muws.ops`` first, which registers the operators.
 
     Args:
         model: In eval mode, on any device; a compiled one is looked into.
