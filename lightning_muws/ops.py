@@ -7,8 +7,8 @@ Import this module before loading a model that ``accelerate`` made and that ``to
     >>> torch.ops.lightning_muws.block_sparse
     <OpOverloadPacket(op='lightning_muws.block_sparse')>
 
-Such files name the operators but do not contain them. ``import lightning_muws`` alone does not register them, because it
-does not import torch. This import takes about 10 ms more than ``import torch``; it loads neither Lightning nor rich.
+Such files name the operators but do not contain them. ``import lightning_muws`` alone does not register them, because
+it does not import torch. This import takes about 10 ms more than ``import torch``; it loads neither Lightning nor rich.
 """
 
 from lightning_muws.runtime.native.ops import block_sparse_op, signed_linear_op

@@ -650,11 +650,27 @@ def test_it_works_under_inference_mode_and_gives_ordinary_tensors(monkeypatch):
         ({"kernels": ["spars"]}, r"kernels=\['spars'\] are not in the table"),
         ({"block_shapes": {"nowhere.weight": (4, 4)}}, "block_shapes names"),
         ({"plan": {}}, "no speed report"),
+        ({"plan": 3}, "no speed report"),
+        ({"min_gain": "1.1"}, "min_gain='1.1' is not allowed"),
+        ({"kernels": "native"}, "kernels='native' is not allowed: give a list of names"),
+        ({"kernels": 3}, "kernels=3 is not allowed: give a list of names"),
+        ({"kernels": [3]}, r"kernels=\[3\] are not in the table"),
+        ({"block_shapes": [(4, 4)]}, "block_shapes is a list: give a dict"),
+        ({"block_shapes": {3: (4, 4)}}, r"block_shapes names \[3\]"),
+        ({"block_shapes": {"2.weight": 4}}, r"block_shapes\['2.weight'\]=4 is not allowed: give \(rows, columns\)"),
+        ({"block_shapes": {"2.weight": (4,)}}, r"block_shapes\['2.weight'\]=\(4,\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 0)}}, r"block_shapes\['2.weight'\]=\(4, 0\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 2.0)}}, r"block_shapes\['2.weight'\]=\(4, 2.0\) is not allowed"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(arguments, match):
     with pytest.raises(SettingError, match=match):
         accelerate(mlp(), torch.zeros(2, 32), **arguments)
+
+
+def test_a_model_that_is_no_module_is_one_clear_error():
+    with pytest.raises(SettingError, match="model is a str: give a torch.nn.Module"):
+        accelerate("resnet18", torch.zeros(2, 32))
 
 
 def test_a_model_in_training_mode_and_an_example_without_tensors_are_refused():
