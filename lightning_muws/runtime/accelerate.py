@@ -79,7 +79,7 @@ class Acceleration:
     Args:
         model: The model as given.
         source: The module inside torch.compile's wrapper; the model itself if it has none.
-        root: A copy of ``source`` with its batch norms folded. Its layers are swapped in place.
+        root: A copy of ``source`` without torch.compile, its batch norms folded. Its layers are swapped in place.
         example: The example input.
         settings: The checked settings.
         layers: Each Linear, Conv1d and Conv2d of ``root``, by its name in ``source``.
@@ -98,9 +98,12 @@ class Acceleration:
 
     @classmethod
     def of(cls, model: nn.Module, example: Example, settings: Settings) -> Acceleration:
-        """Copy the model, fold its batch norms, and run the example through the copy once."""
+        """Copy the model without torch.compile, fold its batch norms, and run the example through the copy once."""
         source = _unwrapped(model)
         root = Root(copy.deepcopy(source))
+        for child in list(root.modules()):
+            if (inside := _unwrapped(child)) is not child:
+                replace_module(root, child, inside)
         n_folded = fold(root, example)
         return cls(model, source, root, example, settings, _layers(root), observe(root, example), n_folded)
 
@@ -159,7 +162,7 @@ def accelerate(
     process that loads such a file runs ``import lightning_muws.ops`` first, which registers the operators.
 
     Args:
-        model: In eval mode, on any device; a compiled model is unwrapped.
+        model: In eval mode, on any device. What is compiled in it is unwrapped: compile the fast copy again.
         example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, as the model is called in use.
         min_gain: How many times faster than the best dense form of its layer a kernel must be.
         dtype: ``torch.bfloat16`` lets kernels of that precision win; otherwise they are timed for comparison only.
@@ -310,7 +313,7 @@ def _apply(work: Acceleration, stored: SpeedReport) -> tuple[nn.Module, SpeedRep
 def _layers(root: nn.Module) -> dict[str, Layer]:
     """Return every Linear, Conv1d and Conv2d under its name in the model as given."""
     found = {name: m for name, m in root.named_modules() if isinstance(m, LAYER_TYPES)}
-    return {_plain(name.removeprefix("model").removeprefix(".")): layer for name, layer in found.items()}
+    return {name.removeprefix("model").removeprefix("."): layer for name, layer in found.items()}
 
 
 def _plain(name: str) -> str:

@@ -686,7 +686,6 @@ def test_a_given_block_shape_is_used():
     assert report.layers[0].block_shape != (2, 2)
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # of a compiled child that is observed
 def test_a_given_block_shape_is_used_for_a_layer_alone_and_inside_a_compiled_child():
     alone = nn.Sequential(*mlp())[0]
     _, report = accelerate(alone, torch.zeros(2, 32), block_shapes={"weight": (2, 2)})
