@@ -650,11 +650,27 @@ def test_it_works_under_inference_mode_and_gives_ordinary_tensors(monkeypatch):
         ({"kernels": ["spars"]}, r"kernels=\['spars'\] are not in the table"),
         ({"block_shapes": {"nowhere.weight": (4, 4)}}, "block_shapes names"),
         ({"plan": {}}, "no speed report"),
+        ({"plan": 3}, "no speed report"),
+        ({"min_gain": "1.1"}, "min_gain='1.1' is not allowed"),
+        ({"kernels": "native"}, "kernels='native' is not allowed: give a list of names"),
+        ({"kernels": 3}, "kernels=3 is not allowed: give a list of names"),
+        ({"kernels": [3]}, r"kernels=\[3\] are not in the table"),
+        ({"block_shapes": [(4, 4)]}, "block_shapes is a list: give a dict"),
+        ({"block_shapes": {3: (4, 4)}}, r"block_shapes names \[3\]"),
+        ({"block_shapes": {"2.weight": 4}}, r"block_shapes\['2.weight'\]=4 is not allowed: give \(rows, columns\)"),
+        ({"block_shapes": {"2.weight": (4,)}}, r"block_shapes\['2.weight'\]=\(4,\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 0)}}, r"block_shapes\['2.weight'\]=\(4, 0\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 2.0)}}, r"block_shapes\['2.weight'\]=\(4, 2.0\) is not allowed"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(arguments, match):
     with pytest.raises(SettingError, match=match):
         accelerate(mlp(), torch.zeros(2, 32), **arguments)
+
+
+def test_a_model_that_is_no_module_is_one_clear_error():
+    with pytest.raises(SettingError, match=r"model is a str: give a torch\.nn\.Module"):
+        accelerate("resnet18", torch.zeros(2, 32))
 
 
 def test_a_model_in_training_mode_and_an_example_without_tensors_are_refused():
@@ -668,6 +684,16 @@ def test_a_given_block_shape_is_used():
     _, report = accelerate(mlp(), torch.zeros(2, 32), block_shapes={"2.weight": (2, 2)})
     assert report.layers[1].block_shape == (2, 2)
     assert report.layers[0].block_shape != (2, 2)
+
+
+def test_a_given_block_shape_is_used_for_a_layer_alone_and_inside_a_compiled_child():
+    alone = nn.Sequential(*mlp())[0]
+    _, report = accelerate(alone, torch.zeros(2, 32), block_shapes={"weight": (2, 2)})
+    assert report.layers[0].block_shape == (2, 2)
+    model = nn.Sequential(torch.compile(mlp(), backend="eager")).eval()
+    for name in ("0.2.weight", "0._orig_mod.2.weight"):
+        _, report = accelerate(model, torch.zeros(2, 32), block_shapes={name: (2, 2)})
+        assert {layer.name: layer.block_shape for layer in report.layers}["0.2"] == (2, 2)
 
 
 def test_a_report_survives_json_and_shows_its_numbers(tmp_path):
@@ -719,7 +745,7 @@ def test_a_stored_choice_is_used_without_timing(monkeypatch, tmp_path):
         assert type(fast[7]) is type(accelerate_module.KERNELS[report.layers[-1].winner](model[7], (4, 4), x[:, 0, 0]))
 
 
-VOID = {
+STALE = {
     "cpu": lambda d: d["machine"].update(cpu="an abacus"),
     "torch_version": lambda d: d["machine"].update(torch_version="0.1"),
     "threads": lambda d: d["machine"].update(threads=99),
@@ -731,13 +757,13 @@ VOID = {
 }
 
 
-@pytest.mark.parametrize("why", list(VOID))
-def test_a_stored_choice_is_void_elsewhere_and_for_other_weights(monkeypatch, why):
+@pytest.mark.parametrize("why", list(STALE))
+def test_a_stored_choice_is_stale_elsewhere_and_for_other_weights(monkeypatch, why):
     always_fast(monkeypatch)
     _, report = accelerate(mlp(), torch.zeros(2, 32))
     values = json.loads(json.dumps(report.to_dict()))
-    VOID[why](values)
-    with pytest.warns(UserWarning, match=f"is void, as .*{why}.* measured anew"):
+    STALE[why](values)
+    with pytest.warns(UserWarning, match=f"ignoring the saved plan .*{why}.*; measuring again"):
         _, again = accelerate(mlp(), torch.zeros(2, 32), plan=SpeedReport.from_dict(values))
     assert again.note == ""
     assert again.layers == report.layers

@@ -22,8 +22,8 @@ CACHE_BYTES = 1 << 26  # more than this is in no cache
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a layer's kernels are judged by.
+class Criteria:
+    """How a layer's kernels are judged.
 
     Args:
         kernels: Names of the kernels to try; those of :data:`~lightning_muws.runtime.kernels.DENSE` always are.
@@ -43,7 +43,7 @@ class Choice:
 
 
 def choose(
-    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], criteria: Criteria
 ) -> tuple[LayerSpeed, nn.Module]:
     """Return what was measured of a layer, and the module that stays: the layer itself where dense does.
 
@@ -52,13 +52,13 @@ def choose(
         layer: Linear, Conv1d or Conv2d, in eval mode.
         inputs: One input of each shape that it is called with.
         block_shape: Of its blocks.
-        choice: What the kernels are judged by.
+        criteria: How the kernels are judged.
     """
-    built, errors, refused = build_all(layer, inputs, block_shape, choice)
+    built, errors, refused = build_all(layer, inputs, block_shape, criteria)
     tasks = {kernel: _task(module, inputs) for kernel, module in built.items()}
-    times = race(tasks, choice.clock, choice.timing, keep=DENSE, between=_between(inputs, choice.n_bytes))
-    allowed = [kernel for kernel in times if choice.rounded or kernel not in ROUNDED]
-    winner = pick({kernel: times[kernel] for kernel in allowed}, choice.min_gain)
+    times = race(tasks, criteria.clock, criteria.timing, keep=DENSE, between=_between(inputs, criteria.n_bytes))
+    allowed = [kernel for kernel in times if criteria.rounded or kernel not in ROUNDED]
+    winner = pick({kernel: times[kernel] for kernel in allowed}, criteria.min_gain)
     speed = LayerSpeed(
         name=name,
         layer=describe(layer),
@@ -99,14 +99,14 @@ def _middle(times: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
 
 
 def build_all(
-    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], criteria: Criteria
 ) -> tuple[dict[str, nn.Module], dict[str, float], dict[str, str]]:
     """Return the kernels that apply and are right, the error of each, and the reasons against the others."""
     expected = [reference(layer, x) for x in inputs]
     built: dict[str, nn.Module] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
-    for kernel in dict.fromkeys(["dense", *choice.kernels]):
+    for kernel in dict.fromkeys(["dense", *criteria.kernels]):
         try:
             module = KERNELS[kernel](layer, block_shape, inputs[0])
             if module is None:
@@ -120,7 +120,11 @@ def build_all(
         )
         errors[kernel] = wrong
         limit = ROUNDED_ERROR if kernel in ROUNDED else ERRORS[layer.weight.dtype]
-        if kernel == "dense" or wrong <= max(limit, 2 * errors["dense"]) or (kernel in ROUNDED and not choice.rounded):
+        if (
+            kernel == "dense"
+            or wrong <= max(limit, 2 * errors["dense"])
+            or (kernel in ROUNDED and not criteria.rounded)
+        ):
             built[kernel] = module
         else:
             refused[kernel] = f"its relative error is {wrong:.1e}, more than {limit:.0e}"

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from lightning_muws.runtime.kernels import dense
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
 from lightning_muws.runtime.rewrite.graph import fuse, keep_batch_last
-from lightning_muws.runtime.rewrite.observe import FAILURES, Example, Root, has_hooks, output_error, replace, tensors_in
+from lightning_muws.runtime.rewrite.observe import (
+    FAILURES,
+    Example,
+    Root,
+    has_hooks,
+    output_error,
+    replace_module,
+    tensors_in,
+)
 from lightning_muws.runtime.timing import Timing, gain, race
 
 FASTER = 1.02  # less is noise, and the model comes back as it was
@@ -57,7 +65,7 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
     kernels = [(m, k) for m in layers if (k := dense.prepacked(m, keep_layout=False)) is not None]
     if kernels:
         for layer, kernel in kernels:
-            replace(packed, layer, kernel)
+            replace_module(packed, layer, kernel)
         fuse(packed, example)
         forms["onednn"] = packed, example
         if convolves:

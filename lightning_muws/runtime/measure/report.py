@@ -122,12 +122,12 @@ class SpeedReport:
     inputs: tuple[tuple[int, ...], ...]
     min_gain: float
     dtype: str
-    layers: tuple[LayerSpeed, ...]
-    times: Mapping[str, float]
-    errors: Mapping[str, float]
-    best_dense: str
-    chosen: str
-    speedup: float
+    layers: tuple[LayerSpeed, ...] = ()
+    times: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    best_dense: str = "dense"
+    chosen: str = "dense"
+    speedup: float = 1.0
     n_folded: int = 0
     note: str = ""
 

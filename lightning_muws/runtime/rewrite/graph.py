@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel
-from lightning_muws.runtime.rewrite.observe import Calls, Example, has_hooks, observe, replace
+from lightning_muws.runtime.rewrite.observe import Calls, Example, has_hooks, observe, replace_module
 
 NORMS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -58,8 +58,8 @@ def fold(model: nn.Module, example: Example) -> int:
                 continue
             layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
             if _folds(layer, norm, calls):
-                replace(model, layer, _folded(layer, norm))
-                replace(model, norm, nn.Identity())
+                replace_module(model, layer, _folded(layer, norm))
+                replace_module(model, norm, nn.Identity())
                 n_folded += 1
     return n_folded
 
@@ -139,7 +139,7 @@ def keep_batch_last(model: nn.Module) -> int:
     """Let native layers hand their batch on with its images side by side; return how many do. Changes the model."""
     kernels = [m for m in model.modules() if hasattr(m, "with_batch_last")]
     for kernel in kernels:
-        replace(model, kernel, cast("Any", kernel).with_batch_last())
+        replace_module(model, kernel, cast("Any", kernel).with_batch_last())
     return len(kernels)
 
 

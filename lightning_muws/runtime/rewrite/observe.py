@@ -142,7 +142,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in names) or "forward" in vars(module)
 
 
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered, also where it is shared."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
