@@ -19,7 +19,7 @@ from lightning_muws.structure import assign
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import make_plan
-from tests.support.strategies import normal, small_integers
+from tests.support.strategies import DTYPES, normal, small_integers
 
 # ---- worked examples
 
@@ -61,6 +61,37 @@ def test_squares_that_overflow_are_ranked_all_the_same(scale):
     expected = s.support(w)
     assert torch.equal(s.support(w * scale).kinds, expected.kinds)
     torch.testing.assert_close(s.project(w * scale) / scale, s.project(w))
+
+
+# 3e38, 1e-30 and the like, in units of the largest and of the smallest normal value of a dtype
+EXTREMES = [(dtype, scale) for dtype in DTYPES for scale in ("largest", "smallest")]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), EXTREMES)
+@pytest.mark.parametrize("signs", ["free", "shared"])
+@pytest.mark.parametrize(("prune_ratio", "unify_ratio"), [(0.0, 1.0), (0.5, 0.25)])
+def test_weights_near_the_ends_of_a_dtype_are_projected_as_in_float64(dtype, scale, signs, prune_ratio, unify_ratio):
+    unit = normal(0, 16, 16).clamp(-3, 3) / 3
+    unit[:4, :4] = 1.0  # a block of the largest value there is
+    unit[0, 4] = -1.0
+    info = torch.finfo(dtype)
+    size = info.max if scale == "largest" else info.tiny / info.eps
+    w = (unit * size).to(dtype)
+    structure = MicroStructure((4, 4), prune_ratio, unify_ratio, signs)
+    exact = w.double() / size  # of ordinary size
+    found, expected = structure.project(w), structure.project(exact)
+    assert torch.isfinite(found).all()
+    assert torch.equal(structure.support(w).kinds, structure.support(exact).kinds)
+    torch.testing.assert_close(found.double() / size, expected, rtol=0, atol=4 * info.eps)
+    assert torch.equal(structure.project(found), found)
+    assert torch.equal(structure.support(w).project(w), found)
+
+
+def test_the_mean_of_a_block_does_not_overflow():
+    w = torch.tensor([[-3e38, 3e38, 3e38, 3e38], [3e38, 3e38, 3e38, 3e38]])
+    z = MicroStructure((2, 4), unify_ratio=1.0, signs="shared").project(w)
+    assert z.unique().tolist() == pytest.approx([2.25e38])
+    assert torch.equal(MicroStructure((2, 4), unify_ratio=1.0).project(w), w)
 
 
 # ---- against independent methods
