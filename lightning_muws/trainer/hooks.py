@@ -19,7 +19,7 @@ from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.run import CompressionRun, Phase, Update
+from lightning_muws.training.run import CompressionRun, Update
 
 
 class CompressionHooks:
@@ -60,8 +60,8 @@ class CompressionHooks:
     # ---- what a user asks
 
     @property
-    def phase(self) -> Phase:
-        """Where the run is: ``dense`` before ADMM, ``admm``, or ``retraining`` inside the structure."""
+    def phase(self) -> str:
+        """``dense`` at first, then the name of the training method (``admm``), then ``retraining``."""
         return self._run.phase if self._run else "dense"
 
     @property
@@ -218,7 +218,7 @@ class CompressionHooks:
         if (run := self._run) is None or not self._fitting or run.phase == "retraining":
             return
         trainers.forgive_early_stopping(trainer)
-        if run.phase == "admm" and self.validate_projected and not trainer.sanity_checking:
+        if run.method and self.validate_projected and not trainer.sanity_checking:
             run.show_projected()
             trainers.reshard(pl_module)
 

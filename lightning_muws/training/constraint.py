@@ -14,7 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import apply_, choice_state, largest, load_choice, local, norm, part, whole
 from lightning_muws.structure.support import Support
-from lightning_muws.training.admm import on_device
+from lightning_muws.training.record import on_device
 
 # States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
 UNSIGNED = {"sum", "exp_inf", "acc_delta", "step_size"}
@@ -119,13 +119,11 @@ class Constraint:
     def from_state_dict(
         cls, state: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]
     ) -> Constraint:
-        """Return the constraint of a state, on the devices of these weights.
-
-        Raises:
-            StateError: The state is of other weights.
-        """
-        saved = on_device(state["weights"], weights, entries)
-        choices = {name: load_choice(weights[name], tensors, entries[name].grid) for name, tensors in saved.items()}
+        """Return the constraint that :meth:`state_dict` described, on the devices of these weights, in their dtypes."""
+        choices = {
+            name: load_choice(weights[name], on_device(saved, weights[name], weights[name].dtype), entries[name].grid)
+            for name, saved in state["weights"].items()
+        }
         constraint = cls(
             {n: s for n, (s, _) in choices.items()}, {n: m for n, (_, m) in choices.items()}, state["unified"]
         )

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_muws.errors import SettingError
+from lightning_muws.training.checks import check_choice
+from lightning_muws.training.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Phases:
-    """When ADMM starts, updates and ends. The Trainer owns the length of the run.
+    """When the training method starts, updates and ends, and which method it is. The Trainer owns the run's length.
 
     A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is written as a float:
     ``3`` is the fourth epoch, ``0.3`` that after three tenths. Before ``admm_start`` the network trains dense, from
@@ -23,6 +25,7 @@ class Phases:
         admm_end: When the weights are projected and retraining starts.
         update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
             if it is written as a float; within an epoch where that is shorter.
+        method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
 
     Raises:
         SettingError: A value is not allowed.
@@ -32,10 +35,11 @@ class Phases:
     admm_start: int | float = 0.2
     admm_end: int | float = 0.5
     update_every: int | float = 0.04
+    method: str = "admm"
 
     def __post_init__(self) -> None:
-        if self.interval not in ("epoch", "step"):
-            raise SettingError(f"interval={self.interval!r} is not allowed: give 'epoch' or 'step'")
+        check_choice("interval", self.interval, ("epoch", "step"))
+        check_choice("method", self.method, tuple(METHODS))
         for name in ("admm_start", "admm_end", "update_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
