@@ -14,7 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, Plan, make_plan
 from lightning_muws.structure.support import Support
-from lightning_muws.trainer import rates, saving, trainers
+from lightning_muws.trainer import rates, saving, settings, trainers
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.phases import Phases, Retraining, Timeline
@@ -32,6 +32,7 @@ class CompressionHooks:
     reporter: Callable[..., Any]  # makes the report at the end of fit
     log_dict: Callable[..., None]  # Lightning gives each callback the module's
 
+    @settings.explained
     def __init__(
         self,
         structure: MicroStructure = MicroStructure(),
@@ -41,8 +42,17 @@ class CompressionHooks:
         validate_projected: bool = True,
         save_to: str | Path = "",
     ) -> None:
-        self.structure, self.rules, self.phases, self.retraining = structure, tuple(rules), phases, retraining
-        self.validate_projected, self.save_to = validate_projected, save_to
+        settings.check_structure(structure)
+        settings.check_type("phases", phases, Phases, "admm_end=0.5")
+        settings.check_type("retraining", retraining, Retraining, "unified='tied'")
+        settings.check_switch("validate_projected", validate_projected)
+        settings.check_file("save_to", save_to)
+        self.structure = structure
+        self.rules = settings.checked_rules(rules)
+        self.phases = phases
+        self.retraining = retraining
+        self.validate_projected = validate_projected
+        self.save_to = save_to
         self.saved: saving.Saved | None = None
         self.plan: Plan | None = None
         self.report: Any = None
