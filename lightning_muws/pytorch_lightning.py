@@ -15,8 +15,9 @@ class WeightUnificationCallback(CompressionHooks, Callback):
     Args:
         structure: What the weights become, wherever no rule says otherwise.
         rules: Structures of their own for some layers, or their exemption; the last rule that matches wins.
-        phases: When ADMM starts and ends, and how hard it pulls.
+        phases: When ADMM starts, updates and ends.
         retraining: How the network trains on inside its structure.
+        penalty: How hard ADMM pulls the weights towards their structure.
         validate_projected: In the ADMM phase, validate the network that a projection would give now.
         save_to: File to write at the end of fit, such as ``model.muws``, in place of what was there before: the
             module's ``state_dict``, see :func:`lightning_muws.load_compressed`. Empty for none.

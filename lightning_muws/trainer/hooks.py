@@ -17,6 +17,7 @@ from lightning_muws.structure.support import Support
 from lightning_muws.trainer import rates, saving, settings, trainers
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.run import CompressionRun, Phase, Update
 
@@ -39,17 +40,20 @@ class CompressionHooks:
         rules: Sequence[LayerRule] = (),
         phases: Phases = Phases(),
         retraining: Retraining = Retraining(),
+        penalty: Penalty = Penalty(),
         validate_projected: bool = True,
         save_to: str | Path = "",
     ) -> None:
         settings.check_structure(structure)
         settings.check_type("phases", phases, Phases, "admm_end=0.5")
         settings.check_type("retraining", retraining, Retraining, "unified='tied'")
+        settings.check_type("penalty", penalty, Penalty, "rho=0.003")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
         self.structure = structure
         self.rules = settings.checked_rules(rules)
         self.phases = phases
+        self.penalty = penalty
         self.retraining = retraining
         self.validate_projected = validate_projected
         self.save_to = save_to
@@ -110,7 +114,7 @@ class CompressionHooks:
             # the first fit, or one of another model, such as the next fold
             self.plan = make_plan(pl_module, self.structure, self.rules)
             weights, self._stepped_batches = self.plan.weights(pl_module), 0
-            self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining)
+            self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining, self.penalty)
             n, of = (sum(p.numel() for p in ps) for ps in (weights.values(), pl_module.parameters()))
             rank_zero_info(f"muws: {len(weights)} parameters with {n:,} of {of:,} weights get a structure")
         if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):

@@ -25,6 +25,7 @@ from lightning_muws.structure.sharded import (
     whole,
 )
 from lightning_muws.structure.support import Support
+from lightning_muws.training.penalty import Penalty
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,18 @@ class Admm:
 
     Args:
         entries: What each weight becomes, by name: a plan's ``covered``.
-        rho: The penalty factor at the start, in units of the loss per squared weight.
-        rho_growth: Factor on rho after each update.
-        rho_max: Where rho stops growing.
+        penalty: The penalty factor rho, and how it grows.
 
     Example:
         >>> from lightning_muws.structure.plan import MicroStructure, make_plan
         >>> layer = torch.nn.Linear(8, 8)
         >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
-        >>> admm = Admm(plan.covered, rho=0.1)
+        >>> admm = Admm(plan.covered, Penalty(rho=0.1))
         >>> admm.start({"weight": layer.weight})
     """
 
-    def __init__(
-        self, entries: Mapping[str, PlanEntry], rho: float, rho_growth: float = 1.0, rho_max: float = math.inf
-    ) -> None:
-        self.entries, self.rho, self.rho_growth, self.rho_max = dict(entries), min(rho, rho_max), rho_growth, rho_max
+    def __init__(self, entries: Mapping[str, PlanEntry], penalty: Penalty) -> None:
+        self.entries, self.settings, self.rho = dict(entries), penalty, penalty.rho
         self._splits: dict[str, _Split] = {}
 
     @torch.no_grad()
@@ -150,7 +147,7 @@ class Admm:
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
         """
-        rho = min(self.rho * self.rho_growth**due, self.rho_max)
+        rho = self.settings.grown(self.rho, due)
         scratch = _Scratch(split.v for split in self._splits.values())
         residuals = {n: self._update(n, weights[n].detach(), self.rho / rho, scratch) for n in self.entries}
         self.rho = rho

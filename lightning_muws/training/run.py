@@ -16,7 +16,8 @@ from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
 from lightning_muws.training.admm import Admm, Residuals, total
-from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.constraint import Constraint, check_finite
+from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 
 Phase = Literal["dense", "admm", "retraining"]
@@ -50,8 +51,9 @@ class CompressionRun:
     Args:
         weights: The covered parameters, by name.
         entries: What each becomes: a plan's ``covered``.
-        phases: How hard ADMM pulls.
+        phases: When ADMM starts, updates and ends.
         retraining: How to train on inside the structure.
+        penalty: How hard ADMM pulls.
 
     Example:
         >>> from lightning_muws.structure.plan import MicroStructure, make_plan
@@ -76,8 +78,10 @@ class CompressionRun:
         entries: Mapping[str, PlanEntry],
         phases: Phases,
         retraining: Retraining,
+        penalty: Penalty = Penalty(),
     ) -> None:
         self.weights, self.entries, self.phases, self.retraining = dict(weights), dict(entries), phases, retraining
+        self.penalty = penalty
         self.admm: Admm | None = None
         self.constraint: Constraint | None = None
         self.history: list[Update] = []
@@ -207,11 +211,21 @@ class CompressionRun:
                 checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
 
+    def check_finite(self) -> None:
+        """Check that no covered weight has NaN or Inf, in any phase. Call it now and then, and before saving.
+
+        It costs one norm a weight. Where weights are sharded, every rank must call it.
+
+        Raises:
+            StateError: A weight has; the message has its name, and how many of its values are not finite.
+        """
+        check_finite(self.weights)
+
     def verify(self) -> None:
         """Check that every weight is inside its structure, with ``==``.
 
         Raises:
-            StateError: A weight is not, or the structure is not frozen yet.
+            StateError: A weight is not, or it has NaN or Inf, or the structure is not frozen yet.
         """
         if self.constraint is None:
             raise StateError(
@@ -248,4 +262,4 @@ class CompressionRun:
         self.history = [Update(**update) for update in state["history"]]
 
     def _new_admm(self) -> Admm:
-        return Admm(self.entries, self.phases.rho, self.phases.rho_growth, self.phases.rho_max)
+        return Admm(self.entries, self.penalty)
