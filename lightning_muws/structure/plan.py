@@ -14,7 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_muws.errors import PlanError, SettingError
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
+from lightning_muws.structure.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LayerRule:
 
     name: str = "*"
     module_type: str = "*"
-    structure: MicroStructure = field(default_factory=MicroStructure)
+    structure: MicroStructure | Structure = field(default_factory=MicroStructure)
     skip: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class PlanEntry:
     name: str
     shape: tuple[int, ...]
     module_type: str
-    structure: MicroStructure
+    structure: Structure
     grid: BlockGrid
     reason: str = ""
 
@@ -121,11 +123,12 @@ class Plan:
         shape, s = "x".join(map(str, entry.shape)), entry.structure
         if entry.reason:
             return entry.name, shape, entry.module_type, "", "", "", "", "", entry.reason
-        numbers = (*s.quotas(entry.n_blocks), entry.n_blocks, entry.n_edge)
+        counts = s.counts(entry.grid, entry.shape)
+        numbers = counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge
         return entry.name, shape, entry.module_type, "x".join(map(str, s.block_shape)), *map(str, numbers), ""
 
 
-def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[LayerRule] = ()) -> Plan:
+def make_plan(module: nn.Module, structure: Structure, rules: Sequence[LayerRule] = ()) -> Plan:
     """Return what becomes of each parameter of a model.
 
     A weight of two or more axes gets ``structure``, or that of the last rule that matches it. Left out, each with its
@@ -199,7 +202,6 @@ def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Modul
     # torch's older weight_norm, spectral_norm and prune make the weight anew from such, as a plain attribute
     stem, _, mark = attribute.rpartition("_")
     is_part = mark in ("v", "g", "orig") and stem in vars(owners[0])
-    asked = rule.structure.quotas(entry.n_blocks)
     checks = {
         "a rule skips it": rule.skip,
         "fewer than 2 axes": parameter.ndim < 2,
@@ -209,11 +211,9 @@ def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Modul
         "computed from other parameters": is_part or "ParametrizationList" in kinds,
         "not trained (requires_grad=False)": not parameter.requires_grad,
         f"of dtype {parameter.dtype}": not parameter.dtype.is_floating_point,
-        "prune_ratio and unify_ratio are 0": rule.structure.prune_ratio == rule.structure.unify_ratio == 0,
-        f"smaller than one block of {entry.grid.block_shape}": entry.n_blocks == 0,
-        f"the ratios of {entry.n_blocks} blocks round to none": sum(asked) == 0,
     }
-    return next((reason for reason, holds in checks.items() if holds), "")
+    found = next((reason for reason, holds in checks.items() if holds), "")
+    return found or entry.structure.objection(entry.grid, entry.shape)
 
 
 def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:
