@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import LayerRule
+from lightning_muws.training.checks import refuse
 
 Init = TypeVar("Init", bound=Callable[..., None])
 CALLBACK = "WeightUnificationCallback"  # what a user calls the class whose __init__ is checked
@@ -58,9 +59,7 @@ def check_structure(structure: object) -> None:
         SettingError: It is something else.
     """
     if isinstance(structure, type) or not callable(getattr(structure, "nearest", None)):
-        raise SettingError(
-            f"structure={structure!r} is not allowed: give a structure, such as MicroStructure(prune_ratio=0.8)"
-        )
+        raise refuse("structure", structure, "give a structure, such as MicroStructure(prune_ratio=0.8)")
 
 
 def checked_rules(rules: object) -> tuple[LayerRule, ...]:
@@ -70,25 +69,13 @@ def checked_rules(rules: object) -> tuple[LayerRule, ...]:
         SettingError: They are not a series of LayerRule.
     """
     if isinstance(rules, (str, bytes, Mapping)) or not isinstance(rules, Iterable):
-        raise SettingError(
-            f"rules={rules!r} is not allowed: give a list of rules, such as [LayerRule('head.*', skip=True)]"
-        )
+        raise refuse("rules", rules, "give a list of rules, such as [LayerRule('head.*', skip=True)]")
     rules = tuple(rules)
     for i, rule in enumerate(rules):
         if not isinstance(rule, LayerRule):
             example = ", ".join(f"{k}={v!r}" for k, v in rule.items()) if isinstance(rule, dict) else "'head.*', ..."
-            raise SettingError(f"rules[{i}]={rule!r} is not allowed: give LayerRule({example})")
+            raise refuse(f"rules[{i}]", rule, f"give LayerRule({example})")
     return cast("tuple[LayerRule, ...]", rules)
-
-
-def check_type(name: str, value: object, kind: type, example: str) -> None:
-    """Check that the setting ``name`` is one of ``kind``, such as Phases.
-
-    Raises:
-        SettingError: It is of another type; names the class to give, with an example of its arguments.
-    """
-    if not isinstance(value, kind):
-        raise SettingError(f"{name}={value!r} is not allowed: give {kind.__name__}({example})")
 
 
 def check_switch(name: str, value: object) -> None:
@@ -98,7 +85,7 @@ def check_switch(name: str, value: object) -> None:
         SettingError: It is something else.
     """
     if not isinstance(value, bool):
-        raise SettingError(f"{name}={value!r} is not allowed: give True or False")
+        raise refuse(name, value, "give True or False")
 
 
 def check_file(name: str, value: object) -> None:
@@ -108,7 +95,7 @@ def check_file(name: str, value: object) -> None:
         SettingError: It is no name, or has another ending.
     """
     if not isinstance(value, (str, Path)):
-        raise SettingError(f"{name}={value!r} is not allowed: give the name of a {SUFFIX} file, or '' for none")
+        raise refuse(name, value, f"give the name of a {SUFFIX} file, or '' for none")
     if value != "" and Path(value).suffix.lower() != SUFFIX:
         example = str(Path(value).with_suffix(SUFFIX)) if Path(value).name else f"model{SUFFIX}"
         raise SettingError(f"{name}={str(value)!r} is not allowed: the name must end in {SUFFIX}, such as {example!r}")
