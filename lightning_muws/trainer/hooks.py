@@ -40,22 +40,38 @@ class CompressionHooks:
         structure: MicroStructure = MicroStructure(),
         rules: Sequence[LayerRule] = (),
         phases: Phases = Phases(),
-        penalty: Penalty = Penalty(),
         retraining: Retraining = Retraining(),
+        penalty: Penalty = Penalty(),
         validate_projected: bool = True,
         save_to: str | Path = "",
     ) -> None:
+        """Check the arguments.
+
+        Args:
+            structure: The structure of all weights that no rule matches.
+            rules: Other structures for some layers, or layers to leave out; the last rule that matches wins.
+            phases: When ADMM starts and ends, and when Z and U are updated.
+            retraining: How the network trains on inside its structure.
+            penalty: How hard ADMM pulls the weights towards their structure.
+            validate_projected: In the ADMM phase, validate the network with projected weights.
+            save_to: File to write at the end of fit, such as ``model.muws``: the compressed ``state_dict`` of the
+                module, see :func:`lightning_muws.load_compressed`. An existing file is replaced. Empty for no file.
+
+        Raises:
+            SettingError: An argument has a wrong type, or ``save_to`` does not end in ``.muws``. At the start of fit,
+                a setting does not fit the model or the Trainer, or the file cannot be written.
+        """
         settings.check_structure(structure)
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
-        check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
+        check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
         self.structure = structure
         self.rules = settings.checked_rules(rules)
         self.phases = phases
-        self.penalty = penalty
         self.retraining = retraining
+        self.penalty = penalty
         self.validate_projected = validate_projected
         self.save_to = save_to
         # what a user reads after fit
