@@ -16,8 +16,6 @@ from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.structure import Choice
 from lightning_muws.structure.support import Support, mean
 
-SCALE = 2.0**64  # weights whose squares overflow are ranked divided by it, which is exact
-
 
 @dataclass(frozen=True)
 class MicroStructure:
@@ -116,13 +114,17 @@ class MicroStructure:
         matrix = grid.matrix(weight.detach())
         covered = grid.covered(matrix)
         unify_cost, gain = self._costs(covered, grid, 1.0)
-        if not torch.isfinite(gain + unify_cost).all() or not all(torch.isfinite(e).all() for e in grid.edges(matrix)):
+        largest = float((unify_cost + gain).max()) if gain.numel() else 1.0
+        info = torch.finfo(gain.dtype)
+        if not info.tiny / info.eps < largest < torch.inf or not all(
+            torch.isfinite(e).all() for e in grid.edges(matrix)
+        ):
             if n_bad := int((~torch.isfinite(matrix)).sum()):
                 raise StateError(
                     f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
                     "finite weights only, so lower the learning rate or clip the gradient"
                 )
-            unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
+            unify_cost, gain = self._costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
         kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
@@ -136,7 +138,7 @@ class MicroStructure:
         if self.signs == "free":
             signs = torch.cat([x.signbit() for x in blocks], 1)
             support, blocks = Support(support.grid, support.kinds, signs), [x.abs_() for x in blocks]
-        return Choice(support, torch.cat([mean(x) for x in blocks]))
+        return Choice(support, torch.cat([mean(x.clone) for x in blocks]))
 
     def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
         """Return the squared distance of unifying each block, and what pruning it adds to that."""
@@ -157,3 +159,11 @@ class MicroStructure:
             unify_cost[rows] = (grid.sum(x.square_()) - n * shift.square()).clamp_min_(0)
             gain[rows] = n * (first + shift).square()
         return unify_cost, gain
+
+
+def _scale(covered: Tensor, dtype: torch.dtype, n: int) -> float:
+    """Return the power of two that makes the costs of blocks of n weights as large as this dtype holds: it is exact."""
+    top = float(covered.abs().max()) if covered.numel() else 0.0
+    limit = math.frexp(torch.finfo(dtype).max)[1]
+    # a cost is at most n * (2 * top)^2; four bits are left for sums of two costs, and their double
+    return 2.0 ** min((limit - n.bit_length() - 6) // 2 - math.frexp(top)[1], limit - 2)

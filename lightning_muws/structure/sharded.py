@@ -123,8 +123,13 @@ def _block_rows(x: Tensor, grid: BlockGrid) -> slice | None:
     n_rows, size = grid.counts(x.shape)[0], grid.block_shape[0]
     if not axes:
         return slice(0, n_rows)
-    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
-    if len(axes) > 1 or placements[axes[0]] != Shard(0) or grid.out_axis or largest_part % size:
+    if len(axes) > 1 or placements[axes[0]] != Shard(0):
         return None
     (length, *_), (first, *_) = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    if grid.batched:  # a rank has whole matrices
+        down = n_rows // max(1, x.shape[0])
+        return slice(min(first * down, n_rows), min((first + length) * down, n_rows))
+    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
+    if grid.out_axis or largest_part % size:
+        return None
     return slice(min(first // size, n_rows), min((first + length) // size, n_rows))

@@ -106,7 +106,7 @@ class Support:
 
     def project_(self, weight: Tensor) -> Tensor:
         """Project in place; see :meth:`project`."""
-        return self._write_(weight, lambda pieces, flips, _: mean(_flip_(pieces.read(), flips)))
+        return self._write_(weight, lambda pieces, flips, _: mean(lambda: _flip_(pieces.read(), flips)))
 
     def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
         """Return ``weight`` with unified blocks of these magnitudes ``(n_unified,)``, and pruned ones zero."""
@@ -226,15 +226,33 @@ def _flip_(x: Tensor, flips: Tensor | None) -> Tensor:
     return x
 
 
-def mean(x: Tensor) -> Tensor:
-    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry; x is used up.
+def mean(read: Callable[[], Tensor]) -> Tensor:
+    """Return the mean of each block, ``(n,)`` of the blocks' dtype; of equal entries exactly that entry.
 
-    It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
+    It is finite for finite weights: a mean whose sum overflows is computed again from the blocks divided by a power of
+    two, which is exact.
+
+    Args:
+        read: Returns a copy of the blocks, ``(rows, n, cols)``, which is overwritten; called once or twice.
+    """
+    x = read()
+    found = _mean(x, 1.0)
+    if x.device.type != "cpu" or not torch.isfinite(found).all():  # asking another device costs more than computing
+        n_numel = x.shape[0] * x.shape[2]
+        found = torch.where(torch.isfinite(found), found, _mean(read(), 0.5 ** (n_numel.bit_length() + 1)))
+    return found.to(x.dtype)
+
+
+def _mean(x: Tensor, scale: float) -> Tensor:
+    """Return the means over axes 0 and 2, at least float32, computed on ``scale * x``; overwrites x.
+
+    The sum is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide.mul_(scale) if scale != 1 else wide
     first = wide[0, :, 0].clone()
     total = fold(fold(wide.sub_(_run(first, x.shape[2])), 0), 2).flatten()
-    return (first + total / (x.shape[0] * x.shape[2])).to(x.dtype)
+    return (first + total / (x.shape[0] * x.shape[2])).div_(scale)
 
 
 def _run(values: Tensor, cols: int) -> Tensor:
