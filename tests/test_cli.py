@@ -1,4 +1,4 @@
-"""The command line: flags, nested rules, files, the fragment, the short flags; help, round trips and misspelt keys."""
+"""The command line: flags, nested rules, files, the fragment, short flags; help, round trips and misspelt keys."""
 
 import sys
 from pathlib import Path
@@ -135,8 +135,8 @@ FIELDS = {
     "retraining.unified": "the one magnitude of a unified block trains",
     "retraining.schedule": "Of the learning rate",
     "retraining.lr": "Learning rate at the beginning",
-    "rules": "Structures of their own",
-    "validate_projected": "validate the network",
+    "rules": "Other structures for some layers",
+    "validate_projected": "validate the network with projected weights",
     "save_to": "File to write at the end of fit",
 }
 
