@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_muws.artifact.container import VERSION
-from lightning_muws.artifact.values import FLOATS, GRID, WIDTHS, Form
+from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -232,7 +232,7 @@ def _form(said: Mapping[str, Any], name: str, dtype: str) -> Form | None:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
         return None
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
-    if stored not in WIDTHS or (stored == GRID) != (step != 0) or not 0 <= step < math.inf or held != step:
+    if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which cannot be")
     return Form(stored, step)
 

@@ -23,7 +23,7 @@ from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Loss, choose
+from lightning_muws.artifact.values import Loss, choose, displayed
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -198,7 +198,9 @@ class _Writer:
         found = []
         for name, coded in self.coded.items():
             coders, lengths, raw, entropies = zip(*coded, strict=True)
-            found.append(StreamReport(name, "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies)))
+            found.append(
+                StreamReport(displayed(name), "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies))
+            )
         return tuple(found)
 
 
