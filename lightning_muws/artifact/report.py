@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group
@@ -141,7 +141,7 @@ class FileInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"compression_ratio": self.compression_ratio}
+        return asdict(replace(self, extra={})) | {"extra": self.extra, "compression_ratio": self.compression_ratio}
 
     def __rich__(self) -> Group:
         table = Table(
