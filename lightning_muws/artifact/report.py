@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from lightning_muws.artifact.manifest import TensorEntry
+from lightning_muws.artifact.values import displayed
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TensorReport:
         dtype: Its dtype.
         shape: Its shape.
         block_shape: ``(outputs, inputs)`` of a block; empty where it is flat.
-        stored: How its values are written: a dtype, ``grid``, ``bytes``, or ``same as <name>``.
+        stored: How its values are written: a dtype, ``steps``, ``bytes``, or ``same as <name>``.
         counts: Its blocks: dense, unified, pruned.
         dense_bytes: Its bytes in memory; 0 of a shared one.
         n_bytes: About its bytes in the file: its share of each stream, by the symbols it has there.
@@ -140,7 +141,7 @@ class FileInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"compression_ratio": self.compression_ratio}
+        return asdict(replace(self, extra={})) | {"extra": self.extra, "compression_ratio": self.compression_ratio}
 
     def __rich__(self) -> Group:
         table = Table(
@@ -164,7 +165,7 @@ class FileInfo:
 
 def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes: float = 0.0) -> TensorReport:
     """Return the report on one of the tensors of a file."""
-    stored = entry.form.stored if entry.form else "bytes"
+    stored = displayed(entry.form.stored) if entry.form else "bytes"
     if entry.same_as is not None:
         stored = f"same as {entries[entry.same_as].name}"
     return TensorReport(
