@@ -19,11 +19,13 @@ from lightning_muws.errors import MuwsError, SettingError, StateError
 from lightning_muws.runtime import accelerate as accelerate_module
 from lightning_muws.runtime.accelerate import accelerate
 from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
+from lightning_muws.runtime.kernels.base import Kernel
 from lightning_muws.runtime.kernels.reference import reference, relative_error
 from lightning_muws.runtime.measure import network
 from lightning_muws.runtime.measure.layer import pick
 from lightning_muws.runtime.measure.network import pick_form
 from lightning_muws.runtime.measure.report import SpeedReport
+from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.rewrite.graph import fold, fuse
 from lightning_muws.runtime.rewrite.observe import Example, observe
 from lightning_muws.runtime.shapes import find_block_shape
@@ -89,7 +91,7 @@ def test_each_kernel_applies_where_it_should_and_equals_the_layer(name):
         pytest.skip("the native kernels are not built here")
     assert kernel is not None
     assert relative_error(kernel(x), reference(layer, x)) <= 1e-5
-    assert relative_error(KERNELS[name](layer, block_shape, x, relu=True)(x), reference(layer, x).relu()) <= 1e-5
+    assert relative_error(kernel.with_relu()(x), reference(layer, x).relu()) <= 1e-5
 
 
 # The law over all strategies
@@ -143,7 +145,8 @@ def test_every_kernel_equals_the_layer_in_float64(case, relu):
     layer, block_shape, x = case
     before, other = copy.deepcopy(layer.state_dict()), normal(4, *x.shape, dtype=torch.float32)
     for name in EXACT:
-        kernel = KERNELS[name](layer, block_shape, x, relu=relu)
+        kernel = KERNELS[name](layer, block_shape, x)
+        kernel = kernel.with_relu() if relu and kernel is not None else kernel
         for given_x in (x, other) if kernel is not None else ():
             expected = reference(layer, given_x).relu() if relu else reference(layer, given_x)
             with torch.inference_mode():
@@ -212,6 +215,42 @@ def test_a_kernel_refuses_what_it_cannot_do(case):
     x = normal(0, *shape).to(layer.weight.dtype)
     for name in names:
         assert KERNELS[name](layer.eval(), (4, 4), x) is None, name
+
+
+LAYERS = {
+    **APPLIES,
+    "signs": lambda: (fill(nn.Linear(64, 32), 0, (8, 8), 0.25, 0.75), (8, 8)),
+    "native_conv": lambda: (fill(nn.Conv2d(20, 64, 3), 0, (4, 4), 0.75), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", list(LAYERS))
+def test_every_kernel_keeps_the_contract(case):
+    layer, block_shape = LAYERS[case]()
+    shape = (2, 20, 7, 6) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
+    x = normal(7, *shape, dtype=torch.float32)
+    built = {name: build(layer, block_shape, x) for name, build in KERNELS.items()}
+    assert case.removesuffix("_conv") in {name for name, kernel in built.items() if kernel} or level() is None
+    for name, kernel in built.items():
+        if kernel is None:
+            continue
+        assert isinstance(kernel, Kernel), name
+        assert not list(kernel.parameters()) or name in ("dense", "bf16", "int8"), name
+        before, y = x.clone(), kernel(x)
+        twin, held = kernel.with_relu(), [t.data_ptr() for t in kernel.buffers()]
+        assert (kernel.relu, twin.relu) == (False, True)
+        assert [t.data_ptr() for t in twin.buffers()] == held
+        assert torch.equal(twin(x), y.relu()), name
+        assert torch.equal(copy.deepcopy(twin)(x), y.relu()), name
+        assert torch.equal(kernel(x), y), name  # as it was
+        other = kernel.with_batch_last()
+        assert other is None or torch.equal(other(x), kernel(x)) or relative_error(other(x), y.double()) <= 1e-5
+        onto = normal(8, *y.shape, dtype=torch.float32)
+        if kernel.can_add:
+            torch.testing.assert_close(twin(x, onto), (y + onto).relu())
+        y.fill_(torch.nan)  # its memory is the caller's
+        assert torch.equal(x, before)
+        assert torch.equal(twin(x), kernel(x).relu()), name
 
 
 def test_bsr_never_goes_through_linear_on_a_cpu(monkeypatch):
@@ -352,10 +391,10 @@ def test_the_faster_form_comes_back(monkeypatch):
 
 
 def test_a_kernel_that_is_wrong_or_raises_is_not_used(monkeypatch):
-    def wrong(layer, block_shape, example, *, relu=False):
+    def wrong(layer, block_shape, example):
         return nn.Sequential(copy.deepcopy(layer), nn.Hardtanh(-1e-3, 1e-3))
 
-    def raising(layer, block_shape, example, *, relu=False):
+    def raising(layer, block_shape, example):
         raise RuntimeError("no such instruction\nat all")
 
     monkeypatch.setitem(KERNELS, "compact", wrong)
@@ -454,6 +493,31 @@ def test_batch_norms_are_folded_and_sums_and_relus_fused(monkeypatch):
     file.seek(0)
     for copied in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
         assert torch.equal(copied(x), fast(x))
+
+
+class ReluInside(nn.Module):
+    """Adds after ReLU: a kernel that adds before its own ReLU must not take the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + F.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("name", ["native", "compact", "onednn"])
+def test_a_sum_after_relu_stays_after_it(name):
+    model = randomised(nn.Sequential(ReluInside()))
+    x = normal(0, 2, 8, 6, 6, dtype=torch.float32)
+    expected = model(x)
+    kernel = KERNELS[name](model[0].conv, (4, 4), x)
+    if kernel is None:
+        pytest.skip(f"{name} does not apply here")
+    model[0].conv = kernel
+    with torch.no_grad():
+        fuse(model, Example.of(x))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_input_is_never_written_to():

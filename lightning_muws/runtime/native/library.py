@@ -14,6 +14,7 @@ import torch
 from lightning_muws.errors import SettingError
 
 LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")  # "portable" is NEON on ARM: every 64-bit one has it
+BFLOAT16_LEVEL = "avx512_bf16"  # the one that has a dot product of bfloat16
 _POINTERS = ("starts", "columns", "logical", "weights", "bias")
 
 

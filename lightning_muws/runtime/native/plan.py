@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import StateError
-from lightning_muws.runtime.native.library import Layer, Signs, handle, level
+from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, Layer, Signs, handle, level
 
 PLANS = 512  # kept for the operators; a plan is some kilobytes
 GEMV_SAMPLES = 3  # up to which a Linear reads its weights once for each sample rather than lays samples side by side
@@ -97,8 +97,11 @@ class Plan:
         self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16 and not last_out  # it knows no other layout
         if self.is_gemv or 0 in self.shape:
             return
-        if g.bfloat16 and level() != "avx512_bf16":
-            raise StateError(f"a bfloat16 layer needs the level avx512_bf16; here is {level()}: build it again here")
+        if g.bfloat16 and level() != BFLOAT16_LEVEL:
+            raise StateError(
+                f"a bfloat16 layer needs the level {BFLOAT16_LEVEL}; this machine uses {level()}: call accelerate() "
+                "again here"
+            )
         self.address = self.found.muws_plan(self.level, ctypes.addressof(layer))
         if not self.address:
             raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: lower the batch")
@@ -208,5 +211,7 @@ def _level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:
         )
     name = level()
     if name is None:
-        raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
+        raise StateError(
+            "this layer needs the native kernels, which are not installed here: call accelerate() again on this machine"
+        )
     return handle(name)

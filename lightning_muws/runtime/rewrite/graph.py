@@ -136,11 +136,11 @@ def fuse(model: nn.Module, example: Example) -> int:
 
 
 def keep_batch_last(model: nn.Module) -> int:
-    """Let native layers hand their batch on with its images side by side; return how many do. Changes the model."""
-    kernels = [m for m in model.modules() if hasattr(m, "with_batch_last")]
-    for kernel in kernels:
-        replace_module(model, kernel, cast("Any", kernel).with_batch_last())
-    return len(kernels)
+    """Let kernels pass a batch on with its images side by side; return how many do. Changes the model in place."""
+    twins = [(m, twin) for m in model.modules() if isinstance(m, Kernel) and (twin := m.with_batch_last()) is not None]
+    for kernel, twin in twins:
+        replace_module(model, kernel, twin)
+    return len(twins)
 
 
 class AddInto(nn.Module):
@@ -172,8 +172,8 @@ def _fuse_relu(graph: fx.Graph, node: fx.Node, children: dict[str, nn.Module]) -
     if not isinstance(source, fx.Node) or len(source.users) > 1:
         return False
     kernel = children.get(str(source.target)) if source.op == "call_module" else None
-    if _is_kernel(kernel):
-        children[f"{source.target}_relu"] = cast("Any", kernel).with_relu()
+    if isinstance(kernel, Kernel):
+        children[f"{source.target}_relu"] = kernel.with_relu()
         source.target = f"{source.target}_relu"
         node.replace_all_uses_with(source)
         graph.erase_node(node)
@@ -204,7 +204,9 @@ def _add_onto(graph: fx.Graph, node: fx.Node, children: Mapping[str, nn.Module])
         return False
     other, last = sorted(addends, key=order.__getitem__)
     kernel = children.get(str(last.target)) if last.op == "call_module" else None
-    if not hasattr(kernel, "run_onto") or len(last.users) != 1 or len(last.args) != 1 or last.kwargs:
+    if not isinstance(kernel, Kernel) or not kernel.can_add or kernel.relu:  # it would add before its ReLU
+        return False
+    if len(last.users) != 1 or len(last.args) != 1 or last.kwargs:
         return False
     last.args = (*last.args, other)
     node.replace_all_uses_with(last)
@@ -220,16 +222,11 @@ def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _is_kernel(module: nn.Module | None) -> bool:
-    """Return whether the module computes a layer and can end it with ReLU."""
-    return hasattr(module, "with_relu")
-
-
 def _is_fresh(value: object, children: Mapping[str, nn.Module]) -> bool:
     """Return whether the step's output is in memory that nothing else looks at."""
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_module":
         child = children[str(value.target)]
-        return _is_kernel(child) or isinstance(child, AddInto) or (type(child) in LAYER_TYPES and not has_hooks(child))
+        return isinstance(child, (Kernel, AddInto)) or (type(child) in LAYER_TYPES and not has_hooks(child))
     return value.op == "call_function" and value.target in (*ADDITIONS, torch.relu_)
