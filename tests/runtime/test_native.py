@@ -6,8 +6,10 @@ import io
 import mmap
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -525,6 +527,20 @@ def test_packing_keeps_every_weight(n_out, n_in, share, seed):
                     block
                 ].T
         assert torch.equal(there[:n_out], matrix)
+
+
+@pytest.mark.parametrize(("struct", "fields"), [("MuwsLayer", library.Layer), ("MuwsSigns", library.Signs)])
+def test_python_repeats_the_fields_of_api_h_in_order(struct, fields):
+    """The two agree by name, order and kind: a library of the same size could hold them otherwise."""
+    header = Path(library.__file__).parent / "src" / "api.h"
+    if not header.exists():
+        pytest.skip("an installed package has no sources")
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", re.sub("//.*", "", header.read_text()), re.S)[1]
+    declared = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
+        declared += [(name.strip(), ctypes.c_void_p if star else ctypes.c_int64) for name in names.split(",")]
+        assert star or kind == "int64_t"
+    assert declared == list(fields._fields_)
 
 
 def test_geometry_and_api_have_the_same_fields():

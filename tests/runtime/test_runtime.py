@@ -1,6 +1,7 @@
 """The runtime: kernels equal the float64 layer, choices follow the times they are given, and nothing is ever slower."""
 
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -24,7 +25,7 @@ from lightning_muws.runtime.kernels.reference import reference, relative_error
 from lightning_muws.runtime.measure import network
 from lightning_muws.runtime.measure.layer import pick
 from lightning_muws.runtime.measure.network import pick_form
-from lightning_muws.runtime.measure.report import SpeedReport
+from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedReport
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.rewrite.graph import fold, fuse
 from lightning_muws.runtime.rewrite.observe import Example, observe
@@ -350,7 +351,7 @@ def test_a_network_that_is_not_faster_comes_back_as_it_was(monkeypatch):
     assert fast[0].weight.data_ptr() != model[0].weight.data_ptr()
     assert report.chosen == "dense"
     assert report.speedup == 1.0
-    assert "came back as it was" in report.summary()
+    assert "came back unchanged" in report.summary()
     assert {layer.winner for layer in report.layers} == {"compact"}  # each won alone
 
 
@@ -625,7 +626,7 @@ def test_layers_that_may_not_be_swapped_say_why(monkeypatch):
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["model.0"] == "it has hooks"
     assert "ParametrizedLinear" in reasons["model.2"]
-    assert reasons["unused"] == "the example does not come through it"
+    assert reasons["unused"] == "the example does not reach it"
     assert reasons["model.1"] == ""
     torch.testing.assert_close(fast(torch.ones(2, 8)), wrapped(torch.ones(2, 8)))
 
@@ -769,9 +770,84 @@ def test_a_report_survives_json_and_shows_its_numbers(tmp_path):
     assert SpeedReport.load(path) == report
     console = Console(width=200, file=io.StringIO())
     console.print(report)
-    for text in (console.file.getvalue(), report.markdown()):
+    for text in (console.file.getvalue(), report.markdown(), report._repr_html_()):
         assert "Conv2d 16x3x3x3" in text
         assert "whole network" in text
+
+
+def a_report(n_layers=3):
+    """Return a report of long names and long numbers, as a real network has them."""
+    times = dict(zip(KERNELS, (12.345678e-3 / (i + 1) for i in range(len(KERNELS))), strict=True))
+    layers = [
+        LayerSpeed(
+            name=f"features.denseblock{i}.layers.10.conv2",
+            layer="Conv2d 512x512x3x3/2 g32",
+            inputs=((32, 512, 7, 7),),
+            block_shape=(16, 16),
+            n_weights=1000,
+            n_nonzero=100,
+            times=times,
+            errors=dict.fromkeys(KERNELS, 1.234e-6),
+            winner="groups_loop",
+        )
+        for i in range(n_layers)
+    ]
+    hooked = [LayerSpeed(f"head.{i}", "Linear 8x8", reason="it has hooks") for i in range(2)]
+    machine = Machine("AMD EPYC 9V45 96-Core Processor", "AVX512", "Linux", "cpu", 2, "2.13.0+cpu", "avx512_bf16")
+    whole = {"dense": 0.0123, "onednn": 0.0101, "fast": 0.004, "fast_fused": 0.0032, "bf16": 0.006}
+    errors = dict.fromkeys(whole, 3.2e-7)
+    layers = (*layers, *hooked)
+    return SpeedReport(machine, ((1, 3, 32, 32),), 1.1, "", layers, whole, errors, "onednn", "fast_fused", 3.15)
+
+
+def printed(report, width):
+    from rich.console import Console
+
+    console = Console(width=width, file=io.StringIO())
+    console.print(report)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_report_fits_a_narrow_terminal_in_two_lines_a_layer(width):
+    report = a_report()
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    growth = len(printed(a_report(9), width).splitlines()) - len(text.splitlines())
+    assert growth <= 2 * 6  # lines, of six more layers
+    for shown in ("16x16", "90%", "groups_loop", "2.469", "2.50", "onednn (best dense)", "fast_fused (chosen)"):
+        assert shown in text, shown
+    assert "".join(text.split()).count("it has hooks: head.0, head.1".replace(" ", "")) == 1
+
+
+def test_a_wide_terminal_and_a_notebook_show_the_time_of_every_kernel():
+    report = a_report()
+    for text in (printed(report, 160), printed(report, 200), report._repr_html_(), report.markdown()):
+        assert "…" not in text
+        for name, seconds in report.layers[0].times.items():
+            assert name in text, name
+            assert f"{1e3 * seconds:.3f}" in text, name
+    assert max(map(len, printed(report, 160).splitlines())) <= 160
+
+
+def test_a_notebook_gets_html_that_escapes_names():
+    report = dataclasses.replace(a_report(), note="<b>")
+    report = dataclasses.replace(report, layers=(dataclasses.replace(report.layers[0], name="<script>"),))
+    shown = report._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert shown.count("<table>") == shown.count("</table>") == 2
+
+
+def test_print_obeys_columns(monkeypatch, capsys):
+    for columns in (80, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        a_report().print()
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+    monkeypatch.delenv("COLUMNS")
+    a_report().print()
+    assert "kernels, ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
