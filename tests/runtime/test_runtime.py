@@ -29,7 +29,7 @@ from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedRepo
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.rewrite.graph import fold, fuse
 from lightning_muws.runtime.rewrite.observe import Example, observe
-from lightning_muws.runtime.shapes import find_block_shape
+from lightning_muws.runtime.shapes import infer_shape_for_kernels
 from lightning_muws.runtime.timing import Timing, race
 from tests.support.strategies import normal
 
@@ -269,19 +269,19 @@ def test_bsr_never_goes_through_linear_on_a_cpu(monkeypatch):
 def test_the_block_shape_is_found_from_zeros_and_magnitudes(block_shape, kind):
     prune, unify = {"pruned": (0.7, 0.0), "unified": (0.0, 0.6), "both": (0.5, 0.3)}[kind]
     weight = MicroStructure(block_shape, prune, unify).project(normal(5, 256, 256, dtype=torch.float32))
-    assert find_block_shape(weight) == block_shape
+    assert infer_shape_for_kernels(weight) == block_shape
 
 
 def test_a_convolution_s_blocks_are_found_on_its_matrix():
     weight = MicroStructure((32, 9), 0.7).project(normal(5, 64, 32, 3, 3, dtype=torch.float32))
-    assert find_block_shape(weight) == (32, 9)
+    assert infer_shape_for_kernels(weight) == (32, 9)
 
 
 def test_without_structure_there_is_none_to_find():
-    assert find_block_shape(normal(0, 64, 64)) == (4, 4)
-    assert find_block_shape(torch.zeros(0, 4)) == (4, 4)
+    assert infer_shape_for_kernels(normal(0, 64, 64)) == (4, 4)
+    assert infer_shape_for_kernels(torch.zeros(0, 4)) == (4, 4)
     scattered = normal(0, 64, 64) * (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.3)
-    assert find_block_shape(scattered) == (1, 1)
+    assert infer_shape_for_kernels(scattered) == (1, 1)
 
 
 # Choices follow the times they are given
