@@ -21,7 +21,7 @@ from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedRepo
 from lightning_muws.runtime.measure.stored import stale
 from lightning_muws.runtime.rewrite.graph import fold
 from lightning_muws.runtime.rewrite.observe import Calls, Example, Root, inference, observe, replace_module
-from lightning_muws.runtime.shapes import find_block_shape
+from lightning_muws.runtime.shapes import infer_shape_for_kernels
 from lightning_muws.runtime.timing import Timing, clock_for
 
 LAYER_TIMING = Timing(rounds=9, least_rounds=3, budget_s=0.5)
@@ -266,7 +266,7 @@ def _choose_layers(work: Acceleration) -> list[LayerSpeed]:
         if reason := left_alone(layer, work.calls.get(layer)):
             speeds.append(LayerSpeed(name, describe(layer), reason=reason))
             continue
-        rows, columns = given.get(f"{name}.weight" if name else "weight") or find_block_shape(layer.weight)
+        rows, columns = given.get(f"{name}.weight" if name else "weight") or infer_shape_for_kernels(layer.weight)
         speed, module = choose(name, layer, work.calls[layer].inputs, (rows, columns), criteria)
         replace_module(work.root, layer, module)
         speeds.append(speed)
