@@ -49,6 +49,11 @@ def read_state(source: Source) -> State:
     buffers = {clean_name(name) for name, _ in source.named_buffers()} if isinstance(source, nn.Module) else set()
     if isinstance(source, (str, Path)):
         source = read_file(Path(source))
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise SettingError(
+            f"a {type(source).__name__} is no model: give a module, a state_dict, a Lightning checkpoint, "
+            "or the path of a file that holds one"
+        )
     state = source.state_dict() if isinstance(source, nn.Module) else source
     if "pytorch-lightning_version" in state and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
