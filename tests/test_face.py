@@ -95,14 +95,18 @@ def test_the_readme_begins_with_code_that_runs(capsys, tmp_path, monkeypatch):
     assert "Micro-structured weights" in capsys.readouterr().out
 
 
-def readme_rows() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().split("## Works with, or refused\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+def rows_of_modes() -> list[list[str]]:
+    text = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0] != "you use" and not row[0].startswith("---")]
 
 
-@pytest.mark.parametrize("row", readme_rows(), ids=lambda row: row[0])
-def test_each_row_of_the_readme_is_backed_by_a_test(row):
+def test_the_page_of_modes_has_sixty_rows():
+    assert len(rows_of_modes()) >= 60
+
+
+@pytest.mark.parametrize("row", rows_of_modes(), ids=lambda row: row[0])
+def test_each_row_of_the_page_of_modes_is_backed_by_a_test(row):
     _, says, test = row
     assert says
     file, name = re.fullmatch(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", test).groups()
@@ -110,11 +114,59 @@ def test_each_row_of_the_readme_is_backed_by_a_test(row):
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_readme_says_what_each_refusal_says():
-    rows = {row[0]: row[1] for row in readme_rows()}
+def test_the_page_of_modes_says_what_each_refusal_says():
+    rows = {row[0]: row[1] for row in rows_of_modes()}
     names = {"DeepSpeedStrategy": "DeepSpeed", "FSDPStrategy": "FSDP1 (`FSDPStrategy`)", "LBFGS": "LBFGS"}
     for kind, why in REFUSED.items():
         assert rows[names.get(kind, f"`{kind}`")].startswith("refused: " + why.split(";")[0].split(",")[0])
+
+
+def project() -> str:
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def repository() -> str:
+    return re.search(r'^Repository = "(.*)"$', project(), re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_work_outside_the_repository_and_lead_to_files_of_it(file):
+    links = re.findall(r"\]\((.*?)\)", (ROOT / file).read_text(encoding="utf-8"))
+    assert links
+    raw = repository().replace("github.com", "raw.githubusercontent.com")
+    for link in links:
+        assert link.startswith("https://"), f"{link} does not work on a package page"
+        for start in (f"{repository()}/blob/main/", f"{raw}/main/"):
+            path, _, anchor = link.removeprefix(start).partition("#")
+            if path != link.partition("#")[0]:
+                assert (ROOT / path).is_file(), link
+                headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+                assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_one_version_stands_everywhere():
+    assert re.search(r'^version = "(.*)"$', project(), re.MULTILINE).group(1) == lightning_muws.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {lightning_muws.__version__}\n" in citation
+    assert f"repository-code: {repository()}\n" in citation
+
+
+SETTINGS = re.findall(
+    r"^\| `(\w+)\((.*?)\)` \|", (ROOT / "docs" / "getting-started.md").read_text("utf-8"), re.MULTILINE
+)
+
+
+def test_the_table_of_settings_has_each_frozen_dataclass():
+    public = {name for name in lightning_muws.__all__ if dataclasses.is_dataclass(getattr(lightning_muws, name))}
+    assert {name for name, _ in SETTINGS} == public
+
+
+@pytest.mark.parametrize(("name", "shown"), SETTINGS)
+def test_the_table_of_settings_shows_each_field_with_its_default(name, shown):
+    fields = dataclasses.fields(getattr(lightning_muws, name))
+    assert re.findall(r"(\w+)=", shown) == [field.name for field in fields]
+    given = eval(f"dict({shown})", {name: getattr(lightning_muws, name) for name in lightning_muws.__all__})  # noqa: S307
+    assert given == {field.name: getattr(getattr(lightning_muws, name)(), field.name) for field in fields}
 
 
 def test_the_readme_names_the_patents():
