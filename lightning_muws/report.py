@@ -164,7 +164,8 @@ def plan_table(plan: Plan) -> Table:
         if entry.reason:
             rows.append([*row, f"left out: {entry.reason}"])
             continue
-        numbers = (*entry.structure.quotas(entry.n_blocks), entry.n_blocks, entry.n_edge)
+        counts = entry.structure.counts(entry.grid, entry.shape)
+        numbers = (counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge)
         rows.append([*row, "x".join(map(str, entry.grid.block_shape)), *(f"{n:,}" for n in numbers)])
     covered = f"{len(plan.covered)} of {len(plan.entries)} parameters get a structure"
     return Table(title=f"Plan: {covered}", columns=columns, rows=rows)
