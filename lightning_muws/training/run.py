@@ -185,7 +185,7 @@ class CompressionRun:
     def after_step(self, optimizer: Optimizer) -> None:
         """Change this optimizer's weights: in retraining, write the structure back, to the bit."""
         if self.constraint:
-            self.constraint.enforce(self.owned(optimizer))
+            self.constraint.enforce(self.owned(optimizer), optimizer)
         elif self.method:
             self.method.after_step(self.owned(optimizer))
 
