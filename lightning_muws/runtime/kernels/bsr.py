@@ -26,7 +26,7 @@ SIDES = {"cpu": (16, 8, 4), "cuda": (64, 32, 16)}  # Triton needs at least 16
 
 
 class Bsr(TorchKernel):
-    """The matrix in torch's BSR layout. On a CPU it avoids ``F.linear``, which is 4 to 12 times slower than dense there.
+    """The matrix in torch's BSR layout. On a CPU it avoids ``F.linear``, which is 4 to 12 times slower than dense.
 
     Args:
         layer: Linear, Conv1d or Conv2d of one group.
