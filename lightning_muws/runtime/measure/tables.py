@@ -20,7 +20,8 @@ HEADERS = {
 }
 FORM_HEADERS = ("whole network", "ms", "error")
 TEXT_COLUMNS = frozenset({"layer", "type", "kernels, ms", "winner", "whole network"})
-LEGEND = "Times are medians. Gain is over the layer's best dense form. bf16 and int8 are for comparison."
+LEGEND = "Times are medians. Gain is over the layer's best dense form."
+COMPARISON = " bf16 and int8 are for comparison."
 THEORY = " Theory is 1 / (1 - zeros). Errors are relative to float64."
 
 
@@ -35,8 +36,7 @@ def terminal_tables(report: SpeedReport, width: int) -> list[RenderableType]:
         parts.append(_rich_table(headers, [_cells(layer, headers) for layer in layers]))
     parts += [Padding(Text(line), (0, 0, 0, 1)) for line in _left_alone(report)]
     parts.append(_rich_table(FORM_HEADERS, _forms(report)))
-    legend = LEGEND + (THEORY if "theory" in headers else "")
-    parts += [Text(f"{report.summary()}."), Text(legend, style="dim")]
+    parts += [Text(f"{report.summary()}."), Text(_legend(report, headers), style="dim")]
     return parts
 
 
@@ -47,7 +47,10 @@ def html_tables(report: SpeedReport) -> str:
         parts.append(_html_table(WIDE_HEADERS, [_cells(layer, WIDE_HEADERS) for layer in layers]))
     parts += [f"<div>{html.escape(line)}</div>" for line in _left_alone(report)]
     parts.append(_html_table(FORM_HEADERS, _forms(report)))
-    parts += [f"<div>{html.escape(report.summary())}.</div>", f"<small>{html.escape(LEGEND + THEORY)}</small>"]
+    parts += [
+        f"<div>{html.escape(report.summary())}.</div>",
+        f"<small>{html.escape(_legend(report, WIDE_HEADERS))}</small>",
+    ]
     return "\n".join(parts)
 
 
@@ -67,6 +70,10 @@ def title(report: SpeedReport) -> str:
     device = "" if m.device == "cpu" else f", {m.device}"
     threads = f"{m.threads} thread" + ("s" if m.threads != 1 else "")
     return f"Speed on {m.cpu}{device}, {threads}, torch {m.torch_version}, native kernels: {m.native}"
+
+
+def _legend(report: SpeedReport, headers: Sequence[str]) -> str:
+    return LEGEND + (THEORY if "theory" in headers else "") + ("" if report.dtype == "bfloat16" else COMPARISON)
 
 
 def _measured(report: SpeedReport) -> list[LayerSpeed]:
