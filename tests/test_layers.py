@@ -13,7 +13,7 @@ ORDER = [
     ["errors", "tables"],
     ["structure"],
     ["training", "artifact", "runtime"],
-    ["trainer"],
+    ["trainer", "ops"],
     ["report"],
     ["plots"],
     ["callback", "pytorch_lightning", "commands"],

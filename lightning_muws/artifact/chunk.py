@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
-from lightning_muws.artifact.rans import Bytes
 from lightning_muws.artifact.streams import (
     KINDS_A_BYTE,
     N_KINDS,

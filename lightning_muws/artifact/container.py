@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_muws.artifact.rans import inflate
+from lightning_muws.artifact.codecs import inflate
+from lightning_muws.artifact.json_text import dump, parse
 from lightning_muws.errors import FormatError
 
 FORMAT = "muws"
@@ -139,37 +139,6 @@ class Frame:
 def largest_header(n_bytes: int) -> int:
     """Return how long the header, and the manifest, of a file may be: small files must not cost much to refuse."""
     return min(16 << 20, (1 << 19) + n_bytes // 8)
-
-
-def parse(raw: bytes, what: str) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        FormatError: It is none, or has a key twice.
-    """
-    try:
-        parsed = json.loads(raw.decode("ascii"), object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the {what} is not JSON that this format allows: {str(error)[:100]}") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"the {what} is no JSON object")
-    return parsed
-
-
-def dump(value: object) -> bytes:
-    """Return JSON as this format writes it: ASCII without spaces, so that equal values are equal bytes."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def write(

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.artifact.chunk import ChunkReader
+from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
-from lightning_muws.artifact.rans import Bytes, decode
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import slabs
+from lightning_muws.artifact.values import displayed
 from lightning_muws.errors import FormatError, MuwsError, StateError
 from lightning_muws.structure.plan import clean_name
 
@@ -78,10 +80,11 @@ def inspect_compressed(path: str | Path) -> FileInfo:
     with _opened(path) as (frame, manifest):
         streams: dict[str, int] = defaultdict(int)
         coders: dict[str, set[str]] = defaultdict(set)
+        lengths = frame.lengths
         for i, chunk in enumerate(manifest.chunks):
             for name, (coder, _) in chunk.streams.items():
-                streams[name] += frame.lengths[f"c{i}.{name}"]
-                coders[name].add(coder)
+                streams[displayed(name)] += lengths[f"c{i}.{name}"]
+                coders[displayed(name)].add(coder)
         tensors = tuple(tensor_report(entry, manifest.tensors) for entry in manifest.tensors)
         joined = {name: "+".join(sorted(found)) for name, found in coders.items()}
         version = frame.manifest["version"]

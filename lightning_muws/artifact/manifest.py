@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_muws.artifact.container import VERSION
-from lightning_muws.artifact.values import FLOATS, GRID, WIDTHS, Form
+from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
+from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -21,6 +22,7 @@ OTHERS = (
 DTYPES = {name: getattr(torch, name) for name in (*FLOATS, *OTHERS) if hasattr(torch, name)}
 MAX_CHUNK = 256 << 20  # bytes of tensors in a chunk
 MAX_AXES = 64
+MAX_NUMEL = 1 << 60  # of the product of all sizes, each counted as at least 1
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class Manifest:
         modules = _get(said, "modules", dict, {})
         for name, about in modules.items():  # load_state_dict trusts them
             _get(_is(about, dict, f"what is said of module {name!r}"), "version", int, 1)
-        manifest = cls(tuple(entries), chunks, modules, _get(said, "extra", dict, {}))
+        if nests_deeper(extra := _get(said, "extra", dict, {})):
+            raise FormatError(f"extra nests more than {MAX_DEPTH} deep")
+        manifest = cls(tuple(entries), chunks, modules, extra)
         manifest._check_chunks()
         return manifest
 
@@ -193,13 +197,22 @@ def piece_bytes(piece: Piece) -> int:
     return (piece.stop - piece.start) * piece.entry.matrix_shape[1] * item_bytes(piece.entry.dtype)
 
 
+def why_too_large(shape: Sequence[int]) -> str | None:
+    """Return why no file holds a tensor of this shape, even an empty one; None if a file may."""
+    if len(shape) > MAX_AXES:
+        return f"has {len(shape)} axes, at most {MAX_AXES} can be stored"
+    if math.prod(max(1, n) for n in shape) >= MAX_NUMEL:
+        return f"has shape {tuple(shape)}, more than any memory holds"
+    return None
+
+
 def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEntry:
     name, dtype = _get(said, "name", str), _get(said, "dtype", str)
-    shape = _ints(said, "shape", range(MAX_AXES + 1))
+    shape = _ints(said, "shape", None)
     if dtype not in DTYPES:
         raise FormatError(f"{name!r} has dtype {dtype!r}, which this reader does not know")
-    if math.prod(max(1, n) for n in shape) >= 1 << 60:
-        raise FormatError(f"{name!r} has shape {shape}, more than any memory holds")
+    if why := why_too_large(shape):
+        raise FormatError(f"{name!r} {why}")
     if "same_as" in said:
         return _shared(TensorEntry(name, dtype, shape, same_as=_get(said, "same_as", int)), before)
     form, grid, counts = _form(said, name, dtype), None, (0, 0, 0)
@@ -207,7 +220,7 @@ def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEnt
         if form is None:
             raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are")
         grid = _grid(said, name, shape)
-        counts = _ints(said, "kinds", range(3, 4))  # type: ignore[assignment]
+        counts = _ints(said, "kinds", 3)  # type: ignore[assignment]
         down, across = grid.counts(shape)
         if sum(counts) != down * across:
             raise FormatError(f"{name!r} of shape {shape} has {down * across} blocks, the file speaks of {sum(counts)}")
@@ -232,14 +245,14 @@ def _form(said: Mapping[str, Any], name: str, dtype: str) -> Form | None:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
         return None
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
-    if stored not in WIDTHS or (stored == GRID) != (step != 0) or not 0 <= step < math.inf or held != step:
+    if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which cannot be")
     return Form(stored, step)
 
 
 def _grid(said: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGrid:
     """Return the grid that is spoken of, if it fits the shape."""
-    block, groups = _ints(said, "block", range(2, 3)), _get(said, "groups", int, 1)
+    block, groups = _ints(said, "block", 2), _get(said, "groups", int, 1)
     out_axis = _get(said, "out_axis", int, 0)
     fits = len(shape) >= 2 and out_axis in (0, 1) and 1 <= groups <= max(1, shape[0]) and shape[0] % groups == 0
     if not fits or (groups > 1 and out_axis == 0):
@@ -251,7 +264,7 @@ def _grid(said: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGr
 
 
 def _chunk(said: Mapping[str, Any]) -> ChunkEntry:
-    until = _ints(said, "until", range(2, 3))
+    until = _ints(said, "until", 2)
     streams = {}
     for name, stream in _get(said, "streams", dict).items():
         coder, checksum = stream if isinstance(stream, list) and len(stream) == 2 else (None, None)
@@ -261,9 +274,9 @@ def _chunk(said: Mapping[str, Any]) -> ChunkEntry:
     return ChunkEntry((until[0], until[1]), streams)
 
 
-def _ints(said: Mapping[str, Any], key: str, length: range) -> tuple[int, ...]:
+def _ints(said: Mapping[str, Any], key: str, length: int | None) -> tuple[int, ...]:
     found = _get(said, key, list)
-    if len(found) not in length or not all(type(n) is int and 0 <= n < 1 << 60 for n in found):
+    if length not in (None, len(found)) or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in found):
         raise FormatError(f"{key} is {str(found)[:100]}, whole numbers >= 0 are needed")
     return tuple(found)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_muws.artifact.manifest import TensorEntry
+from lightning_muws.artifact.values import displayed
 from lightning_muws.tables import Column, Table, Tabular
 
 TENSORS = (
@@ -50,7 +51,7 @@ class TensorReport:
         dtype: Name of the dtype, such as ``float32``.
         shape: Shape of the tensor.
         block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
-        stored: How the values are written: a dtype, ``grid``, ``bytes``, or ``same as <name>``.
+        stored: How the values are written: a dtype, ``steps``, ``bytes``, or ``same as <name>``.
         counts: Number of dense, unified and pruned blocks.
         dense_bytes: Bytes in memory; 0 if the tensor shares the memory of an earlier one.
         n_bytes: Estimate of the bytes in the file: the tensor's share of each stream, by its number of symbols.
@@ -161,7 +162,7 @@ class FileInfo(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"compression_ratio": self.compression_ratio}
+        return asdict(replace(self, extra={})) | {"extra": self.extra, "compression_ratio": self.compression_ratio}
 
     def tables(self) -> list[Table]:
         """Return the table of the tensors and that of the streams."""
@@ -187,7 +188,7 @@ def _cells(tensor: TensorReport) -> list[str]:
 
 def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes: float = 0.0) -> TensorReport:
     """Return the report on one tensor of a file whose manifest has these entries."""
-    stored = entry.form.stored if entry.form else "bytes"
+    stored = displayed(entry.form.stored) if entry.form else "bytes"
     if entry.same_as is not None:
         stored = f"same as {entries[entry.same_as].name}"
     return TensorReport(

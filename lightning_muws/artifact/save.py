@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import ChunkWriter
-from lightning_muws.artifact.container import dump, write
+from lightning_muws.artifact.codecs import encode
+from lightning_muws.artifact.container import write
+from lightning_muws.artifact.entropy import count, entropy_bytes
+from lightning_muws.artifact.json_text import why_unstorable
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
-from lightning_muws.artifact.rans import count, encode, entropy_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Loss, choose
+from lightning_muws.artifact.values import Loss, choose, displayed
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -82,10 +84,10 @@ def save_compressed(
         raise SettingError(f"{path} cannot be written: it is a folder, or is in none")
     state = read_state(model)
     _check_blocks(blocks, state)
-    _check_extra(extra or {})
+    own = _check_json(extra, state.modules)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as body:
         writer = _Writer(state, loss, body, progress or (lambda done, total: None))
-        manifest = writer.run(blocks, extra or {})
+        manifest = writer.run(blocks, own)
         check = _checker(state, manifest) if loss else lambda file: None
         header_bytes = write(path, manifest.to_dict(), writer.lengths, body, check)
     tensors = (tensor_report(e, manifest.tensors, writer.shares[e.name]) for e in manifest.tensors)
@@ -197,14 +199,16 @@ class _Writer:
         found = []
         for name, coded in self.coded.items():
             coders, lengths, raw, entropies = zip(*coded, strict=True)
-            found.append(StreamReport(name, "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies)))
+            found.append(
+                StreamReport(displayed(name), "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies))
+            )
         return tuple(found)
 
 
 def _grid(name: str, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> BlockGrid | None:
     """Return how a weight is cut; None where it is flat."""
     if isinstance(blocks, Mapping) and name in blocks:
-        grid: BlockGrid | None = blocks[name]
+        grid: BlockGrid | None = blocks[name].unbatched(x.shape)
     elif x.ndim < 2 or not x.numel():
         grid = None
     elif isinstance(blocks, tuple):
@@ -235,11 +239,14 @@ def _check_blocks(blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, stat
         BlockGrid(blocks)
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
-    try:
-        dump(dict(extra))
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"extra={str(extra)[:100]} cannot be written as JSON: {error}") from None
+def _check_json(extra: Mapping[str, Any] | None, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``extra`` as a dict that comes back equal."""
+    if not isinstance(extra, (Mapping, type(None))):
+        raise SettingError(f"extra is a {type(extra).__name__}, a dict is needed")
+    own = dict(extra or {})
+    if why := why_unstorable(own, "extra") or why_unstorable(modules, "the versions of the modules"):
+        raise SettingError(f"this cannot be written as JSON: {why}")
+    return own
 
 
 def _checker(state: State, manifest: Manifest) -> Callable[[IO[bytes]], None]:

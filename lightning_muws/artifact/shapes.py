@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from lightning_muws.artifact.rans import entropy_bytes
+from lightning_muws.artifact.entropy import entropy_bytes
 from lightning_muws.artifact.streams import N_KINDS, Patterns, block_bits, kinds_of, pack_kinds, plane, rotate
 from lightning_muws.artifact.values import bits
 from lightning_muws.structure.grid import BlockGrid

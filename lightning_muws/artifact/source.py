@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_muws.artifact.json_text import why_unstorable
 from lightning_muws.artifact.load import load_compressed
-from lightning_muws.artifact.manifest import DTYPES
+from lightning_muws.artifact.manifest import DTYPES, why_too_large
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import clean_name
 from lightning_muws.structure.sharded import whole
@@ -110,6 +111,10 @@ def _checked(key: object, value: object) -> str:
     if dtype not in DTYPES or value.layout != torch.strided or value.is_meta or value.is_quantized:
         kind = "on the meta device" if value.is_meta else f"of dtype {dtype} and layout {value.layout}"
         raise SettingError(f"{key!r} is {kind}, only dense tensors with values of {', '.join(DTYPES)} can be stored")
+    if why := why_too_large(value.shape):
+        raise SettingError(f"{key!r} {why}")
+    if why := why_unstorable(key, f"the name {key!r}"):
+        raise SettingError(why)
     return clean_name(key)
 
 
@@ -124,7 +129,8 @@ def identity(x: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common if and only if they are one; empty tensors are not."""
     if not x.numel():
         return (id(x),)
-    return (x.untyped_storage().data_ptr(), x.device, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+    lazy = (x.is_conj(), x.is_neg())  # such a view has the memory of what it views, and other values
+    return (x.untyped_storage().data_ptr(), x.device, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, lazy)
 
 
 def plain(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_muws.artifact.rans import Bytes
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.errors import FormatError
 from lightning_muws.structure.kinds import Kind
 

@@ -15,9 +15,9 @@ from lightning_muws.errors import SettingError
 from lightning_muws.structure.grid import BlockGrid
 
 FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
-GRID = "grid"  # patterns of 16 bits: the sign, and how many steps
+STEPS = "grid"  # whole multiples of a step, 16 bits each. Format 1.0 writes this word; everywhere else they are "steps"
 MAX_STEPS = (1 << 15) - 1
-WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, GRID: np.dtype(np.uint16)}
+WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, STEPS: np.dtype(np.uint16)}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLED = 4096
 
@@ -71,8 +71,8 @@ class Form:
     """How the values of a tensor are written.
 
     Args:
-        stored: A floating dtype, or ``grid``: whole multiples of ``step``.
-        step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
+        stored: A floating dtype, or ``STEPS``: whole multiples of ``step``.
+        step: In units of the weights; exact in float32 (in float64 for a float64 tensor). 0 for a dtype.
         is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Readers need
             not know.
     """
@@ -88,7 +88,7 @@ class Form:
             x: Contiguous, on the CPU.
             block_shape: Of a matrix of whole blocks whose unified blocks must not become zero; None where all is flat.
         """
-        if self.stored != GRID:
+        if self.stored != STEPS:
             return bits(x.to(getattr(torch, self.stored)))
         values = _numpy(x)
         steps = np.rint(np.abs(values) / values.dtype.type(self.step)).astype(np.uint16)
@@ -102,11 +102,21 @@ class Form:
 
     def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
         """Return the values of patterns, of the same shape, in this dtype."""
-        if self.stored != GRID:
+        if self.stored != STEPS:
             return from_bits(u, getattr(torch, self.stored)).to(dtype)
         wide = _wide(dtype)
         magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
         return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def displayed(name: str) -> str:
+    """Return how reports display the name of a form, or of a stream of values in that form.
+
+    Example:
+        >>> displayed("free.grid.0")
+        'free.steps.0'
+    """
+    return ".".join("steps" if part == STEPS else part for part in name.split("."))
 
 
 def bits(x: Tensor) -> Patterns:
@@ -149,8 +159,8 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
             # a unified block below half a step becomes one step, so that has to be within reach of the smallest one
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
             if coarse > step and top / coarse < MAX_STEPS - 1:
-                return Form(GRID, float(coarse), is_lossy=True)
-    return Form(GRID, step) if step else exact
+                return Form(STEPS, float(coarse), is_lossy=True)
+    return Form(STEPS, step) if step else exact
 
 
 def _numpy(x: Tensor) -> NDArray[Any]:
@@ -178,7 +188,7 @@ def _exact_step(flat: Tensor, top: float) -> float:
             step = value / max(1, round(value / step))
         guess = wide(step)
         for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
-            form = Form(GRID, float(near))
+            form = Form(STEPS, float(near))
             if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
                 return float(near)
     return 0.0

@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_muws.errors import PlanError, SettingError
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
+from lightning_muws.structure.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class LayerRule:
             (``Linear``, ``*Conv?d``). An embedding is covered only by a rule that names its type here.
         structure: The structure of the matching weights.
         skip: Leave the matching parameters out, dense.
+        batched: How weights of three axes are cut. ``out_in``: as a batch of matrices ``(batch, out, in)``, such as the
+            experts of Mixtral, with each block in one matrix. ``in_out``: as a batch ``(batch, in, out)``. ``never``:
+            axis 0 runs over the outputs. ``auto``: as a batch if axis 0 is longer than 1 and the owner is neither a
+            convolution nor a ``Bilinear``; ``(batch, in, out)`` if the owner sets ``is_transposed`` (transformers).
 
     Raises:
         SettingError: The regular expression is wrong.
@@ -35,8 +42,9 @@ class LayerRule:
 
     name: str = "*"
     module_type: str = "*"
-    structure: MicroStructure = field(default_factory=MicroStructure)
+    structure: MicroStructure | Structure = field(default_factory=MicroStructure)
     skip: bool = False
+    batched: Literal["auto", "never", "out_in", "in_out"] = "auto"
 
     def __post_init__(self) -> None:
         if self.name.startswith("re:"):
@@ -71,7 +79,7 @@ class PlanEntry:
     name: str
     shape: tuple[int, ...]
     module_type: str
-    structure: MicroStructure
+    structure: Structure
     grid: BlockGrid
     reason: str = ""
 
@@ -121,11 +129,12 @@ class Plan:
         shape, s = "x".join(map(str, entry.shape)), entry.structure
         if entry.reason:
             return entry.name, shape, entry.module_type, "", "", "", "", "", entry.reason
-        numbers = (*s.quotas(entry.n_blocks), entry.n_blocks, entry.n_edge)
+        counts = s.counts(entry.grid, entry.shape)
+        numbers = counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge
         return entry.name, shape, entry.module_type, "x".join(map(str, s.block_shape)), *map(str, numbers), ""
 
 
-def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[LayerRule] = ()) -> Plan:
+def make_plan(module: nn.Module, structure: Structure, rules: Sequence[LayerRule] = ()) -> Plan:
     """Return what becomes of each parameter of a model.
 
     A weight of two or more axes gets ``structure``, or that of the last rule that matches it. Left out, each with its
@@ -150,7 +159,7 @@ def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[Laye
         rule = rules[matching[-1]] if matching else LayerRule(structure=structure)
         if isinstance(parameter, UninitializedParameter):
             raise PlanError(f"{name} is not initialised yet: run one batch through the lazy module before fit")
-        grid = BlockGrid(rule.structure.block_shape, *_outputs(parameter, owner))
+        grid = _grid(parameter, owner, rule)
         entry = PlanEntry(name, tuple(parameter.shape), type(owner).__name__, rule.structure, grid)
         entries.append(replace(entry, reason=_reason(entry, parameter, [owner for _, owner in here], rule)))
     for rule, was_used in zip(rules, used, strict=True):
@@ -185,12 +194,18 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _outputs(parameter: nn.Parameter, owner: nn.Module) -> tuple[int, int]:
-    """Return the axis of a weight that runs over its outputs, and its groups; see :class:`BlockGrid`."""
+def _grid(parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> BlockGrid:
+    """Return how a weight is cut into the blocks of a rule's structure."""
+    block_shape, batched = rule.structure.block_shape, rule.batched
+    if batched in ("out_in", "in_out") and parameter.ndim == 3:
+        return BlockGrid(block_shape, out_axis=int(batched == "in_out"), batched=True)
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
-        return 1, owner.groups
+        return BlockGrid(block_shape, 1, owner.groups)
+    first_is_output = batched == "never" or any("Conv" in kind or kind == "Bilinear" for kind in _kinds(owner))
+    if parameter.ndim == 3 and len(parameter) > 1 and not first_is_output:
+        return BlockGrid(block_shape, out_axis=int(getattr(owner, "is_transposed", False) is True), batched=True)
     # The linear layer of GPT-2 in the transformers library is stored input first.
-    return int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2), 1
+    return BlockGrid(block_shape, out_axis=int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2))
 
 
 def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Module], rule: LayerRule) -> str:
@@ -199,21 +214,21 @@ def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Modul
     # torch's older weight_norm, spectral_norm and prune make the weight anew from such, as a plain attribute
     stem, _, mark = attribute.rpartition("_")
     is_part = mark in ("v", "g", "orig") and stem in vars(owners[0])
-    asked = rule.structure.quotas(entry.n_blocks)
     checks = {
         "a rule skips it": rule.skip,
         "fewer than 2 axes": parameter.ndim < 2,
-        "a bias": attribute.startswith("bias"),
+        "a bias": attribute.startswith("bias") or attribute.endswith("bias"),
         "a normalisation": any("Norm" in kind for kind in kinds),
         "an embedding": _is_embedding(attribute, owners, rule),
         "computed from other parameters": is_part or "ParametrizationList" in kinds,
         "not trained (requires_grad=False)": not parameter.requires_grad,
         f"of dtype {parameter.dtype}": not parameter.dtype.is_floating_point,
-        "prune_ratio and unify_ratio are 0": rule.structure.prune_ratio == rule.structure.unify_ratio == 0,
-        f"smaller than one block of {entry.grid.block_shape}": entry.n_blocks == 0,
-        f"the ratios of {entry.n_blocks} blocks round to none": sum(asked) == 0,
     }
-    return next((reason for reason, holds in checks.items() if holds), "")
+    if not entry.grid.fits(entry.shape):
+        n_out, rows = entry.shape[1 + entry.grid.out_axis], entry.grid.block_shape[0]
+        checks[f"each of its matrices has {n_out} outputs, which blocks of {rows} rows do not fill"] = True
+    found = next((reason for reason, holds in checks.items() if holds), "")
+    return found or entry.structure.objection(entry.grid, entry.shape)
 
 
 def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:

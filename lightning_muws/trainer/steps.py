@@ -76,13 +76,12 @@ class StepWatch:
 
 def unannounced(names: Iterable[str], phase: str) -> str:
     """Return a warning on weights that were changed past all announced steps."""
-    follows = {
-        "admm": "no penalty pulls them towards their structure",
-        "retraining": "they are held to their structure, but their gradients and moments are not",
-    }
+    follows = "no penalty pulls them towards their structure"
+    if phase == "retraining":
+        follows = "they are held to their structure, but their gradients and moments are not"
     return (
         f"{', '.join(sorted(names)[:5])} changed in training without a step that Lightning announces, so "
-        f"{follows[phase]}; step the optimizers that self.optimizers() returns, not those inside them"
+        f"{follows}; step the optimizers that self.optimizers() returns, not those inside them"
     )
 
 

@@ -122,6 +122,17 @@ def reshard(module: Any) -> None:
             part.reshard()
 
 
+def averages(trainer: Any) -> bool:
+    """Return whether a callback of the Trainer averages weights."""
+    return any(is_a(callback, "WeightAveraging") for callback in trainer.callbacks)
+
+
+def logs_now(trainer: Any, batch_idx: int) -> bool:
+    """Return whether the Trainer logs at the end of this batch."""
+    every = trainer.log_every_n_steps
+    return bool(every) and not trainer.barebones and ((batch_idx + 1) % every == 0 or trainer.is_last_batch)
+
+
 def reset_averages(trainer: Any) -> None:
     """Let WeightAveraging begin anew: an average over weights of no and of one structure would have none."""
     for callback in trainer.callbacks:

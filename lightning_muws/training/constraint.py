@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import apply_, choice_state, largest, load_choice, local, norm, part, whole
 from lightning_muws.structure.support import Support
-from lightning_muws.training.admm import on_device
+from lightning_muws.training.record import on_device
 
 # States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
 UNSIGNED = {"sum", "exp_inf", "acc_delta", "step_size"}
@@ -95,8 +96,9 @@ class Constraint:
         """Check that each of these weights fulfils its constraint with ``==``.
 
         Raises:
-            StateError: One does not; says which, and how far it is away.
+            StateError: One does not; the message has its name and its distance. Or a weight has NaN or Inf.
         """
+        check_finite(weights)
         for name, weight in weights.items():
             support, weight = self.supports[name], weight.detach()
             if self.unified == "frozen" and largest(weight, support, _moved, self.magnitudes[name]):
@@ -117,13 +119,11 @@ class Constraint:
     def from_state_dict(
         cls, state: Mapping[str, Any], weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]
     ) -> Constraint:
-        """Return the constraint of a state, on the devices of these weights.
-
-        Raises:
-            StateError: The state is of other weights.
-        """
-        saved = on_device(state["weights"], weights, entries)
-        choices = {name: load_choice(weights[name], tensors, entries[name].grid) for name, tensors in saved.items()}
+        """Return the constraint that :meth:`state_dict` described, on the devices of these weights, in their dtypes."""
+        choices = {
+            name: load_choice(weights[name], on_device(saved, weights[name], weights[name].dtype), entries[name].grid)
+            for name, saved in state["weights"].items()
+        }
         constraint = cls(
             {n: s for n, (s, _) in choices.items()}, {n: m for n, (_, m) in choices.items()}, state["unified"]
         )
@@ -135,6 +135,24 @@ class Constraint:
         self.supports = {name: support.to(weights[name].device) for name, support in self.supports.items()}
         self.magnitudes = {name: x.to(weights[name].device) for name, x in self.magnitudes.items()}
         self._directions = {n: s if self.unified == "tied" else s.fixed for n, s in self.supports.items()}
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Check that no weight has NaN or Inf. It costs one norm a weight; on a mesh, every rank must call it.
+
+    Raises:
+        StateError: One has; the message has its name, and how many of its values are not finite.
+    """
+    for name, weight in weights.items():
+        if math.isfinite(norm(weight.detach())):
+            continue
+        n_bad = int((~torch.isfinite(whole(weight.detach()))).sum())  # 0 where the norm of finite weights overflows
+        if n_bad:
+            raise StateError(
+                f"{name} holds {n_bad} values of {weight.numel()} that are NaN or Inf: lower the learning rate or "
+                "clip the gradient, and resume from a checkpoint with finite weights"
+            )
 
 
 def _moved(support: Support, weight: Tensor, magnitudes: Tensor) -> float:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_muws.errors import SettingError
+from lightning_muws.training.checks import check_choice
+from lightning_muws.training.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Phases:
-    """When ADMM starts, updates and ends, and how hard it pulls. The Trainer owns the length of the run.
+    """When the training method starts, updates and ends, and which method it is. The Trainer owns the run's length.
 
     A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is written as a float:
     ``3`` is the fourth epoch, ``0.3`` that after three tenths. Before ``admm_start`` the network trains dense, from
@@ -23,9 +25,7 @@ class Phases:
         admm_end: When the weights are projected and retraining starts.
         update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
             if it is written as a float; within an epoch where that is shorter.
-        rho: Penalty factor at the start, in units of the loss per squared weight.
-        rho_growth: Factor on rho after each update (and for each that was left out where batches are rare).
-        rho_max: Where rho stops growing.
+        method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
 
     Raises:
         SettingError: A value is not allowed.
@@ -35,13 +35,11 @@ class Phases:
     admm_start: int | float = 0.2
     admm_end: int | float = 0.5
     update_every: int | float = 0.04
-    rho: float = 3e-3
-    rho_growth: float = 1.15
-    rho_max: float = 1.0
+    method: str = "admm"
 
     def __post_init__(self) -> None:
-        if self.interval not in ("epoch", "step"):
-            raise SettingError(f"interval={self.interval!r} is not allowed: give 'epoch' or 'step'")
+        check_choice("interval", self.interval, ("epoch", "step"))
+        check_choice("method", self.method, tuple(METHODS))
         for name in ("admm_start", "admm_end", "update_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -54,10 +52,6 @@ class Phases:
             raise SettingError(f"update_every={self.update_every!r} is not allowed: give a count >= 1 or a share > 0")
         if type(self.admm_start) is type(self.admm_end) and self.admm_end < self.admm_start:
             raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
-        if not 0 < self.rho <= self.rho_max < math.inf:
-            raise SettingError(f"rho={self.rho!r} is not allowed: give 0 < rho <= rho_max={self.rho_max!r}")
-        if not 1 <= self.rho_growth < math.inf:
-            raise SettingError(f"rho_growth={self.rho_growth!r} is not allowed: give a factor >= 1")
 
     def on(self, length: int | None, clip: bool = False) -> Timeline:
         """Return the phases as counts, on a run of ``length`` epochs (or steps); None is a run without end.

@@ -462,6 +462,15 @@ def test_the_report_says_where_the_bytes_are(path):
     assert "magnitudes.float32.3" in console.export_text()
 
 
+def test_reports_display_multiples_of_a_step_as_steps(path):
+    report = save_compressed({"w": torch.arange(-64.0, 64.0).view(8, 16)}, path)
+    info = inspect_compressed(path)
+    assert report.tensors[0].stored == info.tensors[0].stored == "steps"
+    assert {s.name for s in report.streams} == set(info.streams) == set(info.coders)
+    assert "magnitudes.steps.0" in info.streams
+    assert b"c0.magnitudes.grid.0" in path.read_bytes()
+
+
 # ---- on the disk
 
 

@@ -10,7 +10,7 @@ from lightning_muws import MicroStructure
 from lightning_muws.artifact import streams
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.streams import Parts, join, pack_kinds, pack_signs, split, unpack_kinds, unpack_signs
-from lightning_muws.artifact.values import GRID, Form, Loss, bits, choose
+from lightning_muws.artifact.values import STEPS, Form, Loss, bits, choose
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
@@ -123,7 +123,7 @@ def test_whole_multiples_of_a_step_are_found_and_exact(seed, dtype, largest, ste
     w = (steps.to(wide) * torch.tensor(step, dtype=wide)).to(dtype)
     form = choose(w, None, Loss(), 1.0)
     if dtype in (torch.float32, torch.float64):
-        assert form.stored == GRID
+        assert form.stored == STEPS
     assert same_bits(form.values(form.patterns(w), dtype), w)
 
 

@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_muws import LayerRule, MicroStructure, Phases, Retraining, WeightUnificationCallback
+from lightning_muws import LayerRule, MicroStructure, Penalty, Phases, Retraining, WeightUnificationCallback
 from lightning_muws.errors import PlanError, SettingError, StateError
 from lightning_muws.structure.kinds import Kind
-from tests.support.explicit import PHASES, Explicit, Snapshot, assert_same_after_admm
+from tests.support.explicit import PENALTY, PHASES, Explicit, Snapshot, assert_same_after_admm
 from tests.support.modules import OPTIMIZERS, QUIET, STRUCTURE, Probe, TwoLayers, fit
 from tests.support.strategies import same_bits
 
@@ -205,7 +205,7 @@ class Journal(Callback):
 
 def test_phases_change_at_the_beginning_of_epochs():
     callback = WeightUnificationCallback(
-        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1, rho=0.01, rho_growth=1.5)
+        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1), penalty=Penalty(0.01, 1.5)
     )
     journal = Journal(callback)
     fit(TwoLayers(), callback, journal, max_epochs=10)
@@ -325,7 +325,7 @@ def test_monitors_judge_retraining_only(tmp_path, patience):
 
 
 def test_what_is_logged(tmp_path):
-    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, penalty=PENALTY)
     trainer = fit(TwoLayers(), callback, max_epochs=6, logger=CSVLogger(tmp_path), log_every_n_steps=4)
     with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("muws/phase")]
