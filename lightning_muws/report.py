@@ -146,31 +146,6 @@ def residual_table(history: Sequence[Update]) -> Table:
     )
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return a plan as a table: the blocks of each covered parameter, and why each other one is left out."""
-    columns = [
-        Column("parameter", room=24),
-        Column("shape", drop=1),
-        Column("module", drop=4, room=12),
-        Column("block", drop=2),
-        Column("pruned"),
-        Column("unified"),
-        Column("blocks"),
-        Column("edge", drop=3),
-    ]
-    rows = []
-    for entry in plan.entries:
-        row = [entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.module_type]
-        if entry.reason:
-            rows.append([*row, f"left out: {entry.reason}"])
-            continue
-        counts = entry.structure.counts(entry.grid, entry.shape)
-        numbers = (counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge)
-        rows.append([*row, "x".join(map(str, entry.grid.block_shape)), *(f"{n:,}" for n in numbers)])
-    covered = f"{len(plan.covered)} of {len(plan.entries)} parameters get a structure"
-    return Table(title=f"Plan: {covered}", columns=columns, rows=rows)
-
-
 def make_report(
     module: nn.Module,
     plan: Plan,

@@ -41,7 +41,8 @@ class Table:
     Args:
         title: Printed above the table.
         columns: The columns.
-        rows: The cells, one string for each column. The last cell of a shorter row reaches to the end of its line.
+        rows: The cells, one string for each column. The last cell of a shorter row reaches to the end of its line, and
+            continues on further lines.
         total: The last row, below a line; empty for none.
         notes: Sentences printed below the table, each as a paragraph.
     """
@@ -73,8 +74,12 @@ class Table:
 
         def line(row: Sequence[str]) -> str:
             own = cells(row)
-            aligned = [self._cell(i, own[i], n) for i, n in widths.items() if i < len(own)]
-            return GAP.join([*aligned, *row[len(own) :]]).rstrip()
+            aligned = "".join(self._cell(i, own[i], n) + GAP for i, n in widths.items() if i < len(own))
+            rest = "".join(row[len(own) :])
+            if rest and width is not None:
+                room = max(LEAST_NAME, width - len(aligned))
+                rest = f"\n{' ' * len(aligned)}".join(_wrapped(rest, room))
+            return (aligned + rest).rstrip()
 
         rule = GAP.join("-" * n for n in widths.values())
         left_out = [header[i] for i in longest if i not in widths]
@@ -107,7 +112,7 @@ class Table:
         body = "".join(row(cells, "td") for cells in self.rows)
         foot = f"<tfoot>{row(self.total, 'th')}</tfoot>" if self.total else ""
         notes = "".join(f"<p>{html.escape(visible(note))}</p>" for note in self.notes)
-        title = f"<p><strong>{html.escape(visible(self.title))}</strong></p>"
+        title = f"<p><strong>{html.escape(visible(self.title))}</strong></p>" if self.title else ""
         return f"<div>{title}<table><thead>{head}</thead><tbody>{body}</tbody>{foot}</table>{notes}</div>"
 
     def _cell(self, i: int, cell: str, width: int) -> str:
@@ -142,8 +147,12 @@ class Tabular:
         """Print the tables."""
         sys.stdout.write(f"{self}\n")
 
+    def text(self, width: int | None = None) -> str:
+        """Return the tables as lines of at most ``width`` characters where their numbers allow that; None: no limit."""
+        return "\n\n".join(table.text(width) for table in self.tables())
+
     def __str__(self) -> str:
-        return join(self.tables(), terminal_width())
+        return self.text(terminal_width())
 
     def _repr_html_(self) -> str:
         return "".join(table.html() for table in self.tables())
@@ -151,12 +160,7 @@ class Tabular:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        yield Text(join(self.tables(), options.max_width))
-
-
-def join(tables: Sequence[Table], width: int | None) -> str:
-    """Return tables as text, one below the other."""
-    return "\n\n".join(table.text(width) for table in tables)
+        yield Text(self.text(options.max_width))
 
 
 def terminal_width() -> int | None:
@@ -180,9 +184,10 @@ def visible(text: str) -> str:
 def shorten(name: str, width: int) -> str:
     """Return a name in at most ``width`` characters.
 
-    The parts between its dots become initials until it fits, numbers excepted: first the inner parts, then the last
-    one, the first one, and the one before the last. If that is not enough, the beginning is left out, where layers of
-    one network differ least; or the middle of a name without inner parts. Words before the name stay.
+    The parts between its dots become initials until it fits, with the numbers at their ends: first the inner parts,
+    then the last one, the first one, and the one before the last. If that is not enough, the beginning is left out,
+    where the layers of one network differ least; or the middle of a name without inner parts. Words before the name
+    stay.
 
     Example:
         >>> shorten("bert.encoder.layer.11.output.dense.weight", 30)
@@ -198,8 +203,8 @@ def shorten(name: str, width: int) -> str:
     for i in (*inner, -1, 0, -2) if len(parts) > 2 else ():
         if len(".".join(parts)) <= width:
             break
-        if not parts[i].isdecimal():
-            parts[i] = parts[i][:1]
+        stem = parts[i].rstrip("0123456789")
+        parts[i] = stem[:1] + parts[i][len(stem) :]
     short = ".".join(parts)
     if len(short) <= width:
         return short

@@ -18,8 +18,19 @@ from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.structure import Structure, check_structure
+from lightning_muws.tables import Column, Table, Tabular
 
 VECTOR, BIAS, NORM = NEVER = ("fewer than 2 axes", "a bias", "a normalisation")  # no rule covers these
+COLUMNS = (
+    Column("parameter", room=24),
+    Column("shape", drop=1),
+    Column("module", drop=4, room=12),
+    Column("block", drop=2),
+    Column("pruned"),
+    Column("unified"),
+    Column("blocks"),
+    Column("edge", drop=3),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """An entry for each parameter of a model, in the model's order; printing it shows a table."""
 
     entries: tuple[PlanEntry, ...]
@@ -129,22 +140,19 @@ class Plan:
         covered = self.covered
         return {name: p for name, p, _ in named_weights(module) if name in covered}
 
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "module", "block", "pruned", "unified", "blocks", "edge", "left out because")
-        rows = [header, *(self._row(entry) for entry in self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+    def tables(self) -> list[Table]:
+        """Return the table of the parameters: the blocks of each covered one, and why each other one is left out."""
+        title = f"Plan: {len(self.covered)} of {len(self.entries)} parameters get a structure"
+        return [Table(title, COLUMNS, [self._row(entry) for entry in self.entries])]
 
     @staticmethod
     def _row(entry: PlanEntry) -> tuple[str, ...]:
-        shape, s = "x".join(map(str, entry.shape)), entry.structure
+        row = entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.module_type
         if entry.reason:
-            return entry.name, shape, entry.module_type, "", "", "", "", "", entry.reason
-        counts = s.counts(entry.grid, entry.shape)
+            return *row, f"left out: {entry.reason}"
+        counts = entry.structure.counts(entry.grid, entry.shape)
         numbers = counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge
-        return entry.name, shape, entry.module_type, "x".join(map(str, s.block_shape)), *map(str, numbers), ""
+        return *row, "x".join(map(str, entry.structure.block_shape)), *(f"{n:,}" for n in numbers)
 
 
 def make_plan(

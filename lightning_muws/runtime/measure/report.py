@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.runtime.kernels import DENSE
-from lightning_muws.runtime.measure import tables
+from lightning_muws.runtime.measure.tables import markdown, speed_tables
 from lightning_muws.runtime.native.library import level
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+from lightning_muws.tables import Table, Tabular
 
 FORMAT = 1  # of the JSON file
 MAX_BYTES = 1 << 26  # of a saved report; a larger file is none
-FILE_WIDTH = 180  # columns of tables that are printed to a file or a pipe
+WIDE = 150  # characters of a line from which on the tables have the time of every kernel
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class LayerSpeed:
 
 
 @dataclass(frozen=True)
-class SpeedReport:
+class SpeedReport(Tabular):
     """What ``accelerate`` measured and chose. ``print()`` shows it; a notebook shows it as a table.
 
     Args:
@@ -208,22 +205,16 @@ class SpeedReport:
 
     def markdown(self) -> str:
         """Return the table of layers, the times of the whole network and the summary as Markdown."""
-        return tables.markdown(self)
+        return markdown(self)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the tables for the width at hand; from 150 columns on they show the time of every kernel."""
-        yield from tables.terminal_tables(self, options.max_width)
+    def tables(self) -> list[Table]:
+        """Return the tables with the time of every kernel."""
+        return speed_tables(self, with_kernels=True)
 
-    def _repr_html_(self) -> str:
-        """Return the tables for a notebook."""
-        return tables.html_tables(self)
-
-    def print(self) -> None:
-        """Print the tables to the terminal; to a file or a pipe they are ``COLUMNS`` wide, or 180."""
-        from rich.console import Console
-
-        console = Console()
-        (console if console.is_terminal or "COLUMNS" in os.environ else Console(width=FILE_WIDTH)).print(self)
+    def text(self, width: int | None = None) -> str:
+        """Return the tables for this width; from ``WIDE`` characters on they have the time of every kernel."""
+        found = speed_tables(self, with_kernels=width is None or width >= WIDE)
+        return "\n\n".join(table.text(width) for table in found)
 
 
 def _shapes(values: Any) -> tuple[tuple[int, ...], ...]:

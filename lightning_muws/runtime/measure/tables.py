@@ -1,63 +1,55 @@
-"""Shows a speed report: as tables for a terminal of any width, as HTML for a notebook, and as Markdown."""
+"""Shows a speed report: as tables for a terminal of any width or a notebook, and as Markdown."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from lightning_muws.tables import Column, Table
 
+if TYPE_CHECKING:
     from lightning_muws.runtime.measure.report import LayerSpeed, SpeedReport
 
-WIDE_HEADERS = ("layer", "type", "block", "zeros", "kernels, ms", "winner", "gain", "theory", "error")
-# The columns of a layer, by the least width of the terminal.
-HEADERS = {
-    150: WIDE_HEADERS,
-    100: ("layer", "type", "block", "zeros", "winner", "ms", "gain", "theory", "error"),
-    0: ("layer", "type", "block", "zeros", "winner", "ms", "gain"),
-}
-FORM_HEADERS = ("whole network", "ms", "error")
-TEXT_COLUMNS = frozenset({"layer", "type", "kernels, ms", "winner", "whole network"})
-LEGEND = "Times are medians. Gain is over the layer's best dense form."
-COMPARISON = " bf16 and int8 are for comparison."
-THEORY = " Theory is 1 / (1 - zeros). Errors are relative to float64."
+COLUMNS = (
+    Column("layer", room=20),
+    Column("type"),
+    Column("block"),
+    Column("zeros"),
+    Column("winner", room=12),
+    Column("ms"),
+    Column("gain"),
+    Column("theory", drop=2),
+    Column("error", drop=1),
+)
+FORMS = (Column("whole network", room=30), Column("ms"), Column("error"))
+HEADERS = ("layer", "type", "block", "zeros", "kernels, ms", "winner", "gain", "theory", "error")  # in Markdown
+LEGEND = (
+    "ms: median. gain: over the layer's best dense form. theory: 1 / (1 - zeros). error: relative to float64. "
+    "bf16 and int8 are for comparison."
+)
 
 
-def terminal_tables(report: SpeedReport, width: int) -> list[RenderableType]:
-    """Return what rich prints: layers, layers left alone, whole-network times, summary; for ``width`` columns."""
-    from rich.padding import Padding
-    from rich.text import Text
+def speed_tables(report: SpeedReport, with_kernels: bool) -> list[Table]:
+    """Return the table of the layers, if any was measured, and that of the whole network with its summary.
 
-    headers = HEADERS[next(least for least in HEADERS if width >= least)]
-    parts: list[RenderableType] = [Text(title(report), style="bold")]
-    if layers := _measured(report):
-        parts.append(_rich_table(headers, [_cells(layer, headers) for layer in layers]))
-    parts += [Padding(Text(line), (0, 0, 0, 1)) for line in _left_alone(report)]
-    parts.append(_rich_table(FORM_HEADERS, _forms(report)))
-    parts += [Text(f"{report.summary()}."), Text(_legend(report, headers), style="dim")]
-    return parts
-
-
-def html_tables(report: SpeedReport) -> str:
-    """Return the same as HTML, every kernel's time included."""
-    parts = [f"<b>{html.escape(title(report))}</b>"]
-    if layers := _measured(report):
-        parts.append(_html_table(WIDE_HEADERS, [_cells(layer, WIDE_HEADERS) for layer in layers]))
-    parts += [f"<div>{html.escape(line)}</div>" for line in _left_alone(report)]
-    parts.append(_html_table(FORM_HEADERS, _forms(report)))
-    parts += [
-        f"<div>{html.escape(report.summary())}.</div>",
-        f"<small>{html.escape(_legend(report, WIDE_HEADERS))}</small>",
-    ]
-    return "\n".join(parts)
+    Args:
+        report: The report.
+        with_kernels: Whether a line below each layer has the times of all its kernels.
+    """
+    rows: list[tuple[str, ...]] = []
+    for layer in _measured(report):
+        cells = _cells(layer)
+        rows.append(tuple(cells[column.header] for column in COLUMNS))
+        if with_kernels:
+            rows.append(("", f"kernels, ms: {cells['kernels, ms']}"))
+    layers = [Table(title(report), COLUMNS, rows)] if rows else []
+    notes = [*_left_alone(report), f"{report.summary()}.", LEGEND]
+    return [*layers, Table("" if layers else title(report), FORMS, _forms(report), notes=notes)]
 
 
 def markdown(report: SpeedReport) -> str:
     """Return the layers' table, the whole-network times and the summary as Markdown."""
-    rows = [_cells(layer, WIDE_HEADERS) for layer in _measured(report)]
-    lines = ["| " + " | ".join(WIDE_HEADERS) + " |", "|---" * len(WIDE_HEADERS) + "|"]
+    rows = [[_cells(layer)[header] for header in HEADERS] for layer in _measured(report)]
+    lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     whole = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in report.times.items())
     alone = [f"- {line}" for line in _left_alone(report)]
@@ -70,10 +62,6 @@ def title(report: SpeedReport) -> str:
     device = "" if m.device == "cpu" else f", {m.device}"
     threads = f"{m.threads} thread" + ("s" if m.threads != 1 else "")
     return f"Speed on {m.cpu}{device}, {threads}, torch {m.torch_version}, native kernels: {m.native}"
-
-
-def _legend(report: SpeedReport, headers: Sequence[str]) -> str:
-    return LEGEND + (THEORY if "theory" in headers else "") + ("" if report.dtype == "bfloat16" else COMPARISON)
 
 
 def _measured(report: SpeedReport) -> list[LayerSpeed]:
@@ -89,9 +77,10 @@ def _left_alone(report: SpeedReport) -> list[str]:
     return [f"not measured, as {reason}: {', '.join(found)}" for reason, found in names.items()]
 
 
-def _cells(layer: LayerSpeed, headers: Sequence[str]) -> tuple[str, ...]:
+def _cells(layer: LayerSpeed) -> dict[str, str]:
+    """Return the cells of a layer, by their headings."""
     ms = {name: f"{1e3 * seconds:.3f}" for name, seconds in layer.times.items()}
-    cells = {
+    return {
         "layer": layer.name or "(model)",
         "type": layer.layer,
         "block": "x".join(map(str, layer.block_shape)),
@@ -103,7 +92,6 @@ def _cells(layer: LayerSpeed, headers: Sequence[str]) -> tuple[str, ...]:
         "theory": f"{layer.theory:.1f}",
         "error": f"{layer.errors.get(layer.winner, float('nan')):.1e}",
     }
-    return tuple(cells[header] for header in headers)
 
 
 def _forms(report: SpeedReport) -> list[tuple[str, ...]]:
@@ -114,30 +102,3 @@ def _forms(report: SpeedReport) -> list[tuple[str, ...]]:
         (f"{name}{marks.get(name, '')}", f"{1e3 * seconds:.3f}", f"{report.errors.get(name, float('nan')):.1e}")
         for name, seconds in report.times.items()
     ]
-
-
-def _rich_table(headers: Sequence[str], rows: Sequence[tuple[str, ...]]) -> RenderableType:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in headers:
-        is_text = header in TEXT_COLUMNS
-        folds = header in ("layer", "type", "kernels, ms")  # the others keep their width
-        table.add_column(header, justify="left" if is_text else "right", overflow="fold", no_wrap=not folds)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _html_table(headers: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        style = {True: ' style="text-align:left"', False: ' style="text-align:right"'}
-        inside = "".join(
-            f"<{tag}{style[header in TEXT_COLUMNS]}>{html.escape(cell)}</{tag}>"
-            for header, cell in zip(headers, cells, strict=True)
-        )
-        return f"<tr>{inside}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f"<table><thead>{line('th', headers)}</thead><tbody>{body}</tbody></table>"
