@@ -150,6 +150,37 @@ def test_one_version_stands_everywhere():
     assert f"repository-code: {repository()}\n" in citation
 
 
+def tree_of_the_docs() -> set[str]:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"^```\nlightning_muws/\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1)
+    folders, files = {0: ""}, set()
+    for indent, name in re.findall(r"^( +)(\S+)", block, re.MULTILINE):
+        path = folders[len(indent) - 2] + name
+        if name.endswith("/"):
+            folders[len(indent)] = path
+        else:
+            files.add(path)
+    return files
+
+
+def test_the_page_of_the_architecture_shows_each_file_of_the_package():
+    package = Path(lightning_muws.__file__).parent
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    empty = {name for name in files if name.endswith("/__init__.py")} - {"runtime/kernels/__init__.py"}
+    assert tree_of_the_docs() == files - empty
+
+
+def test_the_index_of_the_api_has_each_public_name():
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\[`(\w+)`\]", text)) == set(lightning_muws.__all__)
+
+
+def test_every_page_of_the_docs_is_in_the_menu_of_the_site():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE))
+
+
 SETTINGS = re.findall(
     r"^\| `(\w+)\((.*?)\)` \|", (ROOT / "docs" / "getting-started.md").read_text("utf-8"), re.MULTILINE
 )
