@@ -1,4 +1,4 @@
-"""The public face: its names, their texts, and the README's code."""
+"""The public names and their docstrings, the code of the README, and what the docs claim."""
 
 import ast
 import dataclasses
@@ -38,13 +38,13 @@ def test_the_public_names():
         assert name in dir(lightning_muws)
 
 
-def test_a_wrong_name_says_what_there_is():
+def test_a_wrong_name_lists_the_right_ones():
     with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has FormatError"):
         _ = lightning_muws.accelerat
 
 
 @pytest.mark.parametrize(("name", "thing"), list(public_things()), ids=lambda x: x if isinstance(x, str) else "")
-def test_every_public_thing_says_what_it_does(name, thing):
+def test_every_public_object_has_a_docstring(name, thing):
     assert thing.__doc__, name
     assert re.match(r"[A-Z`].*[.:]$", thing.__doc__.splitlines()[0]), f"{name}: {thing.__doc__.splitlines()[0]}"
     if inspect.isclass(thing):
@@ -58,7 +58,7 @@ def overrides(kind: type, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["LayerRule", "MicroStructure", "Phases", "Retraining"])
-def test_settings_are_frozen_dataclasses_with_working_defaults_and_texts(name):
+def test_settings_are_frozen_dataclasses_with_working_defaults_and_docstrings(name):
     kind = getattr(lightning_muws, name)
     assert kind.__dataclass_params__.frozen
     kind()
@@ -69,7 +69,7 @@ def test_settings_are_frozen_dataclasses_with_working_defaults_and_texts(name):
         assert "None" not in str(field.type), f"{field.name} is optional"
 
 
-def test_every_error_is_of_the_family():
+def test_every_error_is_a_muws_error():
     from lightning_muws import errors
 
     kinds = [k for k in vars(errors).values() if inspect.isclass(k)]
@@ -81,7 +81,7 @@ def readme_code() -> str:
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
 
 
-def test_the_readme_begins_with_code_that_runs(capsys, tmp_path, monkeypatch):
+def test_the_code_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = readme_code()
     assert len([line for line in code.splitlines() if line]) <= 20
@@ -113,7 +113,7 @@ def test_each_row_of_the_page_of_modes_is_backed_by_a_test(row):
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_page_of_modes_says_what_each_refusal_says():
+def test_the_page_of_modes_repeats_each_refusal():
     rows = {row[0]: row[1] for row in rows_of_modes()}
     names = {"DeepSpeedStrategy": "DeepSpeed", "FSDPStrategy": "FSDP1 (`FSDPStrategy`)", "LBFGS": "LBFGS"}
     for kind, why in REFUSED.items():
@@ -129,7 +129,7 @@ def repository() -> str:
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
-def test_links_work_outside_the_repository_and_lead_to_files_of_it(file):
+def test_links_are_absolute_and_their_files_exist(file):
     links = re.findall(r"\]\((.*?)\)", (ROOT / file).read_text(encoding="utf-8"))
     assert links
     raw = repository().replace("github.com", "raw.githubusercontent.com")
@@ -143,7 +143,7 @@ def test_links_work_outside_the_repository_and_lead_to_files_of_it(file):
                 assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
 
 
-def test_one_version_stands_everywhere():
+def test_the_version_is_the_same_everywhere():
     assert re.search(r'^version = "(.*)"$', project(), re.MULTILINE).group(1) == lightning_muws.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {lightning_muws.__version__}\n" in citation
