@@ -169,7 +169,7 @@ def make_report(
 
 def _layer(entry: PlanEntry, weight: Tensor, support: Support, primal: float) -> LayerReport:
     counts, (rows, cols), n = support.counts(), entry.grid.block_shape, entry.grid.block_numel
-    value_bits, shared = 8 * weight.element_size(), entry.structure.signs == "shared"
+    value_bits, shared = 8 * weight.element_size(), support.shares_signs
     free = counts[Kind.DENSE] * n + entry.n_edge
     unified_bits = value_bits + (0 if shared else n)
     shares = [count / entry.n_blocks for count in counts.values() if count]

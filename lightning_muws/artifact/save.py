@@ -204,7 +204,7 @@ class _Writer:
 def _grid(name: str, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> BlockGrid | None:
     """Return how a weight is cut; None where it is flat."""
     if isinstance(blocks, Mapping) and name in blocks:
-        grid: BlockGrid | None = blocks[name]
+        grid: BlockGrid | None = blocks[name].unbatched(x.shape)
     elif x.ndim < 2 or not x.numel():
         grid = None
     elif isinstance(blocks, tuple):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.structure import Choice
 from lightning_muws.structure.support import Support
 
 
@@ -73,18 +74,18 @@ def largest(x: Tensor, support: Support, measure: Callable[..., float], *per_blo
     return float(worst)
 
 
-def part(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tensor]:
+def part(x: Tensor, support: Support, magnitudes: Tensor) -> Choice:
     """Return what a rank keeps of a tensor's support and magnitudes: its own blocks, all if some straddle ranks."""
     if not is_sharded(x) or (rows := _block_rows(x, support.grid)) is None:
-        return support, magnitudes
+        return Choice(support, magnitudes)
     mine, ours = support.rows(rows)
-    return Support(mine.grid, mine.kinds.clone(), mine.negative.clone()), magnitudes[ours].clone()
+    return Choice(Support(mine.grid, mine.kinds.clone(), mine.negative.clone()), magnitudes[ours].clone())
 
 
-def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tensor]:
+def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> Choice:
     """Undo :func:`part`: a collective where the tensor is sharded."""
     if not is_sharded(x) or _block_rows(x, support.grid) is None:
-        return support, magnitudes
+        return Choice(support, magnitudes)
     mine = [t.cpu() for t in (support.kinds, support.negative, magnitudes)]
     group = x.device_mesh.get_group(_sharded_axes(x)[0])  # type: ignore[attr-defined]
     parts: list[list[Tensor]] = [[]] * dist.get_world_size(group)
@@ -93,7 +94,7 @@ def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, 
         torch.cat([t for t in ours if t.numel()] or ours[:1], axis).to(x.device)
         for ours, axis in zip(zip(*parts, strict=True), (0, -2, 0), strict=True)
     )
-    return Support(support.grid, kinds, negative), magnitudes
+    return Choice(Support(support.grid, kinds, negative), magnitudes)
 
 
 def choice_state(x: Tensor, support: Support, magnitudes: Tensor) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def choice_state(x: Tensor, support: Support, magnitudes: Tensor) -> dict[str, T
     return {"magnitudes": magnitudes, **support.state_dict()}
 
 
-def load_choice(x: Tensor, state: Mapping[str, Tensor], grid: BlockGrid) -> tuple[Support, Tensor]:
+def load_choice(x: Tensor, state: Mapping[str, Tensor], grid: BlockGrid) -> Choice:
     """Return this rank's part of what :func:`choice_state` described."""
     return part(x, Support.from_state_dict(state, grid), state["magnitudes"])
 
@@ -122,8 +123,13 @@ def _block_rows(x: Tensor, grid: BlockGrid) -> slice | None:
     n_rows, size = grid.counts(x.shape)[0], grid.block_shape[0]
     if not axes:
         return slice(0, n_rows)
-    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
-    if len(axes) > 1 or placements[axes[0]] != Shard(0) or grid.out_axis or largest_part % size:
+    if len(axes) > 1 or placements[axes[0]] != Shard(0):
         return None
     (length, *_), (first, *_) = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    if grid.batched:  # a rank has whole matrices
+        down = n_rows // max(1, x.shape[0])
+        return slice(min(first * down, n_rows), min((first + length) * down, n_rows))
+    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
+    if grid.out_axis or largest_part % size:
+        return None
     return slice(min(first // size, n_rows), min((first + length) // size, n_rows))

@@ -106,7 +106,7 @@ class Support:
 
     def project_(self, weight: Tensor) -> Tensor:
         """Project in place; see :meth:`project`."""
-        return self._write_(weight, lambda pieces, flips, _: _mean(_flip_(pieces.read(), flips)))
+        return self._write_(weight, lambda pieces, flips, _: mean(lambda: _flip_(pieces.read(), flips)))
 
     def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
         """Return ``weight`` with unified blocks of these magnitudes ``(n_unified,)``, and pruned ones zero."""
@@ -133,17 +133,15 @@ class Support:
         return torch.cat(found) if found else weight.new_empty(0)
 
     @torch.no_grad()
-    def choose_signs(self, weight: Tensor, free: bool) -> tuple[Support, Tensor]:
-        """Return the support with the signs of this weight, or shared ones, and the means that these leave.
+    def unified_blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        """Yield copies of the weight's unified blocks, some at a time, ``(rows, n, cols)``, whatever their signs."""
+        for pieces, _, _ in self._unified(self._matrix(weight)):
+            yield pieces.read()
 
-        Returns:
-            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)``.
-        """
-        found = [pieces.read() for pieces, _, _ in self._unified(self._matrix(weight))]
-        if not found:
-            return self, weight.new_empty(0)
-        signs = torch.cat([x.signbit() for x in found], 1) if free else self.negative
-        return replace(self, negative=signs), torch.cat([_mean(x.abs_() if free else x) for x in found])
+    @property
+    def shares_signs(self) -> bool:
+        """Whether the weights of a unified block are one value; False if there are no unified blocks."""
+        return self.n_unified > 0 and not self.negative.numel()
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> float:
@@ -228,15 +226,33 @@ def _flip_(x: Tensor, flips: Tensor | None) -> Tensor:
     return x
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry; x is used up.
+def mean(read: Callable[[], Tensor]) -> Tensor:
+    """Return the mean of each block, ``(n,)`` of the blocks' dtype; of equal entries exactly that entry.
 
-    It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
+    It is finite for finite weights: a mean whose sum overflows is computed again from the blocks divided by a power of
+    two, which is exact.
+
+    Args:
+        read: Returns a copy of the blocks, ``(rows, n, cols)``, which is overwritten; called once or twice.
+    """
+    x = read()
+    found = _mean(x, 1.0)
+    if x.device.type != "cpu" or not torch.isfinite(found).all():  # asking another device costs more than computing
+        n_numel = x.shape[0] * x.shape[2]
+        found = torch.where(torch.isfinite(found), found, _mean(read(), 0.5 ** (n_numel.bit_length() + 1)))
+    return found.to(x.dtype)
+
+
+def _mean(x: Tensor, scale: float) -> Tensor:
+    """Return the means over axes 0 and 2, at least float32, computed on ``scale * x``; overwrites x.
+
+    The sum is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide.mul_(scale) if scale != 1 else wide
     first = wide[0, :, 0].clone()
     total = fold(fold(wide.sub_(_run(first, x.shape[2])), 0), 2).flatten()
-    return (first + total / (x.shape[0] * x.shape[2])).to(x.dtype)
+    return (first + total / (x.shape[0] * x.shape[2])).div_(scale)
 
 
 def _run(values: Tensor, cols: int) -> Tensor:

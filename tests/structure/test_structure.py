@@ -1,10 +1,13 @@
 """The structure room: worked examples, refusals, and the nearest point against brute force."""
 
 import itertools
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -17,7 +20,7 @@ from lightning_muws.structure import assign
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import make_plan
-from tests.support.strategies import normal, small_integers
+from tests.support.strategies import DTYPES, normal, small_integers
 
 # ---- worked examples
 
@@ -59,6 +62,37 @@ def test_squares_that_overflow_are_ranked_all_the_same(scale):
     expected = s.support(w)
     assert torch.equal(s.support(w * scale).kinds, expected.kinds)
     torch.testing.assert_close(s.project(w * scale) / scale, s.project(w))
+
+
+# 3e38, 1e-30 and the like, in units of the largest and of the smallest normal value of a dtype
+EXTREMES = [(dtype, scale) for dtype in DTYPES for scale in ("largest", "smallest")]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), EXTREMES)
+@pytest.mark.parametrize("signs", ["free", "shared"])
+@pytest.mark.parametrize(("prune_ratio", "unify_ratio"), [(0.0, 1.0), (0.5, 0.25)])
+def test_weights_near_the_ends_of_a_dtype_are_projected_as_in_float64(dtype, scale, signs, prune_ratio, unify_ratio):
+    unit = normal(0, 16, 16).clamp(-3, 3) / 3
+    unit[:4, :4] = 1.0  # a block of the largest value there is
+    unit[0, 4] = -1.0
+    info = torch.finfo(dtype)
+    size = info.max if scale == "largest" else info.tiny / info.eps
+    w = (unit * size).to(dtype)
+    structure = MicroStructure((4, 4), prune_ratio, unify_ratio, signs)
+    exact = w.double() / size  # of ordinary size
+    found, expected = structure.project(w), structure.project(exact)
+    assert torch.isfinite(found).all()
+    assert torch.equal(structure.support(w).kinds, structure.support(exact).kinds)
+    torch.testing.assert_close(found.double() / size, expected, rtol=0, atol=4 * info.eps)
+    assert torch.equal(structure.project(found), found)
+    assert torch.equal(structure.support(w).project(w), found)
+
+
+def test_the_mean_of_a_block_does_not_overflow():
+    w = torch.tensor([[-3e38, 3e38, 3e38, 3e38], [3e38, 3e38, 3e38, 3e38]])
+    z = MicroStructure((2, 4), unify_ratio=1.0, signs="shared").project(w)
+    assert z.unique().tolist() == pytest.approx([2.25e38])
+    assert torch.equal(MicroStructure((2, 4), unify_ratio=1.0).project(w), w)
 
 
 # ---- against independent methods
@@ -180,6 +214,92 @@ def test_a_row_of_the_matrix_is_one_output(name):
         torch.testing.assert_close(after[:, row], layer.bias[row].expand_as(after[:, row]))
 
 
+# ---- batches of matrices
+
+
+def experts(kind: str) -> nn.Module:
+    """Experts of the transformers library: Mixtral's are (experts, out, in), GPT-OSS's (experts, in, out)."""
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=3)
+        return transformers.models.mixtral.modeling_mixtral.MixtralExperts(config)
+    config = transformers.GptOssConfig(hidden_size=8, intermediate_size=12, num_local_experts=3)
+    return transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts(config)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_block_lies_in_one_expert_and_spans_outputs_times_inputs(kind):
+    layer = experts(kind)
+    plan = make_plan(layer, MicroStructure((4, 2), prune_ratio=0.5))
+    assert set(plan.covered) == {"gate_up_proj", "down_proj"}
+    for name, entry in plan.covered.items():
+        shape = getattr(layer, name).shape
+        expert, first, second = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+        output, input_ = (first, second) if kind == "mixtral" else (second, first)
+        assert entry.n_blocks * 8 == math.prod(shape)
+        assert entry.n_edge == 0
+        for index, n_different in ((expert, 1), (output, 4), (input_, 2)):
+            assert {len(set(block.tolist())) for block in entry.grid.split(index)} == {n_different}
+
+
+def test_biases_of_experts_are_biases():
+    assert reasons(make_plan(experts("gpt_oss"), MicroStructure(prune_ratio=0.5)))["gate_up_proj_bias"] == "a bias"
+
+
+class Cube(nn.Module):
+    """One weight of three axes."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("batched", "counts"), [("auto", (8, 6)), ("out_in", (8, 6)), ("in_out", (12, 4)), ("never", (1, 48))]
+)
+def test_a_rule_says_how_a_weight_of_three_axes_is_cut(batched, counts):
+    rule = LayerRule(structure=MicroStructure((4, 2), prune_ratio=0.5), batched=batched)
+    entry = make_plan(Cube(4, 8, 12), MicroStructure(), [rule]).covered["weight"]
+    assert entry.grid.counts(entry.shape) == counts
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(4, 8, 3), nn.ConvTranspose1d(4, 8, 3), nn.Bilinear(4, 4, 8), Cube(1, 8, 8)]
+)
+def test_only_several_matrices_in_a_plain_tensor_are_batched_by_default(layer):
+    assert not make_plan(layer, MicroStructure((1, 2), prune_ratio=0.5)).covered["weight"].grid.batched
+
+
+def test_matrices_that_blocks_do_not_fill_are_left_out_with_the_reason():
+    layer = nn.ModuleList([Cube(3, 6, 8), nn.Linear(8, 8)])
+    plan = make_plan(layer, MicroStructure((4, 2), prune_ratio=0.5))
+    assert reasons(plan)["0.weight"] == "each of its matrices has 6 outputs, which blocks of 4 rows do not fill"
+    with pytest.raises(SettingError, match="6 outputs"):
+        MicroStructure((4, 2), 0.5).project(torch.ones(3, 6, 8), BlockGrid((4, 2), batched=True))
+
+
+@pytest.mark.parametrize("out_axis", [0, 1])
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 3), (4, 4)])
+def test_a_batch_is_projected_like_its_matrices_below_each_other(out_axis, block_shape):
+    w, s = normal(0, 3, 8, 12), MicroStructure(block_shape, 0.4, 0.3)
+    grid = BlockGrid(block_shape, out_axis, batched=True)
+    matrices = w.transpose(1, 2) if out_axis else w
+    expected = s.project(torch.cat(list(matrices))).view(matrices.shape)
+    assert torch.equal(s.project(w, grid), expected.transpose(1, 2) if out_axis else expected)
+
+
+@pytest.mark.parametrize("out_axis", [0, 1])
+def test_a_batched_grid_and_its_unbatched_one_have_the_same_borders(out_axis):
+    for shape, block_shape in (((3, 8, 12), (4, 4)), ((3, 8, 12), (4, 5)), ((2, 6, 9), (3, 1)), ((3, 8, 12), (1, 8))):
+        grid = BlockGrid(block_shape, out_axis, batched=True)
+        if not grid.fits(shape):
+            continue
+        covered = torch.zeros(shape, dtype=torch.int64)
+        number = torch.arange(math.prod(grid.counts(shape))).view(-1, 1).expand(-1, grid.block_numel)
+        numbered = grid.merge(number + 1, like=covered)  # 0 at the edges
+        for block in grid.unbatched(shape).split(numbered):
+            assert len(set(block.tolist())) == 1
+
+
 # ---- refusals
 
 
@@ -196,6 +316,17 @@ def test_a_row_of_the_matrix_is_one_output(name):
         ({"block_shape": (2.0, 4)}, re.escape("block_shape=(2.0, 4)")),
         ({"block_shape": 4}, "block_shape=4 is not allowed"),
         ({"signs": "none"}, "signs='none' is not allowed"),
+        ({"signs": ["free"]}, re.escape("signs=['free'] is not allowed")),
+        ({"signs": np.array(["free", "shared"])}, "signs=array"),
+        ({"prune_ratio": [0.5]}, re.escape("prune_ratio=[0.5] is not allowed")),
+        ({"prune_ratio": True}, "prune_ratio=True"),
+        ({"prune_ratio": None}, "prune_ratio=None"),
+        ({"prune_ratio": torch.tensor(0.5)}, re.escape("prune_ratio=tensor(0.5000)")),
+        ({"prune_ratio": np.float32("nan")}, "prune_ratio=.*nan"),
+        ({"prune_ratio": 0.5 + 0j}, re.escape("prune_ratio=(0.5+0j)")),
+        ({"block_shape": (True, 4)}, re.escape("block_shape=(True, 4)")),
+        ({"block_shape": "44"}, "block_shape='44'"),
+        ({"block_shape": None}, "block_shape=None"),
     ],
 )
 def test_wrong_structures_are_refused(settings_, says):
@@ -203,6 +334,72 @@ def test_wrong_structures_are_refused(settings_, says):
         MicroStructure(**settings_)
     assert isinstance(caught.value, MuwsError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_numbers_of_numpy_become_plain_numbers():
+    s = MicroStructure(np.array([2, 4]), np.float32(0.5), np.float64(0.25))
+    assert s == MicroStructure((2, 4), 0.5, 0.25)
+    values = (*s.block_shape, s.prune_ratio, s.unify_ratio)
+    assert [type(value) for value in values] == [int, int, float, float]
+    assert hash(BlockGrid([2, 4])) == hash(BlockGrid((np.int64(2), 4)))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ({"out_axis": 2}, "out_axis=2 is not allowed: give 0 or 1"),
+        ({"out_axis": "0"}, "out_axis='0'"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": 2.0}, "groups=2.0"),
+        ({"batched": "no"}, "batched='no'"),
+        ({"batched": True, "groups": 2}, "groups=2"),
+    ],
+)
+def test_wrong_grids_are_refused(settings_, says):
+    with pytest.raises(SettingError, match=says):
+        BlockGrid(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        (
+            {"structure": 0.8},
+            re.escape("structure=0.8 is not allowed: give a structure, such as MicroStructure(prune_"),
+        ),
+        ({"structure": {"prune_ratio": 0.8}}, "structure={'prune_ratio': 0.8}"),
+        ({"structure": MicroStructure}, "structure=<class"),
+        ({"structure": None}, "structure=None"),
+        ({"name": 3}, "name=3 is not allowed"),
+        ({"name": ["a", "b"]}, re.escape("name=['a', 'b'] is not allowed")),
+        ({"module_type": nn.Linear}, "give the name of the class, 'Linear'"),
+        ({"module_type": 3}, "module_type=3"),
+        ({"module_type": nn.Linear(2, 2)}, "module_type=Linear"),
+        ({"skip": "no"}, "skip='no' is not allowed: give True or False"),
+        ({"skip": 1}, "skip=1"),
+        ({"batched": True}, "batched=True"),
+        ({"batched": ["auto"]}, "batched="),
+    ],
+)
+def test_wrong_rules_are_refused(settings_, says):
+    with pytest.raises(SettingError, match=says):
+        LayerRule(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("structure", "rules", "says"),
+    [
+        (0.8, (), "structure=0.8"),
+        (MicroStructure, (), "structure=<class"),
+        (MicroStructure(prune_ratio=0.5), LayerRule("out.*"), "rules=LayerRule.* is not allowed: give a list"),
+        (MicroStructure(prune_ratio=0.5), "out.*", "rules='out"),
+        (MicroStructure(prune_ratio=0.5), 3, "rules=3"),
+        (MicroStructure(prune_ratio=0.5), [{"name": "out.*"}], "rules.*{'name': 'out"),
+    ],
+)
+def test_a_plan_refuses_what_is_no_structure_and_no_rule(structure, rules, says):
+    with pytest.raises(SettingError, match=says):
+        make_plan(Net(), structure, rules)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -343,6 +540,45 @@ def test_a_rule_that_matches_nothing_lists_near_names():
         make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule("con.weight")])
     with pytest.raises(PlanError, match=r"module_type='Linaer'.*Linear"):
         make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule(module_type="Linaer")])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (LayerRule("*.bias", structure=MicroStructure(prune_ratio=0.5)), "conv.bias: fewer than 2 axes"),
+        (LayerRule("attention.bias_k", structure=MicroStructure(prune_ratio=0.5)), "attention.bias_k: a bias"),
+        (LayerRule(module_type="LayerNorm", structure=MicroStructure(prune_ratio=0.5)), "norm.weight: a normalisation"),
+        (LayerRule("*.bias"), "conv.bias: fewer than 2 axes"),
+    ],
+)
+def test_a_rule_for_what_no_structure_fits_is_refused_with_the_reason(rule, says):
+    with pytest.raises(PlanError, match=says):
+        make_plan(Net(), MicroStructure(prune_ratio=0.5), [rule])
+
+
+def test_a_rule_may_skip_what_no_structure_fits():
+    make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule("*.bias", skip=True), LayerRule("norm.*", skip=True)])
+
+
+def test_a_rule_that_batches_no_weight_of_three_axes_is_refused():
+    rule = LayerRule("weight", batched="out_in", structure=MicroStructure(prune_ratio=0.5))
+    with pytest.raises(PlanError, match=r"name='weight' has batched='out_in', but it matches no weight of three axes"):
+        make_plan(nn.Linear(8, 8), MicroStructure(), [rule])
+
+
+def test_a_weight_that_no_optimizer_holds_is_left_out_unless_a_rule_names_it():
+    net = Net()
+    held = [p for name, p in net.named_parameters() if not name.startswith(("out", "lstm"))]
+    s = MicroStructure(prune_ratio=0.5)
+    plan = make_plan(net, s, optimized=iter(held))
+    assert reasons(plan)["out.weight"] == reasons(plan)["lstm.weight_hh_l0"] == "no optimizer trains it"
+    assert "conv.weight" in plan.covered
+    named = make_plan(net, s, [LayerRule("out.*", structure=s)], optimized=held)
+    assert "out.weight" in named.covered
+    assert reasons(named)["lstm.weight_hh_l0"] == "no optimizer trains it"
+    by_type = make_plan(net, s, [LayerRule(module_type="Linear", structure=s)], optimized=held)
+    assert reasons(by_type)["out.weight"] == "no optimizer trains it"
+    assert "out.weight" in make_plan(net, s).covered
 
 
 def test_covering_nothing_is_refused_with_reasons():

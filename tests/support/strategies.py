@@ -100,6 +100,8 @@ def raw_bytes(x: torch.Tensor) -> bytes:
 def grids(draw: st.DrawFn, weight: torch.Tensor, block_shape: tuple[int, int]) -> BlockGrid:
     """Return a grid on the weight, its outputs on either axis, grouped where they can be."""
     out_axis = draw(st.sampled_from([0, 1]))
+    if weight.ndim == 3 and weight.shape[1 + out_axis] % block_shape[0] == 0 and draw(st.booleans()):
+        return BlockGrid(block_shape, out_axis, batched=True)
     divisors = [g for g in range(1, len(weight) + 1) if len(weight) % g == 0]
     return BlockGrid(block_shape, out_axis, draw(st.sampled_from(divisors)) if out_axis else 1)
 

@@ -346,7 +346,7 @@ def test_phases_longer_than_the_run_are_refused():
         Phases(admm_end=8).on(5)
     with pytest.raises(SettingError, match=r"admm_start=0\.2 in a run of 20 epochs: raise admm_end or lower"):
         Phases(admm_end=2).on(20)
-    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share, and this run has no end"):
+    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share of the run's length, and this run has no end"):
         Phases(admm_start=0, admm_end=0.6).on(None)
 
 
