@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.training.penalty import Penalty
     from lightning_muws.training.phases import Phases, Retraining
+    from lightning_muws.training.run import CompressionRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompressionRun",
     "FormatError",
     "LayerRule",
     "MicroStructure",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CompressionRun": "lightning_muws.training.run",
     "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.micro",

@@ -30,7 +30,7 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Penalty", "Phases", "Retraining",
+        "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Penalty", "Phases", "Retraining",
         "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
         "save_compressed", "verify_compressed",
     ]  # fmt: skip
@@ -40,7 +40,7 @@ def test_the_public_names():
 
 
 def test_a_wrong_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has FormatError"):
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has CompressionRun, FormatError"):
         _ = lightning_muws.accelerat
 
 

@@ -21,7 +21,7 @@ from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.run import CompressionRun, Phase, Update
+from lightning_muws.training.run import CompressionRun, Update
 
 
 class CompressionHooks:
@@ -101,8 +101,8 @@ class CompressionHooks:
     # ---- what a user asks
 
     @property
-    def phase(self) -> Phase:
-        """The phase of the run: ``dense`` before ADMM, ``admm``, or ``retraining`` inside the structure."""
+    def phase(self) -> str:
+        """The phase of the run: ``dense``, then the name of the training method (``admm``), then ``retraining``."""
         return self._run.phase if self._run else "dense"
 
     @property
@@ -304,7 +304,7 @@ class CompressionHooks:
         if (run := self._run) is None or not self._is_fit or run.phase == "retraining":
             return
         trainers.forgive_early_stopping(trainer)
-        if run.phase == "admm" and self.validate_projected and not trainer.sanity_checking:
+        if run.method and self.validate_projected and not trainer.sanity_checking:
             run.show_projected()
             trainers.reshard(pl_module)
 

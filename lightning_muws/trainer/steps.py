@@ -77,13 +77,12 @@ class StepWatch:
 
 def unannounced(names: Iterable[str], phase: str) -> str:
     """Return a warning about weights that changed without an announced step."""
-    follows = {
-        "admm": "no penalty pulls them towards their structure",
-        "retraining": "they stay inside their structure, but their gradients and moments are not projected",
-    }
+    follows = "no penalty pulls them towards their structure"
+    if phase == "retraining":
+        follows = "they stay inside their structure, but their gradients and moments are not projected"
     return (
         f"{', '.join(sorted(names)[:5])} changed in training without a step that Lightning announces, so "
-        f"{follows[phase]}; step the optimizers that self.optimizers() returns, not those inside them"
+        f"{follows}; step the optimizers that self.optimizers() returns, not those inside them"
     )
 
 

@@ -47,7 +47,7 @@ class Snapshot(Callback):
         if trainer.current_epoch < self.until:
             self.weights = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
             runs = (callback._run for callback in trainer.callbacks if isinstance(callback, CompressionHooks))
-            self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.admm) for n in admm.entries}
+            self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.method) for n in admm.entries}
 
 
 def assert_same_after_admm(

@@ -1,4 +1,4 @@
-"""The training room without Lightning: ADMM against its closed form, the constraint, the phases."""
+"""Training in plain torch: ADMM against its closed form, the constraint, the phases."""
 
 import math
 
@@ -118,7 +118,7 @@ def test_the_penalty_gradient_is_the_gradient_of_the_penalty(dtype):
     torch.testing.assert_close(admm.penalty(weights).item(), penalty.item(), rtol=1e-5, atol=0)
     layer.weight.grad = normal(2, 8, 6).to(dtype)
     expected = (layer.weight.grad.double() + 0.5 * w.grad).to(dtype)
-    admm.add_penalty_gradient(weights, scale=0.5)
+    admm.before_step(weights, scale=0.5)
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
@@ -130,7 +130,7 @@ def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
     admm.start(weights)
     with torch.no_grad():
         layer.weight.mul_(1 + 0.02 * normal(1, 8, 6).sign().bfloat16())
-    admm.add_penalty_gradient(weights)
+    admm.before_step(weights)
     truth = 0.3 * (layer.weight.detach().double() - admm.z("weight").double() + admm.u("weight").double())
     assert truth.norm() < 0.03 * 0.3 * layer.weight.double().norm()
     assert (layer.weight.grad.double() - truth).norm() < 4e-3 * truth.norm()
@@ -140,7 +140,7 @@ def test_a_weight_without_a_gradient_gets_one():
     layer, plan = a_layer(JOINT)
     admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
     admm.start({"weight": layer.weight})
-    admm.add_penalty_gradient({"weight": layer.weight})
+    admm.before_step({"weight": layer.weight})
     expected = 0.3 * (layer.weight.detach() - JOINT.project(layer.weight.detach()))
     torch.testing.assert_close(layer.weight.grad, expected)
 
@@ -153,7 +153,7 @@ def test_non_contiguous_weights_and_gradients_work():
     with torch.no_grad():
         layer.weight.add_(1.0)
     layer.weight.grad = torch.zeros(8, 8, 3, 3)
-    admm.add_penalty_gradient({"weight": layer.weight})
+    admm.before_step({"weight": layer.weight})
     torch.testing.assert_close(layer.weight.grad, 0.3 * (layer.weight.detach() - admm.z("weight")))
 
 
@@ -182,11 +182,12 @@ def test_admm_goes_on_from_its_state():
 
 def test_a_state_of_another_model_is_refused():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, Penalty(0.1))
-    admm.start({"weight": layer.weight})
-    other = make_plan(nn.Linear(8, 8), JOINT).covered
-    with pytest.raises(StateError, match="does not fit the plan at weight"):
-        Admm(other, Penalty(0.1)).load_state_dict(admm.state_dict(), {"weight": torch.zeros(8, 8)})
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(admm_start=0, admm_end=2))
+    run.tick(0, Timeline(0, 2, 1), [])
+    other = nn.Linear(8, 8)
+    plan = make_plan(other, JOINT)
+    with pytest.raises(StateError, match=r"weight shape is \[8, 6\] in the checkpoint and \[8, 8\] in the settings"):
+        CompressionRun(plan.weights(other), plan.covered).load_state_dict(run.state_dict())
 
 
 # ---- the constraint
@@ -243,7 +244,7 @@ def test_gradients_that_are_nan_do_not_reach_pruned_weights():
 
 
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
-def test_verify_names_a_weight_that_left(unified):
+def test_verify_names_a_weight_that_left_its_structure(unified):
     layer, plan = a_layer(JOINT)
     constraint = Constraint.freeze({"weight": layer.weight}, plan.covered, unified)
     constraint.verify({"weight": layer.weight})
@@ -261,7 +262,7 @@ def test_verify_sees_frozen_blocks_that_moved_together():
         constraint.verify({"weight": layer.weight})
 
 
-def test_old_momentum_does_not_lead_out():
+def test_old_momentum_does_not_lead_out_of_the_structure():
     layer, plan = a_layer(JOINT)
     opt = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     layer.weight.grad = normal(3, 8, 6)
@@ -292,7 +293,7 @@ def test_updates_fall_on_the_beginnings_between_start_and_end():
     assert [now for now in range(12) if timeline.due(now, now - 1)] == [5, 8]
 
 
-def test_rho_grows_alike_where_batches_are_rare():
+def test_rho_grows_by_the_same_factor_where_batches_are_rare():
     timeline, last, rho = Timeline(0, 4, 0.25), 0.0, 1.0
     for now in (0.0, 0.5, 1.0, 2.0, 3.0):
         rho, last = rho * 2 ** timeline.due(now, last), now
@@ -345,7 +346,7 @@ def test_phases_longer_than_the_run_are_refused():
         Phases(admm_end=8).on(5)
     with pytest.raises(SettingError, match=r"admm_start=0\.2 in a run of 20 epochs: raise admm_end or lower"):
         Phases(admm_end=2).on(20)
-    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share, and this run has no end"):
+    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share of the run's length, and this run has no end"):
         Phases(admm_start=0, admm_end=0.6).on(None)
 
 
