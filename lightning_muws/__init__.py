@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.micro import MicroStructure
+    from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.training.phases import Phases, Retraining
 
@@ -41,6 +42,7 @@ __all__ = [
     "LayerRule",
     "MicroStructure",
     "MuwsError",
+    "NMStructure",
     "Phases",
     "Retraining",
     "WeightUnificationCallback",
@@ -56,6 +58,7 @@ _HOMES = {
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.micro",
     "MuwsError": "lightning_muws.errors",
+    "NMStructure": "lightning_muws.structure.nm",
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
