@@ -29,22 +29,17 @@ class NMStructure:
         SettingError: A value is not allowed.
 
     Example:
-        >>> NMStructure(n=2, m=4).project(torch.tensor([[3.0, -1.0, 0.5, 4.0], [1.0, 1.0, 1.0, 1.0]]))
-        tensor([[3., 0., 0., 4.],
-                [1., 1., 0., 0.]])
+        >>> NMStructure(n=2, m=4).project(torch.tensor([[3.0, -1.0, 0.5, 4.0]]))
+        tensor([[3., 0., 0., 4.]])
     """
 
     n: int = 2
     m: int = 4
+    block_shape = (1, 1)  # no setting: blocks are single weights
 
     def __post_init__(self) -> None:
         if not is_whole(self.n) or not is_whole(self.m) or not 1 <= self.n < self.m:
             raise SettingError(f"n={self.n!r} and m={self.m!r} are not allowed: give two whole numbers, 1 <= n < m")
-
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        """Single weights."""
-        return 1, 1
 
     def counts(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> dict[Kind, int]:
         """Return how many single weights stay dense and how many are pruned."""

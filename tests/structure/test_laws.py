@@ -1,5 +1,6 @@
 """Every geometry and every structure through the same laws."""
 
+import copy
 import pickle
 
 import torch
@@ -7,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_muws import MicroStructure
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.pieces import pack, unpack
-from lightning_muws.structure.support import MEMORY_RATIO, Kind
+from lightning_muws.structure.support import MEMORY_RATIO, _Kept
 from tests.support.strategies import any_structures, grids, normal, same_bits, structures, weights
 
 F32_AND_F64 = (torch.float32, torch.float64)
@@ -172,15 +174,17 @@ def test_a_support_survives_its_state(data, w, s):
 
 
 @given(st.data(), weights(), any_structures())
-def test_what_a_support_remembers_changes_nothing_and_stays_small(data, w, s):
+def test_what_a_support_keeps_changes_nothing_and_stays_small(data, w, s):
     support = s.nearest(w, data.draw(grids(w, s.block_shape))).support
     fresh = pickle.loads(pickle.dumps(support))  # noqa: S301 our own
     first = support.project(w)
     covered = support.kinds.numel() * support.grid.block_numel * w.element_size()
     needed = support.kinds.numel() + support.negative.numel() + support.n_unified * 8
-    kept = sum(mask.numel() * mask.element_size() for mask in support._masks.values())
+    kept = sum(mask.numel() * mask.element_size() for mask in support._kept.masks.values())
     assert kept == 0 or kept + needed <= MEMORY_RATIO * covered
-    assert set(vars(fresh)) == {"grid", "kinds", "negative"}
+    for other in (fresh, support.copy(), copy.copy(support), copy.deepcopy(support)):
+        assert set(vars(other)) == {"grid", "kinds", "negative", "_kept"}
+        assert other._kept == _Kept()
     assert same_bits(support.project(w), first)
     assert same_bits(fresh.project(w), first)
 
