@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.micro import MicroStructure
+    from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
     from lightning_muws.training.penalty import Penalty
     from lightning_muws.training.phases import Phases, Retraining
@@ -44,6 +45,7 @@ __all__ = [
     "LayerRule",
     "MicroStructure",
     "MuwsError",
+    "NMStructure",
     "Penalty",
     "Phases",
     "Retraining",
@@ -61,6 +63,7 @@ _HOMES = {
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.micro",
     "MuwsError": "lightning_muws.errors",
+    "NMStructure": "lightning_muws.structure.nm",
     "Penalty": "lightning_muws.training.penalty",
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",

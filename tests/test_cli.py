@@ -133,7 +133,7 @@ FIELDS = {
     "penalty.rho_growth": "Factor on rho",
     "penalty.rho_max": "Where rho stops growing",
     "retraining.unified": "the one magnitude of a unified block trains",
-    "retraining.schedule": "Of the learning rate",
+    "retraining.schedule": "Learning rate schedule",
     "retraining.lr": "Learning rate at the beginning",
     "rules": "Other structures for some layers",
     "validate_projected": "validate the network with projected weights",

@@ -30,8 +30,8 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Penalty", "Phases", "Retraining",
-        "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
+        "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "NMStructure", "Penalty", "Phases",
+        "Retraining", "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
         "save_compressed", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
@@ -58,7 +58,7 @@ def overrides(kind: type, name: str) -> bool:
     return any(hasattr(base, name) for base in (*kind.__mro__[1:], Callback))
 
 
-@pytest.mark.parametrize("name", ["LayerRule", "MicroStructure", "Penalty", "Phases", "Retraining"])
+@pytest.mark.parametrize("name", ["LayerRule", "MicroStructure", "NMStructure", "Penalty", "Phases", "Retraining"])
 def test_settings_are_frozen_dataclasses_with_working_defaults_and_docstrings(name):
     kind = getattr(lightning_muws, name)
     assert kind.__dataclass_params__.frozen

@@ -49,14 +49,14 @@ class BlockGrid:
     def __post_init__(self) -> None:
         shape: object = self.block_shape  # a configuration file may have put anything there
         sizes = shape.tolist() if hasattr(shape, "tolist") else shape
-        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(_is_whole(n) and n >= 1 for n in sizes):
+        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(is_whole(n) and n >= 1 for n in sizes):
             raise SettingError(f"block_shape={shape!r} is not allowed: give two whole numbers >= 1, such as (4, 4)")
         object.__setattr__(self, "block_shape", (int(sizes[0]), int(sizes[1])))
-        if not _is_whole(self.out_axis) or self.out_axis not in (0, 1):
+        if not is_whole(self.out_axis) or self.out_axis not in (0, 1):
             raise SettingError(f"out_axis={self.out_axis!r} is not allowed: give 0 or 1")
         if not isinstance(self.batched, bool):
             raise SettingError(f"batched={self.batched!r} is not allowed: give True or False")
-        if not _is_whole(self.groups) or self.groups < 1 or (self.batched and self.groups > 1):
+        if not is_whole(self.groups) or self.groups < 1 or (self.batched and self.groups > 1):
             raise SettingError(
                 f"groups={self.groups!r} is not allowed: give a whole number >= 1, and 1 for a batch of matrices"
             )
@@ -187,7 +187,8 @@ class BlockGrid:
         return self.weight(matrix, like.shape)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Return whether a setting is a whole number; a boolean is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_muws.errors import SettingError, StateError
+from lightning_muws.errors import SettingError
 from lightning_muws.structure.assign import cheapest
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
-from lightning_muws.structure.structure import Choice
+from lightning_muws.structure.structure import Choice, refuse_non_finite
 from lightning_muws.structure.support import Support, mean
 
 
@@ -122,11 +122,7 @@ class MicroStructure:
         if not info.tiny / info.eps < largest < torch.inf or not all(
             torch.isfinite(e).all() for e in grid.edges(matrix)
         ):
-            if n_bad := int((~torch.isfinite(matrix)).sum()):
-                raise StateError(
-                    f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
-                    "finite weights only, so lower the learning rate or clip the gradient"
-                )
+            refuse_non_finite(matrix, name)
             unify_cost, gain = self._costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)

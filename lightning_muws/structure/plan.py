@@ -17,6 +17,7 @@ from lightning_muws.errors import PlanError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
+from lightning_muws.structure.nm import NMStructure
 from lightning_muws.structure.structure import Structure, check_structure
 from lightning_muws.tables import Column, Table, Tabular
 
@@ -55,7 +56,7 @@ class LayerRule:
 
     name: str = "*"
     module_type: str = "*"
-    structure: MicroStructure | Structure = field(default_factory=MicroStructure)
+    structure: MicroStructure | NMStructure | Structure = field(default_factory=MicroStructure)
     skip: bool = False
     batched: Literal["auto", "never", "out_in", "in_out"] = "auto"
 

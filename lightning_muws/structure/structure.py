@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Size, Tensor
 
-from lightning_muws.errors import SettingError
+from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.support import Support
@@ -76,4 +77,17 @@ def check_structure(value: object) -> None:
     if isinstance(value, type) or not isinstance(value, Structure):
         raise SettingError(
             f"structure={value!r} is not allowed: give a structure, such as MicroStructure(prune_ratio=0.8)"
+        )
+
+
+def refuse_non_finite(matrix: Tensor, name: str) -> None:
+    """Check that a weight has finite values only, before a structure chooses among them.
+
+    Raises:
+        StateError: The weight has NaN or Inf.
+    """
+    if n_bad := int((~torch.isfinite(matrix)).sum()):
+        raise StateError(
+            f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
+            "finite weights only, so lower the learning rate or clip the gradient"
         )

@@ -102,7 +102,7 @@ class CompressionHooks:
 
     @property
     def phase(self) -> str:
-        """``dense`` at first, then the name of the training method (``admm``), then ``retraining``."""
+        """The phase of the run: ``dense``, then the name of the training method (``admm``), then ``retraining``."""
         return self._run.phase if self._run else "dense"
 
     @property

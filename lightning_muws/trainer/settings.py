@@ -29,7 +29,8 @@ def explained(init: Init) -> Init:
 
     @functools.wraps(init)
     def checked(self: object, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs.keys() - signature.parameters.keys():
+        if unknown := [name for name in kwargs if name not in signature.parameters]:
+            name = unknown[0]
             raise SettingError(f"{CALLBACK} has no setting {name}{_instead(name, kwargs[name], signature)}")
         try:
             signature.bind(self, *args, **kwargs)
@@ -72,4 +73,4 @@ def check_file(name: str, value: object) -> None:
         raise refuse(name, value, f"give the name of a {SUFFIX} file, or '' for none")
     if value != "" and Path(value).suffix.lower() != SUFFIX:
         example = str(Path(value).with_suffix(SUFFIX)) if Path(value).name else f"model{SUFFIX}"
-        raise SettingError(f"{name}={str(value)!r} is not allowed: the name must end in {SUFFIX}, such as {example!r}")
+        raise refuse(name, str(value), f"the name must end in {SUFFIX}, such as {example!r}")

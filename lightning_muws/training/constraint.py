@@ -1,4 +1,4 @@
-"""Retraining inside the structure: weights held to their supports, to the bit, by any optimizer. Plain torch."""
+"""Retraining inside the structure: any optimizer's steps end inside it, to the bit. Plain torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,28 @@ POINTS = {"x", "y", "z", "ax", "swa_buffer", "slow_buffer", "lookahead_slow_buff
 
 
 class Constraint:
-    """The subspaces that named weights may move in, once their structure is chosen.
+    """Holds named weights inside the subspaces that are left once their structure is chosen.
 
-    Each step: :meth:`project_gradients` before it, so that clipping and moments see free directions only, and
-    :meth:`enforce` after it; at the start :meth:`project_moments`, or old momentum leads out of the subspace.
+    Call :meth:`project_moments` once at the start, or old momentum leads out of the subspace. Call
+    :meth:`project_gradients` before each step, so that clipping and moments see free directions only. Call
+    :meth:`enforce` after it. All projections are orthogonal, so a projected gradient is the gradient of the loss inside
+    the subspace.
 
     Args:
         supports: The support of each weight, by name; of a sharded weight this rank's part.
-        magnitudes: The magnitudes of the unified blocks, ``(n_unified,)`` a weight, which they keep where they are
-            frozen.
+        magnitudes: The magnitudes of the unified blocks of each weight, ``(n_unified,)`` in the weight's dtype. Frozen
+            blocks keep them.
         unified: ``tied``: the magnitude of a unified block trains; ``frozen``: it does not.
+
+    Example:
+        >>> from lightning_muws.structure.plan import MicroStructure, make_plan
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
+        >>> constraint = Constraint.freeze(plan.weights(layer), plan.covered)
+        >>> layer.weight.data += 1.0
+        >>> constraint.enforce(plan.weights(layer))
+        >>> int((layer.weight == 0).sum())
+        32
     """
 
     def __init__(
@@ -55,7 +67,12 @@ class Constraint:
         entries: Mapping[str, PlanEntry],
         unified: Literal["tied", "frozen"] = "tied",
     ) -> Constraint:
-        """Choose each weight's support, move it to its nearest point in place, and hold it there.
+        """Choose each weight's support, move the weight to its nearest point in place, and return the constraint.
+
+        Args:
+            weights: The weights, by name; any floating dtype.
+            entries: The structure of each weight, by name: a plan's ``covered``.
+            unified: ``tied`` or ``frozen``.
 
         Raises:
             StateError: A weight has NaN or Inf; no weight is changed then.
@@ -73,7 +90,7 @@ class Constraint:
         return constraint
 
     def project_gradients(self, weights: Mapping[str, Tensor]) -> None:
-        """Project the gradients of these weights on the directions they may move in."""
+        """Project the gradients of these weights onto the directions that the weights may move in, in place."""
         for name, weight in weights.items():
             if weight.grad is not None:
                 apply_(weight.grad, self._directions[name], Support.project_)
@@ -117,7 +134,7 @@ class Constraint:
             apply_(weight, self.supports[name], Support.fill_, self.magnitudes[name].to(weight.dtype))
 
     def verify(self, weights: Mapping[str, Tensor]) -> None:
-        """Check that each of these weights fulfils its constraint with ``==``.
+        """Check that each of these weights is inside its structure, with ``==``.
 
         Raises:
             StateError: One does not; the message has its name and its distance. Or a weight has NaN or Inf.
@@ -131,7 +148,7 @@ class Constraint:
                 raise StateError(f"{name} is {error:.1e} away from its structure, and must be 0 away: {_ADVICE}")
 
     def choices(self) -> dict[str, tuple[Support, Tensor]]:
-        """Return this rank's support of each weight, and the magnitudes when it was chosen, by name."""
+        """Return this rank's support of each weight and the magnitudes at the time of the choice, by name."""
         return {name: (support, self.magnitudes[name]) for name, support in self.supports.items()}
 
     def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,7 +172,7 @@ class Constraint:
         return constraint
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
-        """Move to the devices of these weights, where a Trainer has moved them."""
+        """Move the constraint to the devices of these weights, after a Trainer moved them."""
         self.supports = {name: support.to(weights[name].device) for name, support in self.supports.items()}
         self.magnitudes = {name: x.to(weights[name].device) for name, x in self.magnitudes.items()}
         self._directions = {n: s if self.unified == "tied" else s.fixed for n, s in self.supports.items()}

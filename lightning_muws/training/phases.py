@@ -1,4 +1,4 @@
-"""When: the phases of a run as settings, and their places on the Trainer's clock."""
+"""The phases of a run: when the training method and retraining start and end, as settings and as counts of epochs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from lightning_muws.training.methods import METHODS
 class Phases:
     """When the training method starts, updates and ends, and which method it is. The Trainer owns the run's length.
 
-    A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is written as a float:
-    ``3`` is the fourth epoch, ``0.3`` that after three tenths. Before ``admm_start`` the network trains dense, from
+    A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is a float: ``3`` is the
+    fourth epoch, ``0.3`` the epoch after three tenths of the run. Before ``admm_start`` the network trains dense. From
     ``admm_end`` on it retrains inside its structure. Equal times mean one projection without ADMM.
 
     Args:
         interval: What times count: ``epoch`` or ``step`` (batches in which an optimizer stepped).
         admm_start: When ADMM starts.
         admm_end: When the weights are projected and retraining starts.
-        update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
-            if it is written as a float; within an epoch where that is shorter.
+        update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase if
+            it is a float. A share may be shorter than an epoch.
         method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
 
     Raises:
-        SettingError: A value is not allowed.
+        SettingError: A value has a wrong type or is not allowed.
+
+    Example:
+        >>> Phases(admm_start=0.2, admm_end=0.6, update_every=0.25).on(20)
+        Timeline(start=4, end=12, every=2.0)
     """
 
     interval: Literal["epoch", "step"] = "epoch"
@@ -53,15 +57,18 @@ class Phases:
             raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
 
     def on(self, length: int | None, clip: bool = False) -> Timeline:
-        """Return the phases as counts, on a run of ``length`` epochs (or steps); None is a run without end.
+        """Return the phases as counts of epochs (or steps).
 
-        With ``clip``, times after the end of the run are moved to its end instead of refused.
+        Args:
+            length: The length of the run in epochs (or steps); None for a run without end.
+            clip: Move times after the end of the run to its end, instead of refusing them.
 
         Raises:
-            SettingError: The phases are longer than the run, or are shares of a run without end.
+            SettingError: The phases are longer than the run, or a time is a share of a run without end, or no update
+                fits between ``admm_start`` and ``admm_end``.
         """
         start, end = self._count("admm_start", length), self._count("admm_end", length)
-        if end == start and self.admm_end != self.admm_start:  # a short run still gets a taste of ADMM
+        if end == start and self.admm_end != self.admm_start:  # in a short run, ADMM still gets one epoch
             start, end = (start, end + 1) if length is None or end < length else (max(0, start - 1), end)
         if clip and length is not None:
             start, end = min(start, length), min(end, length)
@@ -91,7 +98,7 @@ class Phases:
             return value
         if length is None:
             raise SettingError(
-                f"{name}={value} is a share, and this run has no end to take it of: "
+                f"{name}={value} is a share of the run's length, and this run has no end: "
                 f"give {name} as a whole number of {self.interval}s, or give the Trainer a length"
             )
         return round(value * length)
@@ -99,35 +106,47 @@ class Phases:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The phases as counts of epochs (or steps): ADMM in ``start <= now < end``, updated every ``every``."""
+    """The phases as counts of epochs (or steps).
+
+    Args:
+        start: When the method starts: it runs while ``start <= now < end``.
+        end: When retraining starts.
+        every: Time between two updates of the method.
+    """
 
     start: int
     end: int
     every: int | float
 
     def due(self, now: float, last: float) -> int:
-        """Return how many Z/U updates fell due since the time ``last``: several, where batches are rare; often none."""
+        """Return how many updates became due after ``last`` and until ``now``; several where batches are rarer.
+
+        Args:
+            now: The epoch (or step) that begins; within an epoch with its fraction.
+            last: The time of the last call that found something due.
+        """
         if not self.start < now < self.end:
             return 0
-        # rounded up a hair: an epoch's third batch of six is half an epoch
+        # 1e-9 for rounding: with six batches, the fourth begins at half an epoch
         counts = [math.floor((time - self.start) / self.every + 1e-9) for time in (last, now)]
         return counts[1] - counts[0]
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """How the network trains on inside its structure.
+    """How the network trains inside its structure.
 
     Args:
-        unified: ``tied``: the one magnitude of a unified block trains, its signs stay; ``frozen``: it stays too.
-        schedule: Of the learning rate. ``restart``: the module's own schedules begin anew over the retraining phase,
-            with fresh optimizers; where there are none, nothing changes. ``module``: all is left alone. ``constant``,
-            ``cosine``: in the place of the module's schedules, from its initial rate on.
-        lr: Learning rate at the beginning of the retraining phase, of the first parameter group, the others and the
-            schedules in proportion; 0 takes the module's.
+        unified: ``tied``: the one magnitude of a unified block trains and its signs stay. ``frozen``: both stay.
+        schedule: Learning rate schedule of retraining. ``restart``: the module configures fresh optimizers and
+            schedules for the length of the retraining phase; without schedules nothing changes. ``module``: the
+            module's schedules go on. ``constant``, ``cosine``: these replace the module's schedules and start from its
+            initial rate.
+        lr: Learning rate at the beginning of the retraining phase, for the first parameter group. The rates of other
+            groups and of schedules change by the same factor. 0 keeps the module's rate.
 
     Raises:
-        SettingError: A value is not allowed.
+        SettingError: A value has a wrong type or is not allowed.
     """
 
     unified: Literal["tied", "frozen"] = "tied"

@@ -28,9 +28,9 @@ def plain(value: object) -> Any:
     """Return a setting as plain values; a dataclass as a dict of its fields with its class name under ``type``.
 
     Example:
-        >>> from lightning_muws.structure.grid import BlockGrid
-        >>> plain(BlockGrid((2, 4)))
-        {'type': 'BlockGrid', 'block_shape': [2, 4], 'out_axis': 0, 'groups': 1}
+        >>> from lightning_muws import Penalty
+        >>> plain(Penalty())
+        {'type': 'Penalty', 'rho': 0.003, 'rho_growth': 1.15, 'rho_max': 1.0}
     """
     if dataclasses.is_dataclass(value):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -1,5 +1,6 @@
 """The structure room: worked examples, refusals, and the nearest point against brute force."""
 
+import copy
 import itertools
 import math
 import re
@@ -14,8 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_muws import LayerRule, MicroStructure, MuwsError
+from lightning_muws import LayerRule, MicroStructure, MuwsError, NMStructure
 from lightning_muws.errors import PlanError, SettingError, StateError
+from lightning_muws.report import make_report
 from lightning_muws.structure import assign
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
@@ -212,6 +214,54 @@ def test_a_row_of_the_matrix_is_one_output(name):
         assert torch.equal(after[:, others], before[:, others])
         # a transposed convolution may add the bias in another order
         torch.testing.assert_close(after[:, row], layer.bias[row].expand_as(after[:, row]))
+
+
+# ---- N of M
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6), st.sampled_from([normal, small_integers]), st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5)])
+)
+def test_no_choice_of_n_of_m_is_nearer(seed, make, case):
+    n, m = case
+    w = make(seed, 3, 2 * m + 1)
+    z = NMStructure(n, m).project(w)
+    assert torch.equal(z[:, 2 * m :], w[:, 2 * m :])  # the input that fills no group
+    for row, group in itertools.product(range(3), range(2)):
+        values, found = (x[row, group * m : (group + 1) * m] for x in (w, z))
+        assert int((found != 0).sum()) <= n
+        best = min(float(values[list(drop)].square().sum()) for drop in itertools.combinations(range(m), m - n))
+        assert float((found - values).square().sum()) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_n_of_m_counts_are_those_of_the_plan_and_of_the_report(name):
+    layer = LAYERS[name][0]
+    plan = make_plan(layer, NMStructure(1, 3))
+    entry = plan.covered["weight"]
+    choice = entry.structure.nearest(layer.weight, entry.grid)
+    assert choice.support.counts() == entry.structure.counts(entry.grid, entry.shape)
+    with torch.no_grad():
+        layer = copy.deepcopy(layer)
+        choice.support.place_(layer.weight, choice.magnitudes)
+    report = make_report(layer, plan, {"weight": choice.support}, {"weight": 0.0})
+    assert report.layers[0].n_pruned == choice.support.counts()[Kind.PRUNED] == int((layer.weight == 0).sum())
+    assert report.layers[0].n_unified == 0
+    assert str(plan).splitlines()[1].split()[3:5] == ["1x1", str(report.layers[0].n_pruned)]
+
+
+def test_n_of_m_is_given_by_rules_too():
+    plan = make_plan(Net(), NMStructure(), [LayerRule("out.*", structure=MicroStructure(prune_ratio=0.5))])
+    assert plan.covered["out.weight"].grid.block_shape == (4, 4)
+    assert plan.covered["conv.weight"].grid.block_shape == (1, 1)
+    assert reasons(plan)["small.weight"] == "fewer than 4 inputs"
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (2.0, 4), ("2", 4), (True, 4), (None, 4), (2, [4])])
+def test_wrong_n_of_m_are_refused(n, m):
+    with pytest.raises(SettingError, match=r"n=.* and m=.* are not allowed"):
+        NMStructure(n, m)
 
 
 # ---- batches of matrices

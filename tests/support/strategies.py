@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from lightning_muws import MicroStructure
+from lightning_muws import MicroStructure, NMStructure
 from lightning_muws.structure.grid import BlockGrid
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +41,11 @@ def structures(draw: st.DrawFn) -> MicroStructure:
         st.sampled_from([(0.0, 0.5), (0.5, 0.0), (0.3, 0.3), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.4, 0.6)])
     )
     return MicroStructure(shape, prune, unify, draw(st.sampled_from(["free", "shared"])))
+
+
+def any_structures() -> st.SearchStrategy[MicroStructure | NMStructure]:
+    """Return a structure of each kind."""
+    return structures() | st.sampled_from([NMStructure(2, 4), NMStructure(1, 3), NMStructure(1, 2)])
 
 
 OTHERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64)

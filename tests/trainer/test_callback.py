@@ -1,4 +1,4 @@
-"""The callback in real Trainers: exact in ADMM, exact in retraining, quiet elsewhere."""
+"""The callback in real Trainers: exact in ADMM and in retraining, without effect elsewhere."""
 
 import csv
 import math
@@ -319,7 +319,7 @@ def test_monitors_judge_retraining_only(tmp_path, patience):
     best, stop = ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss", patience=patience)
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     trainer = fit(Scripted(), best, stop, callback, max_epochs=20, enable_checkpointing=True, num_sanity_val_steps=0)
-    assert trainer.current_epoch == 4 + 1 + patience  # not ended in ADMM, and patient anew after the switch
+    assert trainer.current_epoch == 4 + 1 + patience  # ADMM did not end it, and its patience restarted at the switch
     assert torch.load(best.best_model_path, weights_only=True)["epoch"] == 4
     assert float(best.best_model_score) == 14
 

@@ -1,4 +1,4 @@
-"""What the callback covers: the weights that an optimizer holds when fit begins; and it says what it leaves out."""
+"""The callback covers the weights that an optimizer holds when fit begins, and lists the weights it leaves out."""
 
 import copy
 import logging
@@ -46,9 +46,9 @@ def test_weights_that_no_optimizer_holds_get_no_structure(caplog):
         assert same_bits(module.get_parameter(name.replace("layer", "target")).detach(), module.get_parameter(name))
     for name in TARGET:
         assert "no optimizer" in callback.plan.left_out[name].reason
-    (said,) = (r.message for r in caplog.records if "get a structure" in r.message)
-    assert "2 parameters with 576 of 1,192 weights get a structure" in said
-    assert "target.0.weight, target.2.weight (no optimizer" in said
+    (message,) = (r.message for r in caplog.records if "get a structure" in r.message)
+    assert "2 parameters with 576 of 1,192 weights get a structure" in message
+    assert "target.0.weight, target.2.weight (no optimizer" in message
 
 
 def test_the_network_is_the_same_as_without_a_target_that_requires_gradients():
@@ -72,14 +72,13 @@ def test_a_rule_that_names_a_weight_covers_it_without_an_optimizer():
     assert set(callback.supports) == {*NET, "target.0.weight"}
 
 
-def test_weights_that_another_callback_moves_out_of_reach_are_named_once(caplog):
-    """What is left out is said per reason, and one-axis parameters, which never get a structure, are not listed."""
+def test_left_out_weights_are_listed_with_their_reason_and_biases_are_not(caplog):
     callback = WeightUnificationCallback(STRUCTURE, [LayerRule("layer.2.*", skip=True)], PHASES)
     with caplog.at_level(logging.INFO):
         fit(TwoLayers(), callback, max_epochs=6)
-    (said,) = (r.message for r in caplog.records if "get a structure" in r.message)
-    assert "left out: layer.2.weight (a rule skips it)" in said
-    assert "bias" not in said
+    (message,) = (r.message for r in caplog.records if "get a structure" in r.message)
+    assert "left out: layer.2.weight (a rule skips it)" in message
+    assert "bias" not in message
 
 
 class Joining(TwoLayers):
@@ -97,7 +96,7 @@ def test_a_layer_that_joins_an_optimizer_in_mid_fit_stays_dense_with_a_warning()
     callback, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), Joining()
     with pytest.warns(UserWarning, match="joined an optimizer after fit began") as found:
         fit(module, callback, max_epochs=6)
-    (said,) = (str(w.message) for w in found if "joined" in str(w.message))
-    assert said.startswith("layer.0.weight joined an optimizer after fit began, so it stays dense: ")
+    (message,) = (str(w.message) for w in found if "joined" in str(w.message))
+    assert message.startswith("layer.0.weight joined an optimizer after fit began, so it stays dense: ")
     assert set(callback.supports) == {"layer.2.weight"}
     assert (module.layer[0].weight != 0).all()

@@ -1,4 +1,4 @@
-"""A run's whole life: resumed from every checkpoint, in odd Trainers, beside other callbacks; nothing left behind."""
+"""Runs resumed from every checkpoint, in unusual Trainers and beside other callbacks; nothing is left behind."""
 
 import pickle
 import subprocess
@@ -46,7 +46,7 @@ class Decaying(TwoLayers):
 
 
 class Resumable:
-    """A loader that knows where it is: without that, Lightning begins the data of an epoch anew."""
+    """A loader that saves its position: otherwise Lightning restarts the data of the epoch when it resumes."""
 
     def __init__(self, n: int = 8):
         self.data, self.at = torch.randn(n, 1, 32, generator=torch.Generator().manual_seed(1)), 0

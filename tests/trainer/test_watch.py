@@ -1,4 +1,4 @@
-"""Steps past Lightning: said once, and the constraint holds all the same; nothing of the past is kept alive."""
+"""Steps that Lightning does not announce: one warning, and the constraint still holds; old optimizers are freed."""
 
 import gc
 import re
@@ -100,7 +100,7 @@ def test_batches_of_unannounced_steps_are_counted():
 
 
 class Hookless:
-    """An optimizer of its own kind: Lightning takes all that can step, and torch's hooks are not there."""
+    """An optimizer without torch's hooks: Lightning accepts any object that can step."""
 
     def __init__(self, parameters) -> None:
         self.param_groups, self.state, self.defaults = [{"params": list(parameters)}], {}, {}
@@ -168,7 +168,7 @@ def test_a_restarted_schedule_lets_go_of_the_optimizer_before():
     assert alive == [1] * 6
 
 
-def test_an_optimizer_that_is_made_anew_within_a_batch_is_held_at_once():
+def test_an_optimizer_created_within_a_batch_is_held_at_once():
     class Remade(TwoLayers):
         def configure_optimizers(self):  # fused: torch counts no change of a weight that it steps
             return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.2, fused=True)

@@ -1,4 +1,4 @@
-"""The training room without Lightning: ADMM against its closed form, the constraint, the phases."""
+"""Training in plain torch: ADMM against its closed form, the constraint, the phases."""
 
 import math
 
@@ -244,7 +244,7 @@ def test_gradients_that_are_nan_do_not_reach_pruned_weights():
 
 
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
-def test_verify_names_a_weight_that_left(unified):
+def test_verify_names_a_weight_that_left_its_structure(unified):
     layer, plan = a_layer(JOINT)
     constraint = Constraint.freeze({"weight": layer.weight}, plan.covered, unified)
     constraint.verify({"weight": layer.weight})
@@ -262,7 +262,7 @@ def test_verify_sees_frozen_blocks_that_moved_together():
         constraint.verify({"weight": layer.weight})
 
 
-def test_old_momentum_does_not_lead_out():
+def test_old_momentum_does_not_lead_out_of_the_structure():
     layer, plan = a_layer(JOINT)
     opt = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     layer.weight.grad = normal(3, 8, 6)
@@ -293,7 +293,7 @@ def test_updates_fall_on_the_beginnings_between_start_and_end():
     assert [now for now in range(12) if timeline.due(now, now - 1)] == [5, 8]
 
 
-def test_rho_grows_alike_where_batches_are_rare():
+def test_rho_grows_by_the_same_factor_where_batches_are_rare():
     timeline, last, rho = Timeline(0, 4, 0.25), 0.0, 1.0
     for now in (0.0, 0.5, 1.0, 2.0, 3.0):
         rho, last = rho * 2 ** timeline.due(now, last), now
@@ -346,7 +346,7 @@ def test_phases_longer_than_the_run_are_refused():
         Phases(admm_end=8).on(5)
     with pytest.raises(SettingError, match=r"admm_start=0\.2 in a run of 20 epochs: raise admm_end or lower"):
         Phases(admm_end=2).on(20)
-    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share, and this run has no end"):
+    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share of the run's length, and this run has no end"):
         Phases(admm_start=0, admm_end=0.6).on(None)
 
 
