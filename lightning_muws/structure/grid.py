@@ -1,4 +1,4 @@
-"""Geometry: how a weight is cut into blocks. Knows nothing of what becomes of a block."""
+"""Geometry: how a weight is cut into blocks, whatever their kinds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lightning_muws.errors import SettingError
 
-CHUNK_NUMEL = 1 << 18  # weights a pass works on at a time: with its temporaries this stays in a core's cache
+CHUNK_NUMEL = 1 << 18  # weights that a pass handles at a time: they and its temporaries stay in a core's cache
 
 
 @dataclass(frozen=True)
 class BlockGrid:
     """Blocks of ``block_shape = (rows, cols)`` on the matrix view ``(out, in * kernel)`` of a weight.
 
-    Rows and columns at the far edges that fill no block belong to none and stay dense. Sums run over each block by
-    halving, one elementwise addition at a time, so that every device and every rank gets the same bits.
+    Rows and columns at the far edges that fill no block belong to none and stay dense. Sums over a block add its halves
+    elementwise, again and again, so that every device and every rank gets the same bits.
 
     Args:
         block_shape: Outputs and inputs of a block; each at least 1.
@@ -129,7 +129,7 @@ class BlockGrid:
         return BlockGrid(block_shape, out_axis=1, groups=shape[0])
 
     def covered(self, matrix: Tensor) -> Tensor:
-        """Return the view of the matrix that whole blocks fill."""
+        """Return the part of the matrix that whole blocks fill, a view."""
         (rows, cols), (n_out, n_in) = self.block_shape, matrix.shape
         return matrix[: n_out // rows * rows, : n_in // cols * cols]
 
@@ -148,7 +148,7 @@ class BlockGrid:
             yield slice(start, min(start + step, down))
 
     def parts(self, n_blocks: int, matrix: Tensor) -> Iterator[slice]:
-        """Yield slices of a list of so many blocks of this matrix, so that a pass over one stays in the cache."""
+        """Yield slices of a list of ``n_blocks`` blocks of this matrix, so that a pass over one stays in the cache."""
         step = max(1, CHUNK_NUMEL // self.block_numel) if matrix.device.type == "cpu" else max(1, n_blocks)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
@@ -168,7 +168,7 @@ class BlockGrid:
         return tall[:, 0, :: self.block_shape[1]]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return values ``(down, across)``, one a block, as ``(down, 1, across * cols)``, to broadcast over blocks."""
+        """Return values ``(down, across)``, one for each block, as ``(down, 1, across * cols)``, to broadcast."""
         (down, across), cols = values.shape, self.block_shape[1]
         return values.unsqueeze(2).expand(down, across, cols).reshape(down, 1, across * cols)
 

@@ -1,4 +1,4 @@
-"""Micro-structures: sets of weights, and the nearest point of each (Lin et al. 2021, arXiv:2106.08301)."""
+"""Micro-structures: blocks that are dense, unified or pruned, and the nearest such weight (Lin et al., 2106.08301)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MicroStructure:
 
     Args:
         block_shape: Outputs and inputs of a block, on the weight seen as the matrix ``(out, in * kernel)``.
-        prune_ratio: Share of the blocks that are all zero, in [0, 1]; ``round(prune_ratio * n_blocks)`` of a weight's.
+        prune_ratio: Share of the blocks that are all zero, in [0, 1]: ``round(prune_ratio * n_blocks)`` of each weight.
         unify_ratio: Share of the blocks whose weights share one magnitude, in [0, 1]; with prune_ratio at most 1.
         signs: In a unified block, ``free``: each weight keeps its sign; ``shared``: all weights are one value.
 

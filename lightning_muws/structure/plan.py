@@ -36,7 +36,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Gives the parameters that it matches a structure of their own, or leaves them out; the last matching rule wins.
+    """Gives the parameters that it matches another structure, or leaves them out; the last matching rule wins.
 
     Args:
         name: Pattern on the parameter's name: a glob (``encoder.*``), or a regular expression after ``re:``, which
@@ -44,7 +44,7 @@ class LayerRule:
         module_type: Glob on the class name of the module that owns the parameter, or of a class it inherits from
             (``Linear``, ``*Conv?d``). An embedding is covered only by a rule that names its type here.
         structure: The structure of the matching weights.
-        skip: Leave the matching parameters out, dense.
+        skip: Leave the matching parameters dense.
         batched: How weights of three axes are cut. ``out_in``: as a batch of matrices ``(batch, out, in)``, such as the
             experts of Mixtral, with each block in one matrix. ``in_out``: as a batch ``(batch, in, out)``. ``never``:
             axis 0 runs over the outputs. ``auto``: as a batch if axis 0 is longer than 1 and the owner is neither a
@@ -90,15 +90,15 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What is planned for one parameter.
+    """The plan of one parameter.
 
     Args:
         name: Its name in the model, without the ``_orig_mod.`` of compiled modules.
         shape: Its shape.
         module_type: Class name of the module that owns it.
-        structure: The structure it gets; without meaning where it is left out.
+        structure: The structure it gets; unused if it is left out.
         grid: How it is cut into blocks.
-        reason: Why it is left out; empty where it is covered.
+        reason: Why it is left out; empty if it is covered.
     """
 
     name: str
@@ -230,7 +230,7 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Mod
 
 
 def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Return the names and owners of each parameter, by its id: several where modules share it."""
+    """Return the names and owners of each parameter, by its id: several if modules share it."""
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         place = clean_name(name), module.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Weights that are sharded over ranks (DTensor): gathered one at a time to be chosen, held to their choice in place."""
+"""Weights that are sharded over ranks (DTensor): gather one to choose its blocks, then change each part in place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def like(x: Tensor, sharded: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # the ranks have the same values already: each keeps its part, and nothing is sent
+    # all ranks have the same values: each keeps its part, and nothing is sent
     return distribute_tensor(x, sharded.device_mesh, sharded.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
@@ -45,7 +45,7 @@ def norm(x: Tensor) -> float:
 
 
 def apply_(x: Tensor, support: Support, change: Callable[..., object], *per_block: Tensor) -> None:
-    """Change a tensor in place by what :func:`part` returned: on this rank's part alone if no block straddles ranks.
+    """Change a tensor in place by its support from :func:`part`: only this rank's part if no block straddles ranks.
 
     Args:
         x: A weight, gradient or moment; sharded or not.
@@ -75,7 +75,7 @@ def largest(x: Tensor, support: Support, measure: Callable[..., float], *per_blo
 
 
 def part(x: Tensor, support: Support, magnitudes: Tensor) -> Choice:
-    """Return what a rank keeps of a tensor's support and magnitudes: its own blocks, all if some straddle ranks."""
+    """Return the choice of the blocks on this rank; that of all blocks if some straddle ranks."""
     if not is_sharded(x) or (rows := _block_rows(x, support.grid)) is None:
         return Choice(support, magnitudes)
     mine, ours = support.rows(rows)
@@ -104,7 +104,7 @@ def choice_state(x: Tensor, support: Support, magnitudes: Tensor) -> dict[str, T
 
 
 def load_choice(x: Tensor, state: Mapping[str, Tensor], grid: BlockGrid) -> Choice:
-    """Return this rank's part of what :func:`choice_state` described."""
+    """Return this rank's part of the choice in a :func:`choice_state`."""
     return part(x, Support.from_state_dict(state, grid), state["magnitudes"])
 
 
@@ -115,7 +115,7 @@ def _sharded_axes(x: Tensor) -> list[int]:
 
 
 def _block_rows(x: Tensor, grid: BlockGrid) -> slice | None:
-    """Return the rows of blocks that are this rank's, the same kind of answer on all; None if blocks straddle ranks."""
+    """Return this rank's rows of blocks; None, on all ranks alike, if blocks straddle ranks."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

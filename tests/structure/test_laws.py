@@ -1,8 +1,9 @@
-"""Every geometry and every structure through the same laws."""
+"""Laws that hold for every grid and every structure."""
 
 import copy
 import pickle
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +67,7 @@ def test_unpack_undoes_pack(flags):
     packed = pack(flags)
     assert len(packed) == (len(flags) + 7) // 8
     assert torch.equal(unpack(packed, flags.shape), flags)
+    assert packed.tolist() == np.packbits(flags.numpy(), bitorder="little").tolist()  # as files pack signs
 
 
 # ---- nearest point
@@ -81,7 +83,7 @@ def test_project_twice_is_project_once_to_the_bit(data, w, s):
 
 
 @given(st.data(), weights(), structures())
-def test_the_projection_is_in_the_set(data, w, s):
+def test_the_projection_is_in_the_structure(data, w, s):
     grid = data.draw(grids(w, s.block_shape))
     blocks = grid.split(s.project(w, grid))
     n_pruned, n_unified = s.quotas(len(blocks))
@@ -100,19 +102,19 @@ def test_the_projection_is_in_the_set(data, w, s):
 
 
 @given(st.data(), weights(), any_structures())
-def test_edges_stay_to_the_bit(data, w, s):
+def test_edges_keep_every_bit(data, w, s):
     grid = data.draw(grids(w, s.block_shape))
     for before, after in zip(grid.edges(grid.matrix(w)), grid.edges(grid.matrix(s.project(w, grid))), strict=True):
         assert same_bits(before, after)
 
 
 @given(weights(), any_structures())
-def test_memory_layout_changes_nothing(w, s):
+def test_the_projection_does_not_depend_on_the_memory_layout(w, s):
     assert same_bits(s.project(w), s.project(w.contiguous()))
 
 
 @given(weights(F32_AND_F64), any_structures(), st.integers(-20, 20))
-def test_the_projection_follows_a_scale(w, s, exponent):
+def test_the_projection_of_a_scaled_weight_is_the_scaled_projection(w, s, exponent):
     assert same_bits(s.project(w * 2.0**exponent), s.project(w) * 2.0**exponent)
 
 
@@ -156,7 +158,7 @@ def test_support_project_twice_is_once_to_the_bit(data, w, s, seed):
 
 
 @given(st.data(), weights(), any_structures(), st.integers(0, 99))
-def test_in_place_is_the_same(data, w, s, seed):
+def test_projecting_in_place_gives_the_same(data, w, s, seed):
     support = s.nearest(w, data.draw(grids(w, s.block_shape))).support
     x = normal(seed, *w.shape, dtype=w.dtype)
     expected = support.project(x)
@@ -165,7 +167,7 @@ def test_in_place_is_the_same(data, w, s, seed):
 
 
 @given(st.data(), weights(), any_structures())
-def test_a_support_survives_its_state(data, w, s):
+def test_a_support_is_restored_from_its_state(data, w, s):
     grid = data.draw(grids(w, s.block_shape))
     support = s.nearest(w, grid).support
     again = type(support).from_state_dict(support.state_dict(), grid)

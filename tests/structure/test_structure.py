@@ -1,4 +1,4 @@
-"""The structure room: worked examples, refusals, and the nearest point against brute force."""
+"""Structures and plans: worked examples, refusals, and the nearest point against brute force."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def test_prune_by_hand():
     assert MicroStructure((1, 2), prune_ratio=0.5).project(w).tolist() == [[0.0, 0.0, 0.0, 4.0]]
 
 
-def test_ties_fall_to_the_first_blocks():
+def test_of_equal_blocks_the_first_are_pruned():
     z = MicroStructure((1, 1), prune_ratio=0.5).project(torch.ones(2, 4))
     assert z.tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
 
@@ -52,13 +52,13 @@ def test_joint_choice_beats_pruning_first():
     assert z.tolist() == [[1.0, 1.0, 0.0, 0.0, 9.0, 1.0]]  # 2.25 + 0
 
 
-def test_magnitude_zero_leaves_no_negative_zero():
+def test_a_block_of_magnitude_zero_has_no_negative_zero():
     z = MicroStructure((1, 2), unify_ratio=1.0).project(torch.tensor([[-0.0, 0.0]]))
     assert not torch.signbit(z).any()
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-18])
-def test_squares_that_overflow_are_ranked_all_the_same(scale):
+def test_weights_whose_squares_overflow_are_ranked_correctly(scale):
     w = normal(0, 8, 8, dtype=torch.float32)
     s = MicroStructure((2, 2), prune_ratio=0.5, unify_ratio=0.25)
     expected = s.support(w)
@@ -119,7 +119,7 @@ def best_unified(block: torch.Tensor, shared: bool) -> float:
     st.data(),
     st.sampled_from(["free", "shared"]),
 )
-def test_no_choice_is_nearer(make, seed, case, data, signs):
+def test_no_other_choice_of_blocks_is_nearer(make, seed, case, data, signs):
     rows, cols, block_shape = case
     w, grid = make(seed, rows, cols), BlockGrid(block_shape)
     blocks = grid.split(w)
@@ -139,7 +139,7 @@ def test_no_choice_is_nearer(make, seed, case, data, signs):
 
 @settings(max_examples=80)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.booleans(), st.data())
-def test_cheapest_is_the_optimal_assignment(seed, n, ties, data):
+def test_the_chosen_blocks_are_the_optimal_assignment(seed, n, ties, data):
     make = small_integers if ties else normal
     unify_cost, gain = make(seed, n).abs(), make(seed + 1, n).abs()
     n_pruned = data.draw(st.integers(0, n))
@@ -223,7 +223,7 @@ def test_a_row_of_the_matrix_is_one_output(name):
 @given(
     st.integers(0, 10**6), st.sampled_from([normal, small_integers]), st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 5)])
 )
-def test_no_choice_of_n_of_m_is_nearer(seed, make, case):
+def test_no_other_choice_of_n_of_m_is_nearer(seed, make, case):
     n, m = case
     w = make(seed, 3, 2 * m + 1)
     z = NMStructure(n, m).project(w)
@@ -490,7 +490,7 @@ def reasons(plan):
     return {name: entry.reason for name, entry in plan.left_out.items()}
 
 
-def test_defaults_cover_what_a_user_expects():
+def test_by_default_linear_and_convolution_weights_are_covered():
     plan = make_plan(Net(), MicroStructure(prune_ratio=0.5))
     assert list(plan.covered) == [
         "conv.weight", "up.weight", "attention.in_proj_weight", "attention.out_proj.weight",
@@ -555,7 +555,7 @@ class HeadFirst(nn.Module):
         (LayerRule(module_type="Embedding", structure=MicroStructure(prune_ratio=0.5)), True),
     ],
 )
-def test_a_weight_that_is_an_embedding_elsewhere_is_one(rule, covered):
+def test_a_weight_shared_with_an_embedding_is_an_embedding(rule, covered):
     plan = make_plan(HeadFirst(), MicroStructure(prune_ratio=0.5), [rule])
     assert ("head.weight" in plan.covered) == covered
     assert covered or reasons(plan)["head.weight"] == "an embedding"
