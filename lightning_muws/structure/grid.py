@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -47,8 +48,18 @@ class BlockGrid:
 
     def __post_init__(self) -> None:
         shape: object = self.block_shape  # a configuration file may have put anything there
-        if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(type(n) is int and n >= 1 for n in shape):
+        sizes = shape.tolist() if hasattr(shape, "tolist") else shape
+        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(_is_whole(n) and n >= 1 for n in sizes):
             raise SettingError(f"block_shape={shape!r} is not allowed: give two whole numbers >= 1, such as (4, 4)")
+        object.__setattr__(self, "block_shape", (int(sizes[0]), int(sizes[1])))
+        if not _is_whole(self.out_axis) or self.out_axis not in (0, 1):
+            raise SettingError(f"out_axis={self.out_axis!r} is not allowed: give 0 or 1")
+        if not isinstance(self.batched, bool):
+            raise SettingError(f"batched={self.batched!r} is not allowed: give True or False")
+        if not _is_whole(self.groups) or self.groups < 1 or (self.batched and self.groups > 1):
+            raise SettingError(
+                f"groups={self.groups!r} is not allowed: give a whole number >= 1, and 1 for a batch of matrices"
+            )
 
     @property
     def block_numel(self) -> int:
@@ -174,6 +185,10 @@ class BlockGrid:
         down, across = covered.shape[0] // rows, covered.shape[1] // cols
         covered.copy_(blocks.reshape(down, across, rows, cols).transpose(1, 2).reshape(covered.shape))
         return self.weight(matrix, like.shape)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def fold(x: Tensor, dim: int) -> Tensor:

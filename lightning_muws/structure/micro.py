@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -42,18 +43,20 @@ class MicroStructure:
     signs: Literal["free", "shared"] = "free"
 
     def __post_init__(self) -> None:
-        BlockGrid(self.block_shape)  # refuses a wrong shape
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        object.__setattr__(self, "block_shape", BlockGrid(self.block_shape).block_shape)
         for name in ("prune_ratio", "unify_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            value: object = getattr(self, name)  # a configuration file may have put anything there
+            ratio = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+            if not 0 <= ratio <= 1:
                 raise SettingError(f"{name}={value!r} is not allowed: give a share of the blocks from 0 to 1")
+            object.__setattr__(self, name, ratio)
         if self.prune_ratio + self.unify_ratio > 1 + 1e-9:
             raise SettingError(
                 f"prune_ratio={self.prune_ratio} and unify_ratio={self.unify_ratio} sum to more than 1: "
                 "they are shares of all blocks, so lower one of them"
             )
-        if self.signs not in ("free", "shared"):
+        signs: object = self.signs
+        if not isinstance(signs, str) or signs not in ("free", "shared"):
             raise SettingError(f"signs={self.signs!r} is not allowed: give 'free' or 'shared'")
 
     @property

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Size, Tensor
 
+from lightning_muws.errors import SettingError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.support import Support
@@ -64,3 +65,15 @@ class Structure(Protocol):
     def project(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Tensor:
         """Return the nearest point itself; by default the weight's outputs are on axis 0. See :meth:`nearest`."""
         ...
+
+
+def check_structure(value: object) -> None:
+    """Check that a setting is a structure.
+
+    Raises:
+        SettingError: It is not, or it is a class and not an instance.
+    """
+    if isinstance(value, type) or not isinstance(value, Structure):
+        raise SettingError(
+            f"structure={value!r} is not allowed: give a structure, such as MicroStructure(prune_ratio=0.8)"
+        )

@@ -1,4 +1,4 @@
-"""Which weights of a model a fit covers, and whether a fit is one more of the same model."""
+"""Which weights of a model a fit covers, and whether the model is that of an earlier fit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_muws.structure.plan import Plan, named_weights
+
+UNHELD = "no optimizer trains it"  # the plan's reason
 
 
 def is_same_model(module: nn.Module, plan: Plan, weights: Mapping[str, nn.Parameter]) -> bool:
@@ -52,5 +54,18 @@ def held(trainer: Any, module: nn.Module) -> list[nn.Parameter] | None:
 
     They hold none where the model steps its parameters by itself, for example in its backward pass.
     """
-    ids = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    ids = _held_ids(trainer)
     return [p for p in module.parameters() if id(p) in ids] or None
+
+
+def late(trainer: Any, module: nn.Module, plan: Plan) -> set[str]:
+    """Return the names of the weights that an optimizer holds, and that the plan left out because none did."""
+    unheld = {name for name, entry in plan.left_out.items() if entry.reason == UNHELD}
+    if not unheld:
+        return set()
+    ids = _held_ids(trainer)
+    return {name for name, parameter, _ in named_weights(module) if name in unheld and id(parameter) in ids}
+
+
+def _held_ids(trainer: Any) -> set[int]:
+    return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

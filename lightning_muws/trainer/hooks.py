@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
-from lightning_muws.structure.plan import LayerRule, Plan, make_plan
+from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
+from lightning_muws.structure.structure import check_structure
 from lightning_muws.structure.support import Support
 from lightning_muws.trainer import coverage, rates, saving, settings, trainers
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
@@ -61,14 +62,15 @@ class CompressionHooks:
             SettingError: An argument has a wrong type, or ``save_to`` does not end in ``.muws``. At the start of fit,
                 a setting does not fit the model or the Trainer, or the file cannot be written.
         """
-        settings.check_structure(structure)
+        check_structure(structure)
+        check_rules(rules)
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
         self.structure = structure
-        self.rules = settings.checked_rules(rules)
+        self.rules = tuple(rules)
         self.phases = phases
         self.retraining = retraining
         self.penalty = penalty
@@ -80,6 +82,7 @@ class CompressionHooks:
         self.saved: saving.Saved | None = None
         # the run of one model, over one fit or several
         self._run: CompressionRun | None = None
+        self._known_late: set[str] = set()  # weights that joined an optimizer too late, once warned of
         self._began: rates.Beginning | None = None  # where in this fit retraining began
         self._n_stepped_batches = 0
         self._last_batch = -1  # on the Trainer's count of batches
@@ -168,7 +171,9 @@ class CompressionHooks:
             if not is_other_trainer:
                 return
         self._reset_clock()
-        self.plan = make_plan(pl_module, self.structure, self.rules)
+        self._known_late = set()
+        optimized = coverage.held(trainer, pl_module)
+        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized)
         weights = self.plan.weights(pl_module)
         self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining, self.penalty)
         rank_zero_info(f"muws: {coverage.summary(pl_module, self.plan)}")
@@ -203,6 +208,18 @@ class CompressionHooks:
         self._watch.follow(trainer.optimizers)
         if self._run:
             self._watch.begin(self._run.weights)
+        if self.plan and batch_idx == 0:
+            self._warn_of_late_weights(trainer, pl_module, self.plan)
+
+    def _warn_of_late_weights(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
+        """Warn once of each weight that stays dense because it joined an optimizer after fit began."""
+        late = coverage.late(trainer, pl_module, plan) - self._known_late
+        if late:
+            self._known_late |= late
+            rank_zero_warn(
+                f"{', '.join(sorted(late)[:5])} joined an optimizer after fit began, so it stays dense: "
+                "name it in a rule, such as LayerRule(name=..., structure=...), to cover it from the start of fit"
+            )
 
     def _tick(self, trainer: Any, now: float) -> None:
         """Do what is due at this time; begin retraining if that froze the structure."""

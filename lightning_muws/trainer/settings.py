@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,32 +50,6 @@ def _instead(name: str, value: object, signature: inspect.Signature) -> str:
         return f": give rules=[LayerRule({name}={value!r})]"
     near = difflib.get_close_matches(name, settings, n=1)
     return (f": the nearest is {near[0]}; all are " if near else "; all are ") + ", ".join(settings)
-
-
-def check_structure(structure: object) -> None:
-    """Check that this is a structure: an object that can find the nearest point of a weight.
-
-    Raises:
-        SettingError: It is something else.
-    """
-    if isinstance(structure, type) or not callable(getattr(structure, "nearest", None)):
-        raise refuse("structure", structure, "give a structure, such as MicroStructure(prune_ratio=0.8)")
-
-
-def checked_rules(rules: object) -> tuple[LayerRule, ...]:
-    """Return the rules as a tuple.
-
-    Raises:
-        SettingError: They are not a series of LayerRule.
-    """
-    if isinstance(rules, (str, bytes, Mapping)) or not isinstance(rules, Iterable):
-        raise refuse("rules", rules, "give a list of rules, such as [LayerRule('head.*', skip=True)]")
-    rules = tuple(rules)
-    for i, rule in enumerate(rules):
-        if not isinstance(rule, LayerRule):
-            example = ", ".join(f"{k}={v!r}" for k, v in rule.items()) if isinstance(rule, dict) else "'head.*', ..."
-            raise refuse(f"rules[{i}]", rule, f"give LayerRule({example})")
-    return cast("tuple[LayerRule, ...]", rules)
 
 
 def check_switch(name: str, value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,12 @@ from lightning_muws.structure.sharded import apply_, choice_state, largest, load
 from lightning_muws.structure.support import Support
 from lightning_muws.training.record import on_device
 
-# States of torch's optimizers that are no sums of gradients but of their squares, or sizes: they have no sign.
+# What an optimizer remembers of a weight is recognised by its name, so that all ranks and resumed runs agree.
+# These states are no sums of gradients but of their squares, or sizes: they have no sign.
 UNSIGNED = {"sum", "exp_inf", "acc_delta", "step_size"}
+# These are points, other values of the weight itself: the iterates of schedule-free optimizers (x, y, z), the averages
+# of ASGD (ax) and SWA, and the slow weights of Lookahead.
+POINTS = {"x", "y", "z", "ax", "swa_buffer", "slow_buffer", "lookahead_slow_buff"}
 
 
 class Constraint:
@@ -75,22 +79,42 @@ class Constraint:
                 apply_(weight.grad, self._directions[name], Support.project_)
 
     def project_moments(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Project what an optimizer remembers of these weights, like gradients, or like squared ones."""
+        """Project what an optimizer remembers of these weights: points, moments of gradients, or squared moments.
+
+        A point, recognised by its name in :data:`POINTS`, is moved onto the support like a weight, with the frozen
+        magnitudes where they are frozen. A moment is projected onto the directions that the weight may move in.
+        """
         for name, weight in weights.items():
             directions = self._directions[name]
-            for key, moment in optimizer.state.get(weight, {}).items():
-                if isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype.is_floating_point:
+            for key, memory in _memories(weight, optimizer):
+                if key in POINTS and self.unified == "frozen":
+                    self._enforce(name, memory)
+                elif key in POINTS:
+                    apply_(memory, self.supports[name], Support.project_)
+                else:
                     has_sign = "sq" not in key and key not in UNSIGNED
-                    apply_(moment, directions if has_sign else directions.unsigned, Support.project_)
+                    apply_(memory, directions if has_sign else directions.unsigned, Support.project_)
 
-    def enforce(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the constraint back into these weights; a weight that fulfils it keeps every bit."""
+    def enforce(self, weights: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
+        """Write the constraint into these weights; a weight that fulfils it keeps every bit.
+
+        Args:
+            weights: Some of the weights, by name.
+            optimizer: The optimizer that stepped them: the constraint is written into its :data:`POINTS` too, which may
+                become the weights, as an average does for validation.
+        """
         for name, weight in weights.items():
-            if self.unified == "tied":
-                apply_(weight.detach(), self.supports[name], Support.tie_)
-            else:
-                apply_(weight.detach(), self._directions[name], Support.project_)  # whose mask is there already
-                apply_(weight.detach(), self.supports[name], Support.fill_, self.magnitudes[name])
+            self._enforce(name, weight.detach())
+            for key, memory in _memories(weight, optimizer) if optimizer else ():
+                if key in POINTS:
+                    self._enforce(name, memory)
+
+    def _enforce(self, name: str, weight: Tensor) -> None:
+        if self.unified == "tied":
+            apply_(weight, self.supports[name], Support.tie_)
+        else:
+            apply_(weight, self._directions[name], Support.project_)  # its mask is cached
+            apply_(weight, self.supports[name], Support.fill_, self.magnitudes[name].to(weight.dtype))
 
     def verify(self, weights: Mapping[str, Tensor]) -> None:
         """Check that each of these weights fulfils its constraint with ``==``.
@@ -153,6 +177,13 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
                 f"{name} holds {n_bad} values of {weight.numel()} that are NaN or Inf: lower the learning rate or "
                 "clip the gradient, and resume from a checkpoint with finite weights"
             )
+
+
+def _memories(weight: Tensor, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield what an optimizer remembers of each entry of a weight, with its name."""
+    for key, memory in optimizer.state.get(weight, {}).items():
+        if isinstance(memory, Tensor) and memory.shape == weight.shape and memory.dtype.is_floating_point:
+            yield key, memory
 
 
 def _moved(support: Support, weight: Tensor, magnitudes: Tensor) -> float:

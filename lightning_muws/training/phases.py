@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_muws.errors import SettingError
-from lightning_muws.training.checks import check_choice
+from lightning_muws.training.checks import check_choice, is_number, refuse
 from lightning_muws.training.methods import METHODS
 
 
@@ -42,14 +42,13 @@ class Phases:
         check_choice("method", self.method, tuple(METHODS))
         for name in ("admm_start", "admm_end", "update_every"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise SettingError(
-                    f"{name}={value!r} is not allowed: give a count of {self.interval}s >= 0 or a share of the run"
-                )
+            whole = "ADMM phase" if name == "update_every" else "run"
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise refuse(name, value, f"give a count of {self.interval}s >= 0 or a share of the {whole}")
             if isinstance(value, float) and value > 1:
-                raise SettingError(f"{name}={value!r} is not allowed: a float is a share of the run, from 0.0 to 1.0")
+                raise refuse(name, value, f"a float is a share of the {whole}, from 0.0 to 1.0")
         if self.update_every == 0:
-            raise SettingError(f"update_every={self.update_every!r} is not allowed: give a count >= 1 or a share > 0")
+            raise refuse("update_every", self.update_every, "give a count >= 1 or a share > 0")
         if type(self.admm_start) is type(self.admm_end) and self.admm_end < self.admm_start:
             raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
 
@@ -77,6 +76,11 @@ class Phases:
                 f"{self.interval}s: raise admm_end or lower admm_start"
             )
         every: int | float = self.update_every
+        if isinstance(every, int) and end > start and every > end - start and not clip:
+            raise SettingError(
+                f"update_every={every} is longer than the {self.interval}s from {start} to {end} between admm_start "
+                "and admm_end, so no update would happen: lower update_every, or give a share such as 0.25"
+            )
         if isinstance(every, float):
             every = every * (end - start) or 1.0
         return Timeline(start, end, max(1, round(every)) if self.interval == "step" else every)
@@ -131,12 +135,7 @@ class Retraining:
     lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.unified not in ("tied", "frozen"):
-            raise SettingError(f"unified={self.unified!r} is not allowed: give 'tied' or 'frozen'")
-        if self.schedule not in ("restart", "module", "constant", "cosine"):
-            raise SettingError(
-                f"schedule={self.schedule!r} is not allowed: give 'restart', 'module', 'constant' or 'cosine'"
-            )
-        lr: object = self.lr  # a configuration file may have put anything there
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
-            raise SettingError(f"lr={self.lr!r} is not allowed: give a learning rate > 0, or 0 for the module's")
+        check_choice("unified", self.unified, ("tied", "frozen"))
+        check_choice("schedule", self.schedule, ("restart", "module", "constant", "cosine"))
+        if not is_number(self.lr) or not 0 <= self.lr < math.inf:
+            raise refuse("lr", self.lr, "give a learning rate > 0, or 0 for the module's")

@@ -167,6 +167,8 @@ class CompressionRun:
     def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Change the gradients of this optimizer's weights: the method adds to them, or retraining projects them.
 
+        A parameter group with ``maximize=True`` climbs its gradient, so the method's share has the opposite sign.
+
         Args:
             optimizer: The optimizer that steps next; its gradients are complete and not clipped yet.
             scale: Factor of these gradients on those of the loss, such as that of a gradient scaler; 0 adds nothing.
@@ -174,12 +176,16 @@ class CompressionRun:
         if self.constraint:
             self.constraint.project_gradients(self.owned(optimizer))
         elif self.method and scale:
-            self.method.before_step(self.owned(optimizer), scale)
+            climbing = {id(p) for g in optimizer.param_groups if g.get("maximize") for p in g["params"]}
+            owned = self.owned(optimizer)
+            up = {name: p for name, p in owned.items() if id(p) in climbing}
+            self.method.before_step({name: p for name, p in owned.items() if name not in up}, scale)
+            self.method.before_step(up, -scale)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Change this optimizer's weights: in retraining, write the structure back, to the bit."""
         if self.constraint:
-            self.constraint.enforce(self.owned(optimizer))
+            self.constraint.enforce(self.owned(optimizer), optimizer)
         elif self.method:
             self.method.after_step(self.owned(optimizer))
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -315,6 +316,17 @@ def test_a_batched_grid_and_its_unbatched_one_have_the_same_borders(out_axis):
         ({"block_shape": (2.0, 4)}, re.escape("block_shape=(2.0, 4)")),
         ({"block_shape": 4}, "block_shape=4 is not allowed"),
         ({"signs": "none"}, "signs='none' is not allowed"),
+        ({"signs": ["free"]}, re.escape("signs=['free'] is not allowed")),
+        ({"signs": np.array(["free", "shared"])}, "signs=array"),
+        ({"prune_ratio": [0.5]}, re.escape("prune_ratio=[0.5] is not allowed")),
+        ({"prune_ratio": True}, "prune_ratio=True"),
+        ({"prune_ratio": None}, "prune_ratio=None"),
+        ({"prune_ratio": torch.tensor(0.5)}, re.escape("prune_ratio=tensor(0.5000)")),
+        ({"prune_ratio": np.float32("nan")}, "prune_ratio=.*nan"),
+        ({"prune_ratio": 0.5 + 0j}, re.escape("prune_ratio=(0.5+0j)")),
+        ({"block_shape": (True, 4)}, re.escape("block_shape=(True, 4)")),
+        ({"block_shape": "44"}, "block_shape='44'"),
+        ({"block_shape": None}, "block_shape=None"),
     ],
 )
 def test_wrong_structures_are_refused(settings_, says):
@@ -322,6 +334,72 @@ def test_wrong_structures_are_refused(settings_, says):
         MicroStructure(**settings_)
     assert isinstance(caught.value, MuwsError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_numbers_of_numpy_become_plain_numbers():
+    s = MicroStructure(np.array([2, 4]), np.float32(0.5), np.float64(0.25))
+    assert s == MicroStructure((2, 4), 0.5, 0.25)
+    values = (*s.block_shape, s.prune_ratio, s.unify_ratio)
+    assert [type(value) for value in values] == [int, int, float, float]
+    assert hash(BlockGrid([2, 4])) == hash(BlockGrid((np.int64(2), 4)))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ({"out_axis": 2}, "out_axis=2 is not allowed: give 0 or 1"),
+        ({"out_axis": "0"}, "out_axis='0'"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": 2.0}, "groups=2.0"),
+        ({"batched": "no"}, "batched='no'"),
+        ({"batched": True, "groups": 2}, "groups=2"),
+    ],
+)
+def test_wrong_grids_are_refused(settings_, says):
+    with pytest.raises(SettingError, match=says):
+        BlockGrid(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        (
+            {"structure": 0.8},
+            re.escape("structure=0.8 is not allowed: give a structure, such as MicroStructure(prune_"),
+        ),
+        ({"structure": {"prune_ratio": 0.8}}, "structure={'prune_ratio': 0.8}"),
+        ({"structure": MicroStructure}, "structure=<class"),
+        ({"structure": None}, "structure=None"),
+        ({"name": 3}, "name=3 is not allowed"),
+        ({"name": ["a", "b"]}, re.escape("name=['a', 'b'] is not allowed")),
+        ({"module_type": nn.Linear}, "give the name of the class, 'Linear'"),
+        ({"module_type": 3}, "module_type=3"),
+        ({"module_type": nn.Linear(2, 2)}, "module_type=Linear"),
+        ({"skip": "no"}, "skip='no' is not allowed: give True or False"),
+        ({"skip": 1}, "skip=1"),
+        ({"batched": True}, "batched=True"),
+        ({"batched": ["auto"]}, "batched="),
+    ],
+)
+def test_wrong_rules_are_refused(settings_, says):
+    with pytest.raises(SettingError, match=says):
+        LayerRule(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("structure", "rules", "says"),
+    [
+        (0.8, (), "structure=0.8"),
+        (MicroStructure, (), "structure=<class"),
+        (MicroStructure(prune_ratio=0.5), LayerRule("out.*"), "rules=LayerRule.* is not allowed: give a list"),
+        (MicroStructure(prune_ratio=0.5), "out.*", "rules='out"),
+        (MicroStructure(prune_ratio=0.5), 3, "rules=3"),
+        (MicroStructure(prune_ratio=0.5), [{"name": "out.*"}], "rules.*{'name': 'out"),
+    ],
+)
+def test_a_plan_refuses_what_is_no_structure_and_no_rule(structure, rules, says):
+    with pytest.raises(SettingError, match=says):
+        make_plan(Net(), structure, rules)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -462,6 +540,45 @@ def test_a_rule_that_matches_nothing_lists_near_names():
         make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule("con.weight")])
     with pytest.raises(PlanError, match=r"module_type='Linaer'.*Linear"):
         make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule(module_type="Linaer")])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (LayerRule("*.bias", structure=MicroStructure(prune_ratio=0.5)), "conv.bias: fewer than 2 axes"),
+        (LayerRule("attention.bias_k", structure=MicroStructure(prune_ratio=0.5)), "attention.bias_k: a bias"),
+        (LayerRule(module_type="LayerNorm", structure=MicroStructure(prune_ratio=0.5)), "norm.weight: a normalisation"),
+        (LayerRule("*.bias"), "conv.bias: fewer than 2 axes"),
+    ],
+)
+def test_a_rule_for_what_no_structure_fits_is_refused_with_the_reason(rule, says):
+    with pytest.raises(PlanError, match=says):
+        make_plan(Net(), MicroStructure(prune_ratio=0.5), [rule])
+
+
+def test_a_rule_may_skip_what_no_structure_fits():
+    make_plan(Net(), MicroStructure(prune_ratio=0.5), [LayerRule("*.bias", skip=True), LayerRule("norm.*", skip=True)])
+
+
+def test_a_rule_that_batches_no_weight_of_three_axes_is_refused():
+    rule = LayerRule("weight", batched="out_in", structure=MicroStructure(prune_ratio=0.5))
+    with pytest.raises(PlanError, match=r"name='weight' has batched='out_in', but it matches no weight of three axes"):
+        make_plan(nn.Linear(8, 8), MicroStructure(), [rule])
+
+
+def test_a_weight_that_no_optimizer_holds_is_left_out_unless_a_rule_names_it():
+    net = Net()
+    held = [p for name, p in net.named_parameters() if not name.startswith(("out", "lstm"))]
+    s = MicroStructure(prune_ratio=0.5)
+    plan = make_plan(net, s, optimized=iter(held))
+    assert reasons(plan)["out.weight"] == reasons(plan)["lstm.weight_hh_l0"] == "no optimizer trains it"
+    assert "conv.weight" in plan.covered
+    named = make_plan(net, s, [LayerRule("out.*", structure=s)], optimized=held)
+    assert "out.weight" in named.covered
+    assert reasons(named)["lstm.weight_hh_l0"] == "no optimizer trains it"
+    by_type = make_plan(net, s, [LayerRule(module_type="Linear", structure=s)], optimized=held)
+    assert reasons(by_type)["out.weight"] == "no optimizer trains it"
+    assert "out.weight" in make_plan(net, s).covered
 
 
 def test_covering_nothing_is_refused_with_reasons():

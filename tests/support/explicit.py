@@ -50,14 +50,16 @@ class Snapshot(Callback):
             self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.method) for n in admm.entries}
 
 
-def assert_same_after_admm(module, explicit, options=dict, bound: float = 1e-12, wrap=lambda module: module) -> None:
+def assert_same_after_admm(
+    module, explicit, options=dict, bound: float = 1e-12, wrap=lambda module: module, rules=()
+) -> None:
     """Train both through the same ADMM phase and compare every parameter at its end.
 
     ``options`` makes the Trainer's, anew for each; ``wrap`` may compile the module that gets the callback.
     """
     module.load_state_dict(explicit.state_dict())
     start = {name: p.detach().clone() for name, p in explicit.named_parameters()}
-    last, callback = Snapshot(), WeightUnificationCallback(explicit.structure, phases=PHASES, penalty=PENALTY)
+    last, callback = Snapshot(), WeightUnificationCallback(explicit.structure, rules, phases=PHASES, penalty=PENALTY)
     fit(wrap(module), last, callback, max_epochs=5, **options())
     fit(explicit, max_epochs=4, **options())
     assert len(callback.history) == 3

@@ -87,7 +87,7 @@ class Thawing(TwoLayers):
 
 
 class Joining(TwoLayers):
-    """Its first layer joins the optimizer in the third epoch."""
+    """Its first layer joins the optimizer in the third epoch: a rule must name it, so that it is covered before."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.layer[2].parameters(), 0.05, momentum=0.9)
@@ -97,14 +97,14 @@ class Joining(TwoLayers):
             self.optimizers().add_param_group({"params": list(self.layer[0].parameters())})
 
 
-@pytest.mark.parametrize("kind", [Thawing, Joining])
-def test_layers_that_begin_to_learn_in_mid_fit_get_their_penalty(kind):
+@pytest.mark.parametrize(("kind", "rules"), [(Thawing, ()), (Joining, [LayerRule(COVERED[0], structure=STRUCTURE)])])
+def test_layers_that_begin_to_learn_in_mid_fit_get_their_penalty(kind, rules):
     class ExplicitKind(ExplicitLayers, kind):
         def on_train_epoch_start(self):
             kind.on_train_epoch_start(self)
             super().on_train_epoch_start()
 
-    assert_same_after_admm(kind(), ExplicitKind(), options=lambda: {"precision": "64-true"})
+    assert_same_after_admm(kind(), ExplicitKind(), options=lambda: {"precision": "64-true"}, rules=rules)
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")

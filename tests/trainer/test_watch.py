@@ -15,7 +15,7 @@ from tests.support.modules import STRUCTURE, Probe, TwoLayers, fit
 
 SAID = "layer.0.weight, layer.2.weight changed in training without a step that Lightning announces, so "
 IN_ADMM = re.escape(f"{SAID}no penalty pulls them")
-IN_RETRAINING = re.escape(f"{SAID}they are held to their structure, but their gradients")
+IN_RETRAINING = re.escape(f"{SAID}they stay inside their structure, but their gradients")
 
 
 class Raw(TwoLayers):

@@ -26,7 +26,7 @@ SIDES = {"cpu": (16, 8, 4), "cuda": (64, 32, 16)}  # Triton needs at least 16
 
 
 class Bsr(TorchKernel):
-    """The matrix in torch's BSR layout. Never through ``F.linear`` on a CPU, which is 4 to 12 times slower than dense.
+    """The matrix in torch's BSR layout. On a CPU it avoids ``F.linear``, which is 4 to 12 times slower than dense.
 
     Args:
         layer: Linear, Conv1d or Conv2d of one group.
@@ -117,7 +117,7 @@ def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Ke
             shares[side] = _share(blocks)
     if not shares or min(shares.values()) > WORTH or min(shares.values()) == 0:
         return None
-    # The largest side that keeps at most 5 % more blocks' weights than the finest.
+    # The largest side whose blocks keep at most 5 % more weights than those of the finest.
     side = next(side for side, share in shares.items() if share <= 1.05 * min(shares.values()))
     return Bsr(layer, side)
 

@@ -157,9 +157,9 @@ def build_int8(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) 
         try:
             from torch.ao.quantization import quantize_dynamic
 
-            quantized: nn.Module = quantize_dynamic(  # type: ignore[no-untyped-call]  # torch's own
+            quantized: nn.Sequential = quantize_dynamic(  # type: ignore[no-untyped-call]  # torch's own
                 nn.Sequential(copy.deepcopy(layer)), {nn.Linear}
             )
         except (ImportError, RuntimeError):
             return None
-    return Int8(layer, quantized)
+    return Int8(layer, quantized[0])  # without the Sequential, which costs a call
