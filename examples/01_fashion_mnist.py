@@ -22,7 +22,7 @@ from lightning_muws import MicroStructure, WeightUnificationCallback, accelerate
 from lightning_muws.plots import plot_before_after, plot_residuals
 from lightning_muws.structure.grid import BlockGrid
 
-EPOCHS = {"fashion": (5, 10), "digits": (30, 60)}  # of the common start, and of each continuation
+EPOCHS = {"fashion": (5, 10), "digits": (20, 40)}  # of the common start, and of each continuation
 PICTURED = "classifier.0.weight"
 
 

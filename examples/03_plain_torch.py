@@ -13,10 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_muws import MicroStructure, Phases, Retraining, load_compressed, save_compressed
+from lightning_muws import CompressionRun, MicroStructure, Penalty, Phases, load_compressed, save_compressed
 from lightning_muws.report import make_report
 from lightning_muws.structure.plan import make_plan
-from lightning_muws.training.run import CompressionRun
 
 STEPS, BATCH_SIZE = 600, 64
 
@@ -34,7 +33,8 @@ def main() -> None:
 
     phases = Phases(interval="step")  # ADMM starts and ends at its default shares of the steps
     plan = make_plan(model, MicroStructure(block_shape=(4, 4), prune_ratio=0.5, unify_ratio=0.25))
-    run = CompressionRun(plan.weights(model), plan.covered, phases, Retraining())
+    penalty = Penalty(rho=0.03)  # so few steps need a stronger pull than the default
+    run = CompressionRun(plan.weights(model), plan.covered, phases, penalty=penalty)
     timeline = phases.on(STEPS)
     for step in range(STEPS):
         inputs = torch.randn(BATCH_SIZE, 16)

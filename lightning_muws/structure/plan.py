@@ -143,8 +143,8 @@ class Plan(Tabular):
 
     def tables(self) -> list[Table]:
         """Return the table of the parameters: the blocks of each covered one, and why each other one is left out."""
-        title = f"Plan: {len(self.covered)} of {len(self.entries)} parameters get a structure"
-        return [Table(title, COLUMNS, [self._row(entry) for entry in self.entries])]
+        note = f"{len(self.covered)} of {len(self.entries)} parameters get a structure."
+        return [Table("", COLUMNS, [self._row(entry) for entry in self.entries], notes=[note])]
 
     @staticmethod
     def _row(entry: PlanEntry) -> tuple[str, ...]:
