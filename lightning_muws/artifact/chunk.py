@@ -14,8 +14,11 @@ from torch import Tensor
 from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
 from lightning_muws.artifact.streams import (
+    DENSE,
     KINDS_A_BYTE,
+    MIXED,
     N_KINDS,
+    PRUNED,
     Parts,
     Patterns,
     is_unified,
@@ -32,7 +35,6 @@ from lightning_muws.artifact.streams import (
 )
 from lightning_muws.artifact.values import WIDTHS, Form
 from lightning_muws.structure.grid import BlockGrid
-from lightning_muws.structure.kinds import Kind
 
 ROLES = ("magnitudes", "free")
 ORDER = [f"{role}.{stored}" for role in ROLES for stored in WIDTHS]  # of the streams of values in a chunk
@@ -156,9 +158,9 @@ class ChunkReader:
         needed, at, n_signs = dict.fromkeys(ORDER, 0), 0, 0
         for entry, n, numel in grids:
             kinds, at = self.kinds[at : at + n], at + n
-            n_signs += int(np.count_nonzero(kinds == Kind.UNIFIED)) * numel
+            n_signs += int(np.count_nonzero(kinds == MIXED)) * numel
             needed[f"magnitudes.{_stored(entry)}"] += int(np.count_nonzero(is_unified(kinds)))
-            needed[f"free.{_stored(entry)}"] += int(np.count_nonzero(kinds == Kind.DENSE)) * numel
+            needed[f"free.{_stored(entry)}"] += int(np.count_nonzero(kinds == DENSE)) * numel
         for piece in pieces:
             if piece.entry.form:
                 needed[f"free.{_stored(piece.entry)}"] += _n_edge(piece)
@@ -197,7 +199,7 @@ class ChunkReader:
     def _fill_blocks(self, form: Form, grid: BlockGrid, slab: Tensor) -> Any:
         width, numel = WIDTHS[form.stored], grid.block_numel
         kinds = self._take("kinds", self.kinds, slab.numel() // numel)
-        n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (Kind.UNIFIED, Kind.DENSE))
+        n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (MIXED, DENSE))
         taken = []
         for role, n in (("magnitudes", int(np.count_nonzero(is_unified(kinds)))), ("free", n_free * numel)):
             values = self.values.get(f"{role}.{form.stored}", np.zeros(0, width))
@@ -217,7 +219,7 @@ class ChunkReader:
 def _tally(counts: Any) -> tuple[int, int, int]:
     """Return how many blocks are dense, unified, pruned, from how many there are of each number in the file."""
     n = counts.tolist()
-    return n[Kind.DENSE], sum(n) - n[Kind.DENSE] - n[Kind.PRUNED], n[Kind.PRUNED]
+    return n[DENSE], sum(n) - n[DENSE] - n[PRUNED], n[PRUNED]
 
 
 def _stored(entry: TensorEntry) -> str:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.errors import FormatError
-from lightning_muws.structure.kinds import Kind
 
 Patterns = NDArray[Any]  # unsigned, of 16, 32 or 64 bits
 
-POSITIVE, NEGATIVE = 3, 4  # beside the numbers of Kind: unified blocks whose weights have all the same sign
+# The kinds of blocks in a file. Blocks of one magnitude have both signs (mixed) or one.
+DENSE, MIXED, PRUNED, POSITIVE, NEGATIVE = range(5)
 N_KINDS, KINDS_A_BYTE = 5, 3
 SLAB_NUMEL = 1 << 18  # weights that are worked on at a time: with their temporaries they stay in a core's cache
 
@@ -65,16 +65,16 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
     """Return the kind of each block, of the same shape, from :func:`block_bits`."""
     sign = sign_bit(ors.dtype)
     one_magnitude = ((ors ^ ands) & ~sign) == 0
-    kinds = np.where(one_magnitude, np.uint8(Kind.UNIFIED), np.uint8(Kind.DENSE))
+    kinds = np.where(one_magnitude, np.uint8(MIXED), np.uint8(DENSE))
     kinds[one_magnitude & ((ors & sign) == 0)] = POSITIVE
     kinds[one_magnitude & ((ands & sign) != 0)] = NEGATIVE
-    kinds[ors == 0] = Kind.PRUNED
+    kinds[ors == 0] = PRUNED
     return kinds
 
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
     """Return which blocks have a magnitude of their own."""
-    unified: NDArray[np.bool_] = (kinds != Kind.DENSE) & (kinds != Kind.PRUNED)
+    unified: NDArray[np.bool_] = (kinds != DENSE) & (kinds != PRUNED)
     return unified
 
 
@@ -82,8 +82,8 @@ def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
     """Return the parts of a matrix of whole blocks."""
     ors, ands = block_bits(u, block_shape)
     kinds, sign, tiles = kinds_of(ors, ands), sign_bit(u.dtype), _tiles(u, block_shape)
-    signs = (tiles[kinds == Kind.UNIFIED] & sign) != 0
-    return Parts(kinds.reshape(-1), signs, (ands & ~sign)[is_unified(kinds)], tiles[kinds == Kind.DENSE])
+    signs = (tiles[kinds == MIXED] & sign) != 0
+    return Parts(kinds.reshape(-1), signs, (ands & ~sign)[is_unified(kinds)], tiles[kinds == DENSE])
 
 
 def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
@@ -94,9 +94,9 @@ def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
     values[is_unified(kinds)] = parts.magnitudes
     values[kinds == NEGATIVE] |= sign
     tiles[...] = values[:, :, None, None]
-    mixed = kinds == Kind.UNIFIED
+    mixed = kinds == MIXED
     tiles[mixed] |= np.where(parts.signs, sign, out.dtype.type(0))
-    tiles[kinds == Kind.DENSE] = parts.free
+    tiles[kinds == DENSE] = parts.free
 
 
 def _tiles(u: Patterns, block_shape: tuple[int, int]) -> Patterns:
