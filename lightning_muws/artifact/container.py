@@ -31,6 +31,11 @@ class Frame:
     Args:
         file: Open for reading, seekable.
 
+    Attributes:
+        n_bytes: The bytes of the file.
+        lengths: The bytes of each stream of weights, by name.
+        manifest: The JSON of the manifest.
+
     Raises:
         FormatError: It is no `.muws` file, of another major version, too large in its header, or broken.
     """
@@ -43,14 +48,10 @@ class Frame:
         self.metadata = header.pop("__metadata__", None)
         version = self._check_metadata()
         self._spans = self._check_streams(header)
+        self.lengths = {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
         self.manifest = self._read_manifest()
         if self.manifest.get("version") != version:
             raise FormatError(f"the header says version {version}, the manifest {self.manifest.get('version')!r}")
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The bytes of each stream of weights, by name."""
-        return {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
 
     def stream(self, name: str, checksum: int) -> bytes:
         """Return the bytes of a stream.
