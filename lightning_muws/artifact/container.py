@@ -21,6 +21,7 @@ from lightning_muws.errors import FormatError
 FORMAT = "muws"
 VERSION = "1.0"
 MANIFEST = "manifest"
+MOST = 16 << 20  # bytes of a header or a manifest
 LOOKS_LIKE = {b"PK": "a zip archive, such as torch.save writes", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
 
 
@@ -29,6 +30,11 @@ class Frame:
 
     Args:
         file: Open for reading, seekable.
+
+    Attributes:
+        n_bytes: The bytes of the file.
+        lengths: The bytes of each stream of weights, by name.
+        manifest: The JSON of the manifest.
 
     Raises:
         FormatError: It is no `.muws` file, of another major version, too large in its header, or broken.
@@ -42,14 +48,10 @@ class Frame:
         self.metadata = header.pop("__metadata__", None)
         version = self._check_metadata()
         self._spans = self._check_streams(header)
+        self.lengths = {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
         self.manifest = self._read_manifest()
         if self.manifest.get("version") != version:
             raise FormatError(f"the header says version {version}, the manifest {self.manifest.get('version')!r}")
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The bytes of each stream of weights, by name."""
-        return {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
 
     def stream(self, name: str, checksum: int) -> bytes:
         """Return the bytes of a stream.
@@ -126,8 +128,8 @@ class Frame:
         if MANIFEST not in self._spans or not said.isascii() or not said.isdigit() or len(said) > 10:
             raise FormatError("the file has no manifest")
         n, (start, stop) = int(said), self._spans[MANIFEST]
-        if (larger := max(n, stop - start)) > largest_header(self.n_bytes):
-            raise FormatError(f"the manifest has {larger} bytes, at most {largest_header(self.n_bytes)} are allowed")
+        if (larger := max(n, stop - start)) > (allowed := largest_manifest(self.n_bytes, stop - start)):
+            raise FormatError(f"the manifest has {larger} bytes, at most {allowed} are allowed")
         raw = self._read(start, stop)
         if len(raw) != n:
             raw = inflate(raw, n)
@@ -137,8 +139,22 @@ class Frame:
 
 
 def largest_header(n_bytes: int) -> int:
-    """Return how long the header, and the manifest, of a file may be: small files must not cost much to refuse."""
-    return min(16 << 20, (1 << 19) + n_bytes // 8)
+    """Return how many bytes the header of a file of ``n_bytes`` may have: to refuse a small file must not cost much."""
+    return min(MOST, (1 << 19) + n_bytes // 8)
+
+
+def largest_manifest(n_bytes: int, packed: int) -> int:
+    """Return how many bytes the manifest may have that takes ``packed`` of the ``n_bytes`` of a file.
+
+    zlib makes the names and shapes of thousands of small tensors up to 100 times smaller, and a bomb 1000 times.
+    """
+    return min(MOST, (1 << 19) + n_bytes // 8 + 128 * packed)
+
+
+def pack_manifest(raw: bytes) -> bytes:
+    """Return the fewest bytes from which a reader accepts the manifest, whatever else is in the file."""
+    packed = zlib.compress(raw, 9)
+    return packed if len(packed) < len(raw) <= largest_manifest(0, len(packed)) else raw
 
 
 def write(
@@ -162,7 +178,7 @@ def write(
         OSError: The file cannot be written; what was there before is there still.
     """
     raw = dump(manifest)
-    packed = min(raw, zlib.compress(raw, 9), key=len)
+    packed = pack_manifest(raw)
     spans, end = {}, 0
     for name, length in [*lengths.items(), (MANIFEST, len(packed))]:
         spans[name] = {"dtype": "U8", "shape": [length], "data_offsets": [end, end + length]}
@@ -175,10 +191,11 @@ def write(
     }
     header = dump({"__metadata__": about, **spans})
     header += b" " * (-len(header) % 8)
-    if max(len(raw), len(header)) > (allowed := largest_header(8 + len(header) + end)):
+    allowed = largest_header(8 + len(header) + end)
+    if len(raw) > MOST or len(header) > allowed:
         raise FormatError(
-            f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {allowed} are allowed for "
-            f"{len(lengths)} streams: save the model in several files"
+            f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {MOST} and {allowed} are "
+            f"allowed for {len(lengths)} streams: save the model in several files"
         )
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.artifact.chunk import ChunkReader
+from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
 from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
 from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
 from lightning_muws.artifact.report import FileInfo, tensor_report
-from lightning_muws.artifact.streams import slabs
+from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
 from lightning_muws.artifact.values import displayed
 from lightning_muws.errors import FormatError, MuwsError, StateError
 from lightning_muws.structure.plan import clean_name
 
 MAX_BYTES = 8 << 30
+KEPT_BYTES = 16 << 20  # of packed kinds: those of 3 GB in blocks of 4x4
 Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
 
 
@@ -80,10 +81,9 @@ def inspect_compressed(path: str | Path) -> FileInfo:
     with _opened(path) as (frame, manifest):
         streams: dict[str, int] = defaultdict(int)
         coders: dict[str, set[str]] = defaultdict(set)
-        lengths = frame.lengths
         for i, chunk in enumerate(manifest.chunks):
             for name, (coder, _) in chunk.streams.items():
-                streams[displayed(name)] += lengths[f"c{i}.{name}"]
+                streams[displayed(name)] += frame.lengths[f"c{i}.{name}"]
                 coders[displayed(name)].add(coder)
         tensors = tuple(tensor_report(entry, manifest.tensors) for entry in manifest.tensors)
         joined = {name: "+".join(sorted(found)) for name, found in coders.items()}
@@ -166,9 +166,10 @@ def _tensors(
     frame: Frame, manifest: Manifest, progress: Progress | None = None
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Yield each tensor in order, decoded, one chunk in memory beside it; a shared one as an empty tensor."""
-    at, done, units, counts = 0, 0, torch.empty(0), [0, 0, 0]
+    kinds = _checked_kinds(frame, manifest)
+    at, done, units = 0, 0, torch.empty(0)
     for i, pieces in enumerate(manifest.pieces()):
-        reader = _reader(frame, manifest, i, pieces)
+        reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
         for piece in pieces:
             entry, cols = piece.entry, piece.entry.matrix_shape[1]
             if piece.start == 0:
@@ -176,15 +177,12 @@ def _tensors(
                     yield manifest.tensors[at], _without_values(manifest.tensors[at])
                     at += 1
                 shape = entry.matrix_shape if entry.grid else (entry.numel,)
-                units, counts = torch.empty(shape, dtype=DTYPES[entry.dtype]), [0, 0, 0]
-            found = reader.fill(piece, units[piece.start : piece.stop])
-            counts = [a + b for a, b in zip(counts, found, strict=True)]
+                units = torch.empty(shape, dtype=DTYPES[entry.dtype])
+            reader.fill(piece, units[piece.start : piece.stop])
             done += (piece.stop - piece.start) * cols * units.element_size()
             if progress:
                 progress(done, manifest.n_bytes)
             if piece.stop == len(units):
-                if tuple(counts) != entry.counts:
-                    raise FormatError(f"{entry.name} has blocks {tuple(counts)}, the manifest speaks of {entry.counts}")
                 tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
                 yield entry, tensor.contiguous()
                 at += 1
@@ -192,22 +190,58 @@ def _tensors(
         yield entry, _without_values(entry)
 
 
+def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
+    """Compare the blocks of each tensor with the manifest, before memory is taken for any tensor.
+
+    Returns:
+        The packed kinds of the first chunks, so that they need not be decoded again; as many as take little memory.
+    """
+    kept: dict[int, Bytes] = {}
+    room, counts = KEPT_BYTES, np.zeros(N_KINDS, np.int64)
+    for i, pieces in enumerate(manifest.pieces()):
+        n, at = sum(n_blocks(piece)[0] for piece in pieces), 0
+        packed = None
+        if n and "kinds" in manifest.chunks[i].streams:
+            packed = _stream(frame, manifest, i, "kinds", -(-n // KINDS_A_BYTE))
+            if (room := room - len(packed)) >= 0:
+                kept[i] = packed
+        for piece in pieces:
+            if piece.start == 0:
+                counts = np.zeros(N_KINDS, np.int64)
+            here = n_blocks(piece)[0]
+            if packed is None:
+                counts[DENSE] += here
+            else:
+                counts += count_kinds(packed, at, at + here)
+            at += here
+            declared = piece.entry.counts
+            if any(a > b for a, b in zip(tally(counts), declared, strict=True)):
+                raise FormatError(f"{piece.entry.name} has blocks {tally(counts)}, the manifest speaks of {declared}")
+    return kept
+
+
 def _without_values(entry: TensorEntry) -> Tensor:
     """Return a tensor that has no elements, or stands for one that is stored elsewhere."""
     return torch.empty(entry.shape if entry.same_as is None else (0,), dtype=DTYPES[entry.dtype])
 
 
-def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece]) -> ChunkReader:
-    """Return the reader of a chunk, all its streams decoded."""
-    left = dict(manifest.chunks[i].streams)
+def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece], kinds: Bytes | None) -> ChunkReader:
+    """Return the reader of a chunk, all its streams decoded; ``kinds`` if they were decoded before."""
+    left = set(manifest.chunks[i].streams)
 
     def read(name: str, n: int) -> Bytes:
         if not n or name not in left:
             return np.zeros(n, np.uint8)
-        coder, checksum = left.pop(name)
-        return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)
+        left.remove(name)
+        return kinds if name == "kinds" and kinds is not None else _stream(frame, manifest, i, name, n)
 
     reader = ChunkReader(pieces, read)
     if left:
-        raise FormatError(f"chunk {i} has streams that belong to none of its tensors: {', '.join(left)[:100]}")
+        raise FormatError(f"chunk {i} has streams that belong to none of its tensors: {', '.join(sorted(left))[:100]}")
     return reader
+
+
+def _stream(frame: Frame, manifest: Manifest, i: int, name: str, n: int) -> Bytes:
+    """Return the ``n`` bytes of a stream of a chunk."""
+    coder, checksum = manifest.chunks[i].streams[name]
+    return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)

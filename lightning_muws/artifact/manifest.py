@@ -21,6 +21,8 @@ OTHERS = (
 )  # fmt: skip
 DTYPES = {name: getattr(torch, name) for name in (*FLOATS, *OTHERS) if hasattr(torch, name)}
 MAX_CHUNK = 256 << 20  # bytes of tensors in a chunk
+MAX_CHUNKS = 1024  # and one more for each MiB of tensors: each takes time, and the writer needs two for 32 MiB
+CHUNK_PER_BYTES = 1 << 20
 MAX_AXES = 64
 MAX_NUMEL = 1 << 60  # of the product of all sizes, each counted as at least 1
 
@@ -170,6 +172,8 @@ class Manifest:
     def _check_chunks(self) -> None:
         """Check that the chunks cover all tensors once, in order, each one in whole block rows and not too large."""
         before, n = (0, 0), len(self.tensors)
+        if len(self.chunks) > (most := MAX_CHUNKS + self.n_bytes // CHUNK_PER_BYTES):
+            raise FormatError(f"the file has {len(self.chunks)} chunks, at most {most} are allowed for its tensors")
         for chunk in self.chunks:
             (at, unit) = chunk.until
             whole = at <= n and (unit == 0 or (at < n and self.tensors[at].same_as is None))

@@ -5,6 +5,8 @@ Source: Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.33
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,7 @@ from lightning_muws.artifact.entropy import Bytes, Ints, entropy_bytes
 from lightning_muws.errors import FormatError
 
 Floats = NDArray[np.float64]
+Words = NDArray[np.uint16]
 
 TABLE_BITS = 12
 TOTAL = 1 << TABLE_BITS  # what the frequencies of a table sum to
@@ -20,6 +23,7 @@ SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
 MAX_STRETCHES = 256  # that are looked at
 MAX_TABLES = 1024  # in a stream: a table takes more memory than bytes
+FEW_LANES = 20  # a step over all lanes takes numpy as long as so many symbols one by one
 STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
@@ -115,6 +119,9 @@ def _encode_steps(symbols: Bytes, f: Ints, x: Floats, words: list[bytes]) -> Flo
 def decode(coded: bytes, n: int) -> Bytes:
     """Return the ``n`` bytes from which :func:`encode` made ``coded``.
 
+    The time is bounded by ``n`` and the length of ``coded``, whatever a file declares: numpy takes as long for a step
+    over few lanes as for one over many, so few lanes are decoded one symbol at a time.
+
     Raises:
         FormatError: ``coded`` is not what it makes of ``n`` bytes.
     """
@@ -125,7 +132,16 @@ def decode(coded: bytes, n: int) -> Bytes:
         raise FormatError("a rans stream ends within its states")
     x = np.frombuffer(coded, "<u4", lanes, head.at).astype(np.int64)
     words = np.frombuffer(coded, "<u2", -1, head.at + 4 * lanes)
-    out, read, done = np.empty((steps, lanes), np.uint8), 0, 0
+    run = _decode_symbols if lanes < FEW_LANES else _decode_steps
+    out, x, read = run(stretches, x, words)
+    if read != len(words) or (x != LOW).any():
+        raise FormatError("a rans stream does not end where it should")
+    return out[:n]
+
+
+def _decode_steps(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+    """Return the symbols, the last states and how many words were read; all lanes take a step together."""
+    out, read, done = np.empty((sum(steps for steps, _ in stretches), len(x)), np.uint8), 0, 0
     for n_steps, f in stretches:
         symbol = np.repeat(np.arange(256, dtype=np.uint8), f)
         frequency = np.repeat(f, f)
@@ -144,9 +160,28 @@ def decode(coded: bytes, n: int) -> Bytes:
                 x[low] = (x[low] << 16) | fresh
                 read += len(low)
         done += n_steps
-    if read != len(words) or (x != LOW).any():
-        raise FormatError("a rans stream does not end where it should")
-    return out.reshape(-1)[:n]
+    return out.reshape(-1), x, read
+
+
+def _decode_symbols(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+    """Return what :func:`_decode_steps` does, from one symbol after the other."""
+    states, left = x.tolist(), iter(words.tolist())
+    out = bytearray()
+    try:
+        for n_steps, f in stretches:
+            symbols = np.flatnonzero(f)
+            starts = (np.cumsum(f) - f)[symbols].tolist()
+            table = list(zip(symbols.tolist(), f[symbols].tolist(), starts, strict=True))
+            for _ in range(n_steps):
+                for lane, state in enumerate(states):
+                    slot = state & (TOTAL - 1)
+                    symbol, frequency, start = table[bisect_right(starts, slot) - 1]
+                    state = frequency * (state >> TABLE_BITS) + slot - start
+                    states[lane] = state if state >= LOW else state << 16 | next(left)
+                    out.append(symbol)
+    except StopIteration:
+        raise FormatError("a rans stream ends too early") from None
+    return np.frombuffer(bytes(out), np.uint8), np.array(states, np.int64), len(words) - sum(1 for _ in left)
 
 
 def _number(value: int) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -14,21 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muws.artifact.block_shape import shared_shapes, smallest_shape
 from lightning_muws.artifact.chunk import ChunkWriter
 from lightning_muws.artifact.codecs import encode
-from lightning_muws.artifact.container import write
+from lightning_muws.artifact.container import MOST, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
-from lightning_muws.artifact.json_text import why_unstorable
+from lightning_muws.artifact.json_text import dump, why_unstorable
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
-from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Loss, choose, displayed
-from lightning_muws.errors import SettingError
+from lightning_muws.artifact.values import STEPS, Form, Loss, choose, displayed
+from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+CHUNK_ENTRY_BYTES = 2 << 10  # that a manifest has at most on a chunk: 40 streams of 45
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
 
 
@@ -66,7 +69,7 @@ def save_compressed(
 
     Raises:
         SettingError: A setting is not allowed, or the model holds more than tensors.
-        FormatError: The model has so many tensors that no reader would accept the manifest.
+        FormatError: The model has so many tensors, or ``extra`` is so large, that no reader would accept the manifest.
         OSError: The file cannot be written; what was there before is there still.
 
     Example:
@@ -85,6 +88,7 @@ def save_compressed(
     state = read_state(model)
     _check_blocks(blocks, state)
     own = _check_json(extra, state.modules)
+    _check_manifest(state, blocks, own)
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as body:
         writer = _Writer(state, loss, body, progress or (lambda done, total: None))
         manifest = writer.run(blocks, own)
@@ -118,6 +122,8 @@ class _Writer:
         stored = {identity(x): x.numel() * x.element_size() for x in self.state.tensors.values()}
         total = sum(stored.values())
         largest = self._largest()
+        shared = shared_shapes(self.state.tensors.items()) if not isinstance(blocks, tuple) else {}
+        choose_grid = partial(_grid, blocks=blocks, shared=shared)
         for i, (name, tensor) in enumerate(self.state.tensors.items()):
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             first = seen.setdefault(identity(tensor), i)
@@ -125,7 +131,7 @@ class _Writer:
                 entries.append(replace(entry, same_as=first))
                 continue
             x = plain(tensor)
-            entry = self._decide(entry, x, blocks, largest)
+            entry = self._decide(entry, x, choose_grid, largest)
             entries.append(self._write(i, entry, x, total))
         if self.state.tensors and (not self.chunks or self.chunks[-1].until < (len(entries), 0)):
             self._flush((len(entries), 0))
@@ -140,12 +146,12 @@ class _Writer:
         return max((_top(x) for x in found if x.is_floating_point() and x.numel()), default=0.0)
 
     def _decide(
-        self, entry: TensorEntry, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, largest: float
+        self, entry: TensorEntry, x: Tensor, choose_grid: Callable[[str, Tensor], BlockGrid | None], largest: float
     ) -> TensorEntry:
         """Return the entry with its form, and its blocks."""
         if not x.is_floating_point() or x.element_size() == 1:
             return entry
-        grid = _grid(entry.name, x, blocks)
+        grid = choose_grid(entry.name, x)
         loses = self.loss.lossy == "all" or entry.name in self.state.weights
         if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = _top(x)
@@ -205,16 +211,19 @@ class _Writer:
         return tuple(found)
 
 
-def _grid(name: str, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> BlockGrid | None:
+def _grid(
+    name: str,
+    x: Tensor,
+    blocks: Mapping[str, BlockGrid] | tuple[int, int] | None,
+    shared: Mapping[str, tuple[int, int] | None],
+) -> BlockGrid | None:
     """Return how a weight is cut; None where it is flat."""
     if isinstance(blocks, Mapping) and name in blocks:
         grid: BlockGrid | None = blocks[name].unbatched(x.shape)
     elif x.ndim < 2 or not x.numel():
         grid = None
-    elif isinstance(blocks, tuple):
-        grid = BlockGrid(blocks)
     else:
-        shape = find_shape(x)
+        shape = blocks if isinstance(blocks, tuple) else shared[name] if name in shared else smallest_shape(x)
         grid = BlockGrid(shape) if shape else None
     if grid is None or 0 in grid.counts(x.shape):
         return None
@@ -247,6 +256,28 @@ def _check_json(extra: Mapping[str, Any] | None, modules: Mapping[str, Any]) -> 
     if why := why_unstorable(own, "extra") or why_unstorable(modules, "the versions of the modules"):
         raise SettingError(f"this cannot be written as JSON: {why}")
     return own
+
+
+def _check_manifest(
+    state: State, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, extra: Mapping[str, Any]
+) -> None:
+    """Refuse a model whose manifest may become too large, before any work on its values: all numbers count as long."""
+    number = -sys.float_info.min  # no float has more digits
+    entries = []
+    for name, x in state.tensors.items():
+        entry = TensorEntry(name, str(x.dtype).removeprefix("torch."), tuple(x.shape))
+        if x.is_floating_point():
+            grid = blocks[name] if isinstance(blocks, Mapping) and name in blocks else BlockGrid((16, 16))
+            form, counts = Form(STEPS, number), (x.numel(), x.numel(), x.numel())
+            entry = replace(entry, form=form, grid=grid if x.ndim > 1 else None, counts=counts, error=number)
+        entries.append(entry)
+    n_bytes = len(dump(Manifest(tuple(entries), (), state.modules, extra).to_dict()))
+    n_chunks = 2 + 2 * sum(entry.n_bytes for entry in entries) // CHUNK_BYTES  # any two together have CHUNK_BYTES
+    if (n_bytes := n_bytes + n_chunks * CHUNK_ENTRY_BYTES) > MOST:
+        raise FormatError(
+            f"the manifest would have up to {n_bytes} bytes for {len(entries)} tensors, at most {MOST} are allowed: "
+            "save the model in several files"
+        )
 
 
 def _checker(state: State, manifest: Manifest) -> Callable[[IO[bytes]], None]:

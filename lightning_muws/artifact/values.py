@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,9 @@ STEPS = "grid"  # whole multiples of a step, 16 bits each. Format 1.0 writes thi
 MAX_STEPS = (1 << 15) - 1
 WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, STEPS: np.dtype(np.uint16)}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SAMPLED = 4096
+SAMPLED = 4096  # values from which to guess a step
+# Where they lie in a tensor. A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
+SCATTERED = np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1
 
 
 @dataclass(frozen=True)
@@ -174,24 +177,37 @@ def _wide(dtype: torch.dtype) -> Any:
 
 def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
-    # A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
-    at = np.unique(np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1 * len(flat)).astype(np.int64)
-    sample = flat[torch.from_numpy(at)]
-    seen = np.unique(np.abs(_numpy(sample)).astype(np.float64))
-    seen = np.append(seen[(seen > 0) & (seen < top)], top)
-    gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
+    sample = (
+        flat if len(flat) <= SAMPLED else flat[torch.from_numpy(np.unique((SCATTERED * len(flat)).astype(np.int64)))]
+    )
+    found = np.unique(np.abs(_numpy(sample)).astype(np.float64))
+    seen = [*found[(found > 0) & (found < top)].tolist(), top]
+    gap, wide = min(b - a for a, b in pairwise([0.0, *seen])), _wide(flat.dtype)
     for divisor in range(1, 9):  # the smallest gap that was seen need not be one step
-        step = gap / divisor
-        if top / step > MAX_STEPS:
+        if top > MAX_STEPS * (gap / divisor):
             return 0.0
-        for value in seen:  # each one larger makes it more precise
-            step = value / max(1, round(value / step))
-        guess = wide(step)
-        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
+        guess = wide(_refined(gap / divisor, seen, flat.dtype))
+        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))) if guess else ():
             form = Form(STEPS, float(near))
             if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
                 return float(near)
     return 0.0
+
+
+def _refined(step: float, seen: list[float], dtype: torch.dtype) -> float:
+    """Return the step that values, smallest first, are whole multiples of, near a first guess; 0 if one is none.
+
+    Each value is larger than the one before and makes the step more precise. A multiple is off by what the step, the
+    product and the dtype round off, or by the distance of subnormals.
+    """
+    about = torch.finfo(dtype)
+    for i, value in enumerate(seen):
+        ratio = value / step
+        n = max(1, round(ratio))
+        if i and abs(ratio - n) > 4 * about.eps * n + 2 * about.tiny * about.eps / step:
+            return 0.0
+        step = value / n
+    return step
 
 
 def _is_exact(flat: Tensor, form: Form) -> bool:

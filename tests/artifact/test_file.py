@@ -372,12 +372,31 @@ def test_files_of_anything_else_are_refused_and_no_code_runs(thing, path, tmp_pa
         save_compressed(tmp_path / "m.safetensors", path)
 
 
-def test_more_tensors_than_a_reader_would_accept_are_refused(path):
+def test_more_tensors_than_a_reader_would_accept_are_refused_before_any_work(path, monkeypatch):
     small_model(path)
     before = path.read_bytes()
+    monkeypatch.setattr(ChunkWriter, "add", None)
     with pytest.raises(FormatError, match=r"the manifest would have .* save the model in several files"):
-        save_compressed({f"a.long.name.{i}": torch.ones(1) for i in range(12_000)}, path)
+        save_compressed({f"a.long.name.{'x' * 1500}.{i}": torch.ones(1) for i in range(12_000)}, path)
+    with pytest.raises(FormatError, match=r"the manifest would have .* save the model in several files"):
+        save_compressed({"w": torch.ones(1)}, path, extra={"a": "x" * (16 << 20)})
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"model.encoder.layers.{i}.weight" for i in range(7000)],
+        [f"{'model.transformer.encoder.' * 9}layers.{i // 8}.experts.{i % 8}.default.weight" for i in range(3000)],
+    ],
+    ids=["short", "long"],
+)
+def test_a_model_of_thousands_of_small_tensors_comes_back(names, path):
+    """The names take megabytes and the values almost nothing, so that the file is small."""
+    state = {name: torch.zeros(1) for name in names} | {"w": torch.ones(2, 2)}
+    report = save_compressed(state, path)
+    assert report.n_bytes < 64 << 10
+    assert_same(load_compressed(path), state)
 
 
 # ---- loading
