@@ -1,4 +1,4 @@
-"""What a file holds and what each part of it takes, as dataclasses, dicts and tables."""
+"""Reports on a file: its tensors and the bytes of each part, as dataclasses, dicts and tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What was written.
+    """Summary of a file that was written.
 
     Args:
         path: The file.
@@ -112,17 +112,17 @@ class SaveReport:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What a file says of itself, read from its manifest alone.
+    """Description of a file, from its manifest alone.
 
     Args:
         path: The file.
         version: Of the format.
         n_bytes: Bytes of the file.
         dense_bytes: Bytes of all tensors in memory, shared ones once.
-        tensors: Each tensor; what it takes in the file is not known without decoding and stands as 0.
+        tensors: Each tensor; ``n_bytes`` is 0, as it is not known without decoding.
         streams: The bytes of each kind of stream.
         coders: The coders of each kind of stream.
-        extra: What the user added.
+        extra: The user's own values.
     """
 
     path: str
