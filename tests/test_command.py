@@ -50,10 +50,10 @@ def test_verify(capsys, path):
     path.write_bytes(path.read_bytes()[:-1])
     code, out, err = run(capsys, "verify", path)
     assert (code, out) == (1, "")
-    assert err.startswith(f"muws: {path}: the header speaks of")
+    assert err.startswith(f"muws: {path}: the header declares")
     code, out, _ = run(capsys, "verify", path, "--json")
     assert code == 1
-    assert "the header speaks of" in json.loads(out)["error"]
+    assert "the header declares" in json.loads(out)["error"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])

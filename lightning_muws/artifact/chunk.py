@@ -41,7 +41,7 @@ ORDER = [f"{role}.{stored}" for role in ROLES for stored in WIDTHS]  # of the st
 
 
 class Measured(NamedTuple):
-    """What was found of a piece while it was taken apart.
+    """What the writer measures on a piece.
 
     Args:
         counts: Its blocks: dense, unified, pruned.
@@ -54,7 +54,7 @@ class Measured(NamedTuple):
 
 @dataclass
 class ChunkWriter:
-    """Takes pieces apart, and hands out their streams before coding."""
+    """Splits pieces into streams, before coding."""
 
     kinds: list[Bytes] = field(default_factory=list)
     signs: list[Any] = field(default_factory=list)
@@ -67,7 +67,7 @@ class ChunkWriter:
         """Add a piece: the rows of the matrix that blocks lie on, or the elements of a flat tensor.
 
         Args:
-            entry: What becomes of the tensor.
+            entry: The entry of the tensor.
             units: ``(n, cols)`` or ``(n,)``, on the CPU.
         """
         self.symbols.clear()
@@ -141,7 +141,7 @@ def _error(form: Form, u: Patterns, x: Tensor) -> float:
 
 
 class ChunkReader:
-    """Puts the pieces of a chunk together again.
+    """Puts the pieces of a chunk back together.
 
     Args:
         pieces: The pieces, of a manifest that was checked.
@@ -214,7 +214,7 @@ class ChunkReader:
 
 
 def tally(counts: Any) -> tuple[int, int, int]:
-    """Return how many blocks are dense, unified, pruned, from how many there are of each number in the file."""
+    """Return how many blocks are dense, unified and pruned, given how many have each of the five kinds of the file."""
     n = counts.tolist()
     return n[DENSE], sum(n) - n[DENSE] - n[PRUNED], n[PRUNED]
 

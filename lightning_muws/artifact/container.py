@@ -1,4 +1,4 @@
-"""The frame of a file: a safetensors header over byte streams; read without trust, written whole or not at all."""
+"""The frame of a file: a safetensors header and byte streams. Reading trusts nothing; writing is atomic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOKS_LIKE = {b"PK": "a zip archive, such as torch.save writes", b"\x80": "a pic
 
 
 class Frame:
-    """An open file whose header was checked: its manifest, and its streams by name.
+    """An open file with a checked header: its manifest, and its streams by name.
 
     Args:
         file: Open for reading, seekable.
@@ -37,7 +37,7 @@ class Frame:
         manifest: The JSON of the manifest.
 
     Raises:
-        FormatError: It is no `.muws` file, of another major version, too large in its header, or broken.
+        FormatError: It is no `.muws` file, has another major version or too large a header, or is damaged.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -51,7 +51,7 @@ class Frame:
         self.lengths = {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
         self.manifest = self._read_manifest()
         if self.manifest.get("version") != version:
-            raise FormatError(f"the header says version {version}, the manifest {self.manifest.get('version')!r}")
+            raise FormatError(f"the header has version {version}, the manifest {self.manifest.get('version')!r}")
 
     def stream(self, name: str, checksum: int) -> bytes:
         """Return the bytes of a stream.
@@ -93,7 +93,7 @@ class Frame:
     def _check_metadata(self) -> str:
         given = self.metadata
         if not isinstance(given, dict) or given.get("format") != FORMAT:
-            raise FormatError("this is no .muws file: its header does not say so")
+            raise FormatError("this is no .muws file: its header does not name the format")
         version = str(given.get("version"))
         major, _, minor = version.partition(".")
         if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
@@ -101,7 +101,7 @@ class Frame:
         if major != VERSION.partition(".")[0]:
             raise FormatError(f"the file has version {version}, this reader knows {VERSION}: update lightning_muws")
         if version == VERSION and set(given) != {"format", "version", "manifest_bytes", "manifest_sha256"}:
-            raise FormatError(f"the header says {sorted(given)}, which is not what version {VERSION} says")
+            raise FormatError(f"the header has {sorted(given)}, which version {VERSION} does not allow")
         return version
 
     def _check_streams(self, header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -110,17 +110,19 @@ class Frame:
         for name, entry in header.items():
             offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
             if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-                raise FormatError(f"stream {name!r} says not where it is")
+                raise FormatError(f"stream {name!r} has no valid data_offsets")
             start, stop = offsets
             if (
                 start != end
                 or stop < start
                 or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
             ):
-                raise FormatError(f"stream {name!r} is not where and what it should be: {str(entry)[:100]}")
+                raise FormatError(
+                    f"stream {name!r} should be U8 data at offset {end}, the header has {str(entry)[:100]}"
+                )
             spans[name], end = (start, stop), stop
         if self._base + end != self.n_bytes:
-            raise FormatError(f"the header speaks of {self._base + end} bytes, the file has {self.n_bytes}")
+            raise FormatError(f"the header declares {self._base + end} bytes, the file has {self.n_bytes}")
         return spans
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -134,17 +136,17 @@ class Frame:
         if len(raw) != n:
             raw = inflate(raw, n)
         if hashlib.sha256(raw).hexdigest() != self.metadata.get("manifest_sha256"):
-            raise FormatError("the manifest has another SHA-256 than the header says: the file is damaged")
+            raise FormatError("the manifest has another SHA-256 than the header declares: the file is damaged")
         return parse(raw, "manifest")
 
 
 def largest_header(n_bytes: int) -> int:
-    """Return how many bytes the header of a file of ``n_bytes`` may have: to refuse a small file must not cost much."""
+    """Return how many bytes the header of a file of ``n_bytes`` may have: few, so that a small file costs little."""
     return min(MOST, (1 << 19) + n_bytes // 8)
 
 
 def largest_manifest(n_bytes: int, packed: int) -> int:
-    """Return how many bytes the manifest may have that takes ``packed`` of the ``n_bytes`` of a file.
+    """Return how many bytes a manifest may have whose stream takes ``packed`` of the ``n_bytes`` of a file.
 
     zlib makes the names and shapes of thousands of small tensors up to 100 times smaller, and a bomb 1000 times.
     """
@@ -164,18 +166,18 @@ def write(
     body: IO[bytes],
     check: Callable[[IO[bytes]], None],
 ) -> int:
-    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+    """Write a file and return how many bytes its header and manifest take.
 
     Args:
         path: Where the file will be.
-        manifest: What it says of itself.
+        manifest: Its manifest.
         lengths: The bytes of each stream, by name.
-        body: The streams.
-        check: Gets the file before it takes its place, and raises if that must not be.
+        body: The bytes of the streams, in the order of ``lengths``.
+        check: Called with the complete file before it replaces an earlier one; raises to prevent that.
 
     Raises:
         FormatError: The manifest is larger than a reader would accept.
-        OSError: The file cannot be written; what was there before is there still.
+        OSError: The file cannot be written; an earlier file at that place is unchanged.
     """
     raw = dump(manifest)
     packed = pack_manifest(raw)
@@ -209,7 +211,7 @@ def write(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of the one at ``path`` when all is written and on the disk, or never."""
+    """Open a temporary file that replaces ``path`` once it is complete and synced to the disk; removed on an error."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("x+b") as file:  # with the mode that the umask gives

@@ -1,4 +1,4 @@
-"""Reads a `.muws` file: into a state_dict, or its manifest alone, or all of it only to see that it is whole."""
+"""Reads a `.muws` file: its tensors, its manifest alone, or all of it to check that it is intact."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def load_compressed(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Return the state_dict that a `.muws` file holds, ready for the ``load_state_dict`` of the model's own class.
+    """Return the state_dict that a `.muws` file holds, ready for the model's ``load_state_dict``.
 
-    All that the file says is checked before memory is taken, all that it holds against checksums; no code of it runs.
+    The manifest is checked before memory for tensors is taken, and every stream against its checksum. No code in the
+    file is run.
 
     Args:
         path: The file.
@@ -73,7 +74,7 @@ def load_compressed(
 
 
 def inspect_compressed(path: str | Path) -> FileInfo:
-    """Return what a `.muws` file says of itself, from its manifest alone: nothing is decoded.
+    """Return a description of a `.muws` file from its manifest alone; no weights are decoded.
 
     Raises:
         FormatError: The file is no `.muws` file, or its manifest is damaged.
@@ -94,7 +95,7 @@ def inspect_compressed(path: str | Path) -> FileInfo:
 
 
 def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
-    """Check all of a `.muws` file, every checksum and every stream, and return what :func:`inspect_compressed` does.
+    """Decode a `.muws` file completely, check every checksum, and return what :func:`inspect_compressed` returns.
 
     Raises:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
@@ -110,7 +111,7 @@ def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping
     """Decode an open file and compare it to the tensors that it was written from.
 
     Raises:
-        StateError: A tensor is further from its own than is said of it.
+        StateError: A decoded tensor differs from the original by more than its recorded error.
     """
     frame = Frame(file)
     for entry, tensor in _tensors(frame, Manifest.from_dict(frame.manifest)):
@@ -124,14 +125,14 @@ def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
-    """Open a file and check all that it says; every refusal within names the file."""
+    """Open a file and check its header and manifest; errors raised within the context name the file."""
     with Path(path).open("rb") as file:
         try:
             frame = Frame(file)
             manifest = Manifest.from_dict(frame.manifest)
             promised = [f"c{i}.{name}" for i, chunk in enumerate(manifest.chunks) for name in chunk.streams]
             if promised != list(frame.lengths):
-                raise FormatError("the manifest speaks of other streams than the header")
+                raise FormatError("the manifest declares other streams than the header")
             yield frame, manifest
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
@@ -165,7 +166,7 @@ def _check_fit(manifest: Manifest, into: nn.Module) -> None:
 def _tensors(
     frame: Frame, manifest: Manifest, progress: Progress | None = None
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yield each tensor in order, decoded, one chunk in memory beside it; a shared one as an empty tensor."""
+    """Yield each tensor in order, decoded; at most one chunk is in memory besides. A shared tensor comes out empty."""
     kinds = _checked_kinds(frame, manifest)
     at, done, units = 0, 0, torch.empty(0)
     for i, pieces in enumerate(manifest.pieces()):
@@ -216,12 +217,12 @@ def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
             at += here
             declared = piece.entry.counts
             if any(a > b for a, b in zip(tally(counts), declared, strict=True)):
-                raise FormatError(f"{piece.entry.name} has blocks {tally(counts)}, the manifest speaks of {declared}")
+                raise FormatError(f"{piece.entry.name} has blocks {tally(counts)}, the manifest declares {declared}")
     return kept
 
 
 def _without_values(entry: TensorEntry) -> Tensor:
-    """Return a tensor that has no elements, or stands for one that is stored elsewhere."""
+    """Return a tensor without elements; it stands for a shared one."""
     return torch.empty(entry.shape if entry.same_as is None else (0,), dtype=DTYPES[entry.dtype])
 
 

@@ -24,7 +24,7 @@ MAX_LANES = 8192
 MAX_STRETCHES = 256  # that are looked at
 MAX_TABLES = 1024  # in a stream: a table takes more memory than bytes
 FEW_LANES = 20  # a step over all lanes takes numpy as long as so many symbols one by one
-STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
+STRETCH = 1 << 12  # symbols, the fewest that may have a separate table
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
 
@@ -78,7 +78,7 @@ def _stretches(data: Bytes) -> list[tuple[int, Ints]]:
 
 
 def _cost(counts: Ints) -> float:
-    """Return about how many bytes symbols take with a table of their own."""
+    """Return about how many bytes symbols take with a separate table."""
     there = np.flatnonzero(counts)
     return entropy_bytes(counts) + 1.2 * float(there[-1] - there[0] + 1) + 4 if len(there) else 0.0
 
@@ -210,7 +210,7 @@ class _Head:
         """Return the steps and the frequencies of each table."""
         n_tables = self._number()
         if not 1 <= n_tables <= min(steps, MAX_TABLES):
-            raise FormatError(f"a rans stream of {steps} steps speaks of {n_tables} tables")
+            raise FormatError(f"a rans stream of {steps} steps declares {n_tables} tables")
         lengths = [self._number() for _ in range(n_tables - 1)]
         lengths.append(steps - sum(lengths))
         if min(lengths) < 1:

@@ -47,16 +47,16 @@ def save_compressed(
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
-    """Write a model to a `.muws` file, and return what it takes there.
+    """Write a model to a `.muws` file and return a report of its size.
 
-    Without ``max_error`` and ``value_dtype`` every tensor comes back bit for bit. The file is written beside its place
-    and moved there when it is complete and on the disk: a full disk or a kill leaves the old one.
+    Without ``max_error`` and ``value_dtype`` the file is lossless. It is written to a temporary file, synced, then
+    renamed, so that a crash or a full disk keeps the old file.
 
     Args:
         model: A module, a state_dict, a Lightning checkpoint (its weights are taken), or the path of a file of these.
         path: The file to write.
-        blocks: How weights are cut, by name, as a plan's grids; or one block shape for all. Weights of which nothing is
-            said get the shape that makes the file smallest.
+        blocks: How weights are cut, by name, as a plan's grids; or one block shape for all. Other weights get the
+            shape that makes the file smallest.
         max_error: How far a weight may move; 0 for not at all. Values become whole multiples of a step. No unified
             block is broken or becomes zero, and a tensor that is smaller exact, or not finite, stays exact.
         relative_to: What ``max_error`` is a share of: ``tensor_max`` or ``model_max``, the largest ``|w|``; or nothing,
@@ -64,13 +64,14 @@ def save_compressed(
         value_dtype: Round values to this dtype instead; they come back in their own.
         lossy: ``weights``: only parameters of two or more axes lose anything, biases, norms and buffers stay exact; or
             ``all`` floating tensors.
-        extra: Plain values of your own to keep in the file's manifest.
+        extra: Your own values to keep in the manifest: what JSON can hold, keys being strings, nested at most 64 deep.
+            Tuples come back as lists.
         progress: Called with the bytes done and all bytes.
 
     Raises:
-        SettingError: A setting is not allowed, or the model holds more than tensors.
+        SettingError: A setting is not allowed, or the model holds anything that a file cannot.
         FormatError: The model has so many tensors, or ``extra`` is so large, that no reader would accept the manifest.
-        OSError: The file cannot be written; what was there before is there still.
+        OSError: The file cannot be written; an earlier file at that place is unchanged.
 
     Example:
         >>> from lightning_muws import MicroStructure, load_compressed
@@ -101,7 +102,7 @@ def save_compressed(
 
 @dataclass
 class _Writer:
-    """One run over all tensors: their streams go to ``body``, what is to be said of them is kept."""
+    """Encode every tensor into ``body`` and collect the entries of the manifest."""
 
     state: State
     loss: Loss
@@ -201,7 +202,7 @@ class _Writer:
             self.shares[tensor] += n_bytes * n / total
 
     def reports(self) -> tuple[StreamReport, ...]:
-        """Return what each kind of stream takes."""
+        """Return a report on each kind of stream."""
         found = []
         for name, coded in self.coded.items():
             coders, lengths, raw, entropies = zip(*coded, strict=True)
@@ -241,7 +242,7 @@ def _check_blocks(blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, stat
     if isinstance(blocks, Mapping):
         if wrong := [name for name in blocks if name not in state.tensors or state.tensors[name].ndim < 2]:
             raise SettingError(
-                f"blocks speaks of {', '.join(wrong[:5])}, which is no tensor of two or more axes; "
+                f"blocks names {', '.join(wrong[:5])}, which is no tensor of two or more axes; "
                 f"there are {', '.join(list(state.tensors)[:5])}"
             )
     elif blocks is not None:

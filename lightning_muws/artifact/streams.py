@@ -76,7 +76,7 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
 
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
-    """Return which blocks have a magnitude of their own."""
+    """Return which blocks have a magnitude."""
     unified: NDArray[np.bool_] = (kinds != DENSE) & (kinds != PRUNED)
     return unified
 

@@ -27,7 +27,7 @@ SCATTERED = np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1
 
 @dataclass(frozen=True)
 class Loss:
-    """How far weights may move, and which ones.
+    """How far values may move, and which tensors may lose precision.
 
     Args:
         max_error: The largest ``|w - w'|``, in units that ``relative_to`` names; 0 for none.

@@ -289,9 +289,9 @@ def test_what_is_no_dense_tensor_is_refused(model, says, path):
 
 def test_wrong_settings_are_refused_before_anything_is_written(path, tmp_path):
     state = {"w": torch.ones(4, 4), "b": torch.ones(4)}
-    with pytest.raises(SettingError, match="blocks speaks of x, which is no tensor"):
+    with pytest.raises(SettingError, match="blocks names x, which is no tensor"):
         save_compressed(state, path, blocks={"x": BlockGrid()})
-    with pytest.raises(SettingError, match="blocks speaks of b"):
+    with pytest.raises(SettingError, match="blocks names b"):
         save_compressed(state, path, blocks={"b": BlockGrid()})
     with pytest.raises(SettingError, match="block_shape="):
         save_compressed(state, path, blocks=(0, 4))

@@ -114,7 +114,7 @@ def test_blocks_of_other_kinds_are_refused_before_memory_is_taken(path, monkeypa
     assert path.stat().st_size < 2000
     monkeypatch.setattr(ChunkReader, "__init__", None)
     for read in (load_compressed, verify_compressed):
-        with pytest.raises(FormatError, match=rf"w has blocks \({n - 1}, 0, 1\), the manifest speaks of \({n}, 0, 0\)"):
+        with pytest.raises(FormatError, match=rf"w has blocks \({n - 1}, 0, 1\), the manifest declares \({n}, 0, 0\)"):
             read(path)
 
 
