@@ -37,6 +37,7 @@ def train(module: L.LightningModule, data: Images, epochs: int, seed: int, *call
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=5,
     )
     trainer.fit(module, data)
     return test(module, data)
