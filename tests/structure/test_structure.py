@@ -248,7 +248,7 @@ def test_n_of_m_counts_are_those_of_the_plan_and_of_the_report(name):
     report = make_report(layer, plan, {"weight": choice.support}, {"weight": 0.0})
     assert report.layers[0].n_pruned == choice.support.counts()[Kind.PRUNED] == int((layer.weight == 0).sum())
     assert report.layers[0].n_unified == 0
-    assert str(plan).splitlines()[1].split()[3:5] == ["1x1", str(report.layers[0].n_pruned)]
+    assert str(plan).splitlines()[2].split()[3:5] == ["1x1", str(report.layers[0].n_pruned)]
 
 
 def test_n_of_m_is_given_by_rules_too():

@@ -244,7 +244,9 @@ def test_a_run_without_end_wants_counts():
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 5
 
-    with pytest.raises(SettingError, match="this run has no end to take it of"):
+    with pytest.raises(
+        SettingError, match="is a share of the run's length, and this run has no end: give admm_end as a whole number"
+    ):
         fit(TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=0.5)), max_epochs=-1)
     callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=4))
     fit(TwoLayers(), callback, Stop(), max_epochs=-1)
