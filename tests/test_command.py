@@ -112,7 +112,7 @@ def test_diff(capsys, path, tmp_path):
     assert (code, "5 of 8 tensors differ" in out) == (1, True)
 
 
-def test_trouble_has_an_exit_code_of_its_own_and_one_sentence(capsys, path, tmp_path):
+def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path):
     (tmp_path / "folder").mkdir()
     nowhere = tmp_path / "nowhere"
     for words, says in (

@@ -55,7 +55,7 @@ def assert_same_after_admm(
 ) -> None:
     """Train both through the same ADMM phase and compare every parameter at its end.
 
-    ``options`` makes the Trainer's, anew for each; ``wrap`` may compile the module that gets the callback.
+    ``options`` makes the Trainer's options, once for each; ``wrap`` may compile the module that gets the callback.
     """
     module.load_state_dict(explicit.state_dict())
     start = {name: p.detach().clone() for name, p in explicit.named_parameters()}

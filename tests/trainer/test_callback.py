@@ -242,7 +242,7 @@ def test_fast_dev_run_goes_the_whole_way():
     callback.verify()
 
 
-def test_a_second_model_begins_anew():
+def test_another_model_starts_again():
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     fit(TwoLayers(), callback, max_epochs=5)
     first, journal = callback.supports, Journal(callback)

@@ -181,7 +181,7 @@ def test_checkpoints_load_without_this_package(tmp_path):
     subprocess.run([sys.executable, "-c", code, *paths], check=True)  # noqa: S603  our own code
 
 
-def test_weights_alone_are_taken_up_inside_their_structure(tmp_path):
+def test_weights_alone_continue_inside_their_structure(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     first, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), TwoLayers()
     fit(module, first, saver, max_epochs=6, enable_checkpointing=True)
@@ -239,7 +239,7 @@ def test_pretraining_on_a_stream_counts_steps(length):
 
 
 @pytest.mark.filterwarnings("ignore:.*`max_epochs` was not set")
-def test_a_run_without_end_wants_counts():
+def test_a_run_without_end_needs_whole_numbers():
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 5

@@ -228,7 +228,7 @@ def test_weights_that_are_computed_from_others_are_left_out():
         {"input_values": batch["pixel_values"].flatten(1)[:, :400], "labels": batch["labels"]} for batch in images()
     ]
     module = Wrapped(wav2vec2())
-    module.network(**audio[0])  # the network hangs hooks of its own on itself when it first runs
+    module.network(**audio[0])  # the network hangs hooks on itself when it first runs
     callback = compress(module, DataLoader(audio, batch_size=None))
     assert set(callback.supports) == expected_names(module)
     assert len(callback.supports) == 2 + 1 + 6 + 2

@@ -60,7 +60,7 @@ class InBackward(TwoLayers):
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
 @pytest.mark.parametrize("kind", [Raw, Overridden, InBackward])
-def test_steps_past_lightning_are_said_once_and_held_to_the_structure(kind, unified):
+def test_steps_without_lightning_are_reported_once_and_held_to_the_structure(kind, unified):
     for phases, said in ((PHASES, IN_ADMM), (Phases(admm_start=2, admm_end=2), IN_RETRAINING)):
         callback = WeightUnificationCallback(STRUCTURE, phases=phases, retraining=Retraining(unified))
         probe = Probe(callback)
