@@ -1,8 +1,8 @@
 """Compares the callback's ADMM with one-shot projection and retraining, at the same total epochs. Run: make bench.
 
 Both start from the same dense network of each seed and train for the same number of epochs with the same optimizer and
-schedule; one-shot is the same callback with `Phases(admm_start=0, admm_end=0)`. The dense row continues from that network for
-as many epochs. Accuracies are of the test set.
+schedule; one-shot is the same callback with `Phases(admm_start=0, admm_end=0)`. The dense row trains that network for
+as many epochs without the callback. Accuracies are of the test set.
 """
 
 from __future__ import annotations
