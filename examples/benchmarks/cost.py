@@ -93,7 +93,7 @@ def main() -> None:
         console.print(table)
     covered = sum(weight.numel() * weight.element_size() for weight in run.weights.values())
     constraint = steps["tied"][1].constraint
-    held = n_bytes([vars(support) for support in constraint.supports.values()]) + n_bytes(constraint.magnitudes)
+    held = n_bytes([vars(s) | vars(s._kept) for s in constraint.supports.values()]) + n_bytes(constraint.magnitudes)
     console.print(
         f"memory beside the {covered / 2**20:.0f} MiB of covered weights: "
         f"ADMM {n_bytes(run.method.state_dict()) / covered:.3f} x (bound 1.25), "
