@@ -172,25 +172,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def write(
-    path: Path,
-    manifest: Mapping[str, Any],
-    lengths: Mapping[str, int],
-    body: IO[bytes],
-    check: Callable[[IO[bytes]], None],
-) -> int:
-    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
-
-    Args:
-        path: Where the file will be.
-        manifest: What it says of itself.
-        lengths: The bytes of each stream, by name.
-        body: The streams.
-        check: Gets the file before it takes its place, and raises if that must not be.
+def head(manifest: Mapping[str, Any], lengths: Mapping[str, int]) -> tuple[bytes, bytes]:
+    """Return the header of a file, and its manifest as it is stored.
 
     Raises:
         FormatError: The manifest is larger than a reader would accept.
-        OSError: The file cannot be written; what was there before is there still.
     """
     raw = dump(manifest)
     packed = min(raw, zlib.compress(raw, 9), key=len)
@@ -211,6 +197,30 @@ def write(
             f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {allowed} are allowed for "
             f"{len(lengths)} streams: save the model in several files"
         )
+    return header, packed
+
+
+def write(
+    path: Path,
+    manifest: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    body: IO[bytes],
+    check: Callable[[IO[bytes]], None],
+) -> int:
+    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+
+    Args:
+        path: Where the file will be.
+        manifest: What it says of itself.
+        lengths: The bytes of each stream, by name.
+        body: The streams.
+        check: Gets the file before it takes its place, and raises if that must not be.
+
+    Raises:
+        FormatError: The manifest is larger than a reader would accept.
+        OSError: The file cannot be written; what was there before is there still.
+    """
+    header, packed = head(manifest, lengths)
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)
         body.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import zlib
 from collections import defaultdict
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import ChunkWriter
-from lightning_muws.artifact.container import dump, write
+from lightning_muws.artifact.container import dump, head, write
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
+from lightning_muws.artifact.precision import allowed_forms, candidate, fit
 from lightning_muws.artifact.rans import count, encode, entropy_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.shapes import find_shape
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
-from lightning_muws.artifact.values import Loss, choose
+from lightning_muws.artifact.values import Form, Loss, choose
 from lightning_muws.errors import SettingError
+from lightning_muws.structure.cost import TENSOR_BYTES, check_compression
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+Blocks = Mapping[str, BlockGrid | None] | Mapping[str, BlockGrid] | tuple[int, int] | None
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
 
 
@@ -38,7 +42,8 @@ def save_compressed(
     max_error: float = 0.0,
     relative_to: Literal["tensor_max", "model_max", "absolute"] = "tensor_max",
     value_dtype: Literal["float16", "bfloat16"] | None = None,
-    lossy: Literal["weights", "all"] = "weights",
+    lossy: Literal["weights", "all"] | None = None,
+    compression: float | None = None,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
@@ -58,7 +63,12 @@ def save_compressed(
             ``absolute``.
         value_dtype: Round values to this dtype instead; they come back in their own.
         lossy: ``weights``: only parameters of two or more axes lose anything, biases, norms and buffers stay exact; or
-            ``all`` floating tensors.
+            ``all`` floating tensors. By default ``weights``, and ``all`` with ``compression``.
+        compression: How many times smaller than its tensors the file is at least, above 1; instead of ``max_error``.
+            The network loses as little of the energy of its tensors as that allows: each weight gets a step, other
+            parameters of a module a step where it pays, and buffers at most float16. The file is at most 5 % smaller
+            than needed wherever such a file exists. Several files are coded until one fits, and ``progress`` begins
+            again for each.
         extra: Plain values of your own to keep in the file's manifest.
         progress: Called with the bytes done and all bytes.
 
@@ -77,17 +87,37 @@ def save_compressed(
         >>> layer.load_state_dict(load_compressed(path))
         <All keys matched successfully>
     """
-    loss, path = Loss(max_error, relative_to, value_dtype, lossy), Path(path)
+    loss, path = Loss(max_error, relative_to, value_dtype, lossy or "weights"), Path(path)
+    if compression is not None:
+        check_compression(compression)
+        if loss:
+            raise SettingError(
+                f"compression={compression}, max_error={max_error} and value_dtype={value_dtype!r} are different ways "
+                "to lose precision: give one of them"
+            )
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(f"{path} cannot be written: it is a folder, or is in none")
     state = read_state(model)
     _check_blocks(blocks, state)
     _check_extra(extra or {})
-    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as body:
-        writer = _Writer(state, loss, body, progress or (lambda done, total: None))
-        manifest = writer.run(blocks, extra or {})
-        check = _checker(state, manifest) if loss else lambda file: None
-        header_bytes = write(path, manifest.to_dict(), writer.lengths, body, check)
+    progress = progress or (lambda done, total: None)
+    with contextlib.ExitStack() as bodies:
+        grids: Blocks = blocks
+
+        def encode(forms: Mapping[str, Form]) -> tuple[int, tuple[_Writer, Manifest]]:
+            body = bodies.enter_context(tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)))
+            writer = _Writer(state, loss, body, progress, forms)
+            manifest = writer.run(grids, extra or {})
+            n_bytes = sum(map(len, head(manifest.to_dict(), writer.lengths))) + sum(writer.lengths.values())
+            return 8 + n_bytes, (writer, manifest)
+
+        if compression is None:
+            _, (writer, manifest) = encode({})
+        else:
+            grids = settled = _grids(state, blocks)
+            writer, manifest = _fit(model, state, settled, lossy or "all", compression, encode)
+        check = _checker(state, manifest) if loss or compression else lambda file: None
+        header_bytes = write(path, manifest.to_dict(), writer.lengths, writer.body, check)
     tensors = (tensor_report(e, manifest.tensors, writer.shares[e.name]) for e in manifest.tensors)
     n_bytes = header_bytes + sum(writer.lengths.values())
     return SaveReport(str(path), n_bytes, header_bytes, manifest.n_bytes, writer.reports(), tuple(tensors))
@@ -101,6 +131,7 @@ class _Writer:
     loss: Loss
     body: IO[bytes]
     progress: Progress
+    forms: Mapping[str, Form]  # that are settled already
     chunk: ChunkWriter = field(default_factory=ChunkWriter)
     chunks: list[ChunkEntry] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)
@@ -109,7 +140,7 @@ class _Writer:
     symbols: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     done: int = 0
 
-    def run(self, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, extra: Mapping[str, Any]) -> Manifest:
+    def run(self, blocks: Blocks, extra: Mapping[str, Any]) -> Manifest:
         """Write all streams, and return the manifest."""
         entries: list[TensorEntry] = []
         seen: dict[tuple[Any, ...], int] = {}
@@ -137,13 +168,13 @@ class _Writer:
         found = (self.state.tensors[name] for name in names)
         return max((_top(x) for x in found if x.is_floating_point() and x.numel()), default=0.0)
 
-    def _decide(
-        self, entry: TensorEntry, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, largest: float
-    ) -> TensorEntry:
+    def _decide(self, entry: TensorEntry, x: Tensor, blocks: Blocks, largest: float) -> TensorEntry:
         """Return the entry with its form, and its blocks."""
         if not x.is_floating_point() or x.element_size() == 1:
             return entry
         grid = _grid(entry.name, x, blocks)
+        if entry.name in self.forms:
+            return replace(entry, grid=grid, form=self.forms[entry.name])
         loses = self.loss.lossy == "all" or entry.name in self.state.weights
         if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = _top(x)
@@ -201,7 +232,34 @@ class _Writer:
         return tuple(found)
 
 
-def _grid(name: str, x: Tensor, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> BlockGrid | None:
+def _fit(
+    model: Source,
+    state: State,
+    grids: Mapping[str, BlockGrid | None],
+    lossy: str,
+    compression: float,
+    encode: Callable[[Mapping[str, Form]], tuple[int, tuple[_Writer, Manifest]]],
+) -> tuple[_Writer, Manifest]:
+    """Return the largest file coded that is so many times smaller than its tensors."""
+    owned = {identity(x): name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
+    dense_bytes = sum(state.tensors[name].nbytes for name in owned.values())
+    allowed = allowed_forms(model, state, lossy)
+    found, others = {}, 0
+    for name in owned.values():
+        if name in grids:
+            found[name] = candidate(plain(state.tensors[name]), grids[name], allowed.get(name, ()))
+        else:
+            others += state.tensors[name].nbytes
+    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
+
+
+def _grids(state: State, blocks: Blocks) -> dict[str, BlockGrid | None]:
+    """Return how each floating tensor is cut."""
+    floating = {name: x for name, x in state.tensors.items() if x.is_floating_point() and x.element_size() > 1}
+    return {name: _grid(name, plain(x), blocks) for name, x in floating.items()}
+
+
+def _grid(name: str, x: Tensor, blocks: Blocks) -> BlockGrid | None:
     """Return how a weight is cut; None where it is flat."""
     if isinstance(blocks, Mapping) and name in blocks:
         grid: BlockGrid | None = blocks[name]
