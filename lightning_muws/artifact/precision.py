@@ -15,7 +15,16 @@ from lightning_muws.artifact.rans import entropy_bytes
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import N_KINDS, Patterns, plane, rotate, slabs, split
 from lightning_muws.artifact.values import GRID, MAX_STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
-from lightning_muws.structure.cost import SEARCH, best_step, file_bytes, sample, search, unreachable, value_cost
+from lightning_muws.structure.cost import (
+    SEARCH,
+    best_step,
+    coarsest_step,
+    file_bytes,
+    sample,
+    search,
+    unreachable,
+    value_cost,
+)
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.plan import clean_name
 
@@ -37,6 +46,7 @@ class Candidate:
         half: The error of float16, if the tensor may be stored so; infinity if not.
         unit: A power of two near the largest ``|w|``; 0 if the tensor may not be stored in steps.
         top: The largest ``|w|``.
+        finest: The smallest step.
         importance: What a squared distance of 1 costs.
         free: ``(n,)`` float32, a sample of the values in no unified block.
         magnitudes: ``(n,)`` float32, a sample of the magnitudes of unified blocks.
@@ -51,6 +61,7 @@ class Candidate:
     half: float = math.inf
     unit: float = 0.0
     top: float = 0.0
+    finest: float = 0.0
     importance: float = 0.0
     free: Tensor = field(default_factory=lambda: torch.empty(0))
     magnitudes: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -67,7 +78,7 @@ class Candidate:
         if self.unit:
             n_weights = self.n_free + self.n_magnitudes * self.block_numel
             step = best_step(multiplier, self.importance, self.n_free + self.n_magnitudes, n_weights)
-            step = min(max(step, self.top / (MAX_STEPS - 1)), self.top)
+            step = min(max(step, self.finest), coarsest_step(self.top, self.n_magnitudes))
             free, one = value_cost(self.free, step), value_cost(self.magnitudes, step, least=1)
             n_bits = self.n_free * free.bits + self.n_magnitudes * one.bits + self.fixed_bits
             error = self.n_free * free.error + self.n_magnitudes * self.block_numel * one.error
@@ -114,9 +125,10 @@ def candidate(
     for part in (flat[rows] for rows in slabs(len(flat), 1)):
         energy += float((part.to(torch.float64) / unit).square().sum())
         half += float(((part.to(torch.float16).to(torch.float64) - part.to(torch.float64)) / unit).square().sum())
-    # steps are float32, and neither one of them nor the largest value may get lost in the tensor's own dtype
+    # a step is a float32, and neither one step nor the largest value may get lost in the tensor's own dtype
     infos = torch.finfo(x.dtype), torch.finfo(torch.float32)
-    fits = max(info.tiny for info in infos) * MAX_STEPS < top < min(info.max for info in infos) / 2
+    finest = max(top / (MAX_STEPS - 1), *(info.tiny for info in infos))
+    fits = 4 * finest < top < min(info.max for info in infos) / 4
     kept = "float16" in allowed and x.element_size() > 2 and keeps_blocks(x, grid, Form("float16"))
     return Candidate(
         exact,
@@ -125,6 +137,7 @@ def candidate(
         half if kept else math.inf,
         unit if "steps" in allowed and fits else 0.0,
         top / unit,
+        finest / unit,
         1 / energy if importance is None else importance * unit**2,
         (sample(from_bits(free, x.dtype)).to(torch.float64) / unit).to(torch.float32),
         (sample(from_bits(magnitudes, x.dtype)).to(torch.float64) / unit).to(torch.float32),

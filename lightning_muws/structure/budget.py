@@ -25,10 +25,12 @@ from lightning_muws.structure.cost import (
     Cost,
     best_step,
     check_compression,
+    coarsest_step,
     entropy,
     file_bytes,
     sample,
     search,
+    table_bits,
     unreachable,
     value_cost,
 )
@@ -39,6 +41,7 @@ from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import whole
 
 ROUNDS = 3  # of choosing kinds and measuring what their symbols then cost
+RECOVERY = 0.1  # what training leaves of the loss that unifying and pruning cause; rounding comes after it
 EXACT = 0.9  # of its bits that a value takes if it is stored exactly: exponents repeat
 HALF_BITS = 14  # that a value takes in float16
 
@@ -140,6 +143,7 @@ def allocate(
     compression: float,
     importance: Mapping[str, float] | None = None,
     buffers: Collection[str] = (),
+    recovery: float = RECOVERY,
 ) -> Allocation:
     """Return the kinds of blocks and the steps with which the file is ``compression`` times smaller than the tensors.
 
@@ -150,6 +154,8 @@ def allocate(
         compression: Bytes of all tensors over bytes of the file, above 1.
         importance: What a squared distance of 1 in a tensor costs, by name; by default ``1 / |W|^2``, so that it is the
             share of the tensor's energy that is lost.
+        recovery: How much of the harm of unifying and pruning is left after training, which rounding comes after: 1 if
+            nothing is trained.
         buffers: Names of tensors that no optimizer steps: they are stored exactly or in float16.
 
     Returns:
@@ -168,7 +174,8 @@ def allocate(
     check_compression(compression)
     given, layers = importance or {}, {}
     for name, x in tensors.items():
-        layers[name] = measure(name, whole(x.detach()), bounds.get(name), given.get(name), name in buffers)
+        layer = measure(name, whole(x.detach()), bounds.get(name), given.get(name), name in buffers)
+        layers[name] = replace(layer, recovery=recovery)
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
 
     def size(multiplier: float) -> float:
@@ -259,6 +266,7 @@ class Layer:
         one_sign: ``(n_blocks,)`` bool, which blocks need no signs when they are unified.
         picked: ``(s,)`` int64, which blocks are in the sample.
         blocks: ``(s, block_numel)`` float32, the sample of blocks.
+        recovery: What the distances of unifying and pruning are multiplied by.
     """
 
     dense_bytes: int
@@ -274,24 +282,26 @@ class Layer:
     one_sign: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     picked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     blocks: Tensor = field(default_factory=lambda: torch.empty(0, 1))
+    recovery: float = 1.0
 
     def share(self, multiplier: float) -> Share:
         """Return what is cheapest for the tensor if a bit costs ``multiplier``."""
         if not self.unit:
             return Share((0, 0, 0), None, 0.0, self.plain_bits / 8 + TENSOR_BYTES)
         if self.bounds is None:
-            step = self._step(multiplier, self.n_free, self.n_free)
+            step = self._step(multiplier, self.n_free, self.n_free, 0)
             cost = value_cost(self.free, step)
             if cost.bits * self.n_free + self.importance * cost.error * self.n_free / multiplier > self.plain_bits:
                 return Share((0, 0, 0), None, 0.0, self.plain_bits / 8 + TENSOR_BYTES)
-            return Share((0, 0, 0), None, step * self.unit, cost.bits * self.n_free / 8 + TENSOR_BYTES)
+            n_bits = cost.bits * self.n_free + table_bits(self.n_free, self.top / step)
+            return Share((0, 0, 0), None, step * self.unit, n_bits / 8 + TENSOR_BYTES)
         prices, kinds = self.settle(multiplier)
         counts = torch.bincount(kinds, minlength=3).tolist()
         n = sum(counts)
         signs = self.bounds.grid.block_numel * int(((kinds == Kind.UNIFIED) & ~self.one_sign).sum())
         n_free = self.n_free + counts[Kind.DENSE] * self.bounds.grid.block_numel
         n_bits = n_free * prices.free.bits + counts[Kind.UNIFIED] * prices.magnitude.bits + signs
-        n_bits += n * entropy(_symbols(kinds, self.one_sign))
+        n_bits += n * entropy(_symbols(kinds, self.one_sign)) + table_bits(n_free, self.top / prices.step)
         prune_ratio, unify_ratio = counts[Kind.PRUNED] / n, counts[Kind.UNIFIED] / n
         structure = MicroStructure(
             self.bounds.grid.block_shape, prune_ratio, min(unify_ratio, 1 - prune_ratio), self.bounds.signs
@@ -311,18 +321,21 @@ class Layer:
     def costs(self, multiplier: float, prices: Prices) -> Tensor:
         """Return ``(3, n_blocks)`` what each block costs dense, unified and pruned, in bits."""
         numel, k = self.blocks.shape[1], self.importance / multiplier
+        moved = k * self.recovery
         dense, mixed, one_sign, pruned = prices.kinds
         unified = k * numel * prices.magnitude.error + prices.magnitude.bits
         signs = torch.where(self.one_sign, one_sign + unified, mixed + unified + numel)
         free = numel * (k * prices.free.error + prices.free.bits) + dense
-        return torch.stack([torch.full_like(self.unify, free), signs.add(self.unify, alpha=k), self.prune * k + pruned])
+        return torch.stack(
+            [torch.full_like(self.unify, free), signs.add(self.unify, alpha=moved), self.prune * moved + pruned]
+        )
 
     def prices(self, multiplier: float, kinds: Tensor) -> Prices:
         """Return what symbols cost if blocks are of these kinds."""
         numel, counts = self.blocks.shape[1], _symbols(kinds, self.one_sign)
         n_dense, n_unified = int(counts[0]), int(counts[1:4].sum())
         n_values = self.n_free + n_dense * numel + n_unified
-        step = self._step(multiplier, max(1, n_values), max(1, self.n_free + (n_dense + n_unified) * numel))
+        step = self._step(multiplier, max(1, n_values), max(1, self.n_free + (n_dense + n_unified) * numel), n_unified)
         picked = kinds[self.picked]
         dense, unified = self.blocks[picked == Kind.DENSE], self.blocks[picked == Kind.UNIFIED]
         values = torch.cat([self.free, (dense if len(dense) else self.blocks).flatten()])
@@ -333,9 +346,9 @@ class Layer:
         kind_bits = (dense, mixed, one_sign, pruned)
         return Prices(step, value_cost(values, step), value_cost(magnitudes, step, least=1), kind_bits)
 
-    def _step(self, multiplier: float, n_values: int, n_weights: int) -> float:
+    def _step(self, multiplier: float, n_values: int, n_weights: int, n_unified: int) -> float:
         step = best_step(multiplier, self.importance, n_values, n_weights)
-        return min(max(step, self.top / (FINEST - 2)), self.top)
+        return min(max(step, self.top / (FINEST - 2)), coarsest_step(self.top, n_unified))
 
 
 class Prices(NamedTuple):
@@ -375,6 +388,9 @@ def choose_kinds(costs: Tensor, pruned: tuple[int, int], unified: tuple[int, int
         >>> choose_kinds(torch.tensor([[0.0, 5.0], [1.0, 4.0], [2.0, 2.0]]), (0, 2), (1, 2)).tolist()
         [1, 2]
     """
+    n_blocks = costs.shape[1]
+    pruned = pruned[0], min(pruned[1], n_blocks - unified[0])
+    unified = unified[0], min(unified[1], n_blocks - pruned[0])
     free = _cheaper(costs, Kind.UNIFIED, Kind.DENSE)
     free = torch.where(
         costs[Kind.PRUNED] < torch.minimum(costs[Kind.DENSE], costs[Kind.UNIFIED]), int(Kind.PRUNED), free

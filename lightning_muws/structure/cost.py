@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_muws.errors import SettingError
 
 FINEST = 1 << 15  # a stored value has a sign and a whole number of steps below this
-SAMPLED = 1 << 15  # values of a tensor that its entropies are estimated from
+MAX_TURNS = 60  # of a search
+SAMPLED = 1 << 14  # values of a tensor that its entropies are estimated from
 SEARCH = (1e-20, 1e4)  # multipliers; distances are shares of a tensor's energy, so that no network needs others
 SLACK = 0.002  # a search ends when the size is this close, as a share of it
 LANE_BITS = 32 / 2048  # a range coder's states, spread over the symbols
@@ -53,18 +54,22 @@ def search(size: Callable[[float], float], target: float, low: float = SEARCH[0]
         low: A multiplier, returned if its size is small enough.
         high: A multiplier, returned if no smaller one has a small enough size.
     """
-    if size(low) <= target:
+    large, small = size(low), size(high)
+    if large <= target:
         return low
-    for _ in range(60):
-        middle = math.sqrt(low * high)
+    if small > target:
+        return high
+    for turn in range(MAX_TURNS):
+        share = 0.5
+        if high / low < 100 and turn % 3:  # near by, the logarithm of the size is almost linear in the multiplier's
+            share = min(max(math.log(large / (target * (1 - SLACK / 2))) / math.log(large / small), 0.05), 0.95)
+        middle = low * (high / low) ** share
         found = size(middle)
         if found > target:
-            low = middle
+            low, large = middle, found
         else:
-            high = middle
-            if found >= target * (1 - SLACK):
-                break
-        if high / low < 1 + 1e-9:
+            high, small = middle, found
+        if target * (1 - SLACK) <= small or high / low < 1 + 1e-9:
             break
     return high
 
@@ -95,6 +100,16 @@ def sample(x: Tensor, n: int = SAMPLED) -> Tensor:
     # multiples of the golden ratio never fall in step with rows or blocks, as a stride would
     at = (torch.arange(n, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1 * len(x)).to(torch.int64)
     return x[at.sort().values.to(x.device)]
+
+
+def coarsest_step(top: float, n_magnitudes: int) -> float:
+    """Return the largest step that leaves the largest value ``top`` at least one step, and no magnitude above ``top``.
+
+    Example:
+        >>> coarsest_step(1.0, n_magnitudes=0), coarsest_step(1.0, n_magnitudes=9)
+        (1.98, 1.0)
+    """
+    return top if n_magnitudes else 1.98 * top
 
 
 class Cost(NamedTuple):
@@ -128,6 +143,15 @@ def value_cost(values: Tensor, step: float, least: int = 0) -> Cost:
     if high.any():
         bits += entropy(high.bincount()) + LANE_BITS
     return Cost(bits, error)
+
+
+def table_bits(n_values: int, n_steps: float) -> float:
+    """Return about how many bits a tensor's own table of frequencies takes, or what it adds to the neighbours' table.
+
+    A table has about 10 bits for each of the symbols up to the largest one: two a step, for the two signs. A tensor of
+    few values shares its neighbours' table, which costs it at most a third more.
+    """
+    return min(10 * min(256.0, 2 * n_steps), 2.0 * n_values)
 
 
 def entropy(counts: Tensor) -> float:
