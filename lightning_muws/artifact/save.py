@@ -73,7 +73,7 @@ def save_compressed(
         progress: Called with the bytes done and all bytes.
 
     Raises:
-        SettingError: A setting is not allowed, or the model holds more than tensors.
+        SettingError: A setting is not allowed, no file is as small as requested, or the model holds more than tensors.
         FormatError: The model has so many tensors that no reader would accept the manifest.
         OSError: The file cannot be written; what was there before is there still.
 
