@@ -87,7 +87,7 @@ def save_compressed(
         >>> layer.load_state_dict(load_compressed(path))
         <All keys matched successfully>
     """
-    loss, path = Loss(max_error, relative_to, value_dtype, lossy or "weights"), Path(path)
+    loss, path = Loss(max_error, relative_to, value_dtype, "weights" if lossy is None else lossy), Path(path)
     if compression is not None:
         check_compression(compression)
         if loss:
