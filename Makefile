@@ -1,27 +1,29 @@
-# Each target sets up what it needs, and is quick the second time.
+# Each target installs what it needs; the second run skips that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# One thread: two on a busy machine can be ten times slower.
+# One thread: on a busy machine two can be ten times slower.
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check attack bench sweep clean
+.PHONY: help demo test check docs attack bench sweep clean
 
 help:
-	@echo "make demo    compress a network on Fashion-MNIST and show what became of it (4 minutes)"
+	@echo "make demo    compress a network on Fashion-MNIST and print a summary (4 minutes)"
 	@echo "make test    run the test suite"
-	@echo "make check   ruff, mypy, and the native kernels under sanitizers"
-	@echo "make attack  damage files in 10,000 ways, and kill the process that writes one 200 times (2 minutes)"
+	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
+	@echo "make docs    build the documentation into site/"
+	@echo "make attack  damage files in 10,000 ways, and kill a writing process 200 times (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
-# torch first and pinned, so that nothing else brings another build of it
-# The native kernels are built by the way, where there is a compiler; a change of theirs builds them again.
+# torch comes first and pinned, so that nothing else installs another build of it.
+# With a compiler, this also builds the native kernels; a change of their source builds them again.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard lightning_muws/runtime/native/src/*.cpp lightning_muws/runtime/native/src/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,dev,docs]"
 	@touch $@
 
 demo: $(READY)
@@ -34,14 +36,21 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@$(BIN)/python .ci/long_files.py
+	$(MKDOCS) build --quiet --strict --site-dir $(VENV)/site
+	$(ENV) .ci/package $(CURDIR)/$(BIN)/python
 	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python
+
+docs: $(READY)
+	$(MKDOCS) build --quiet --strict
+	@echo "open site/index.html"
 
 attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_file 10000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "without zstandard and zipnn, which files are compared to"
+	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "zstandard and zipnn are missing: file sizes are not compared with theirs"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/file.py
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
 	$(ENV) $(BIN)/python examples/benchmarks/kernels.py
@@ -55,4 +64,4 @@ sweep: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) output site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Builds the native kernels: one library that needs no Python and no torch, with a level for each set of instructions.
+"""Builds the native kernels: one library without Python and torch, with one level per instruction set.
 
-All of it is optional. Without a compiler, or with one that knows none of the vector extensions of GCC and clang, the
-package is installed without the library and computes in torch operations.
+The library is optional. Without a compiler, or with one that lacks the vector extensions of GCC and clang, the package
+is installed without it and uses torch operations.
 """
 
 import platform
@@ -30,14 +30,14 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
 
 
 class BuildLevels(build_ext):
-    """Compiles level.cpp once for every level this compiler knows, and links them behind one dispatcher."""
+    """Compiles level.cpp once for every level that this compiler supports, and links them behind one dispatcher."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Name no Python in the file: it is no module."""
+        """Return a name without a Python version: the file is no Python module."""
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link, or raise what an optional extension survives."""
+        """Compile and link; raise an error that setuptools ignores for an optional extension."""
         if self.compiler.compiler_type == "msvc":
             raise PlatformError("the native kernels need GCC or clang; the package works without them")
         objects, macros = [], []
@@ -64,7 +64,7 @@ class AnyPython(bdist_wheel):
     """Tags the wheel for any Python 3 of this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Return what the wheel is for."""
+        """Return any Python 3, no ABI, this platform."""
         return "py3", "none", super().get_tag()[2]
 
 

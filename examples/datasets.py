@@ -1,4 +1,4 @@
-"""Data for the examples and benchmarks: found, or fetched once, checked against pinned digests, kept in memory."""
+"""Data for the examples and benchmarks: installed, cached or fetched, checked against pinned digests, in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
@@ -15,14 +16,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"  # the authors' (Xiao, Rasul and Vollgraf 2017)
-SHA256 = {  # of the files unpacked: whoever packs them anew changes nothing
+SHA256 = {  # of the unpacked files: packing them again changes nothing
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -31,7 +31,7 @@ SHA256 = {  # of the files unpacked: whoever packs them anew changes nothing
 
 
 class DataError(Exception):
-    """The data cannot be had here; says how to get it."""
+    """The data is not available; the message tells how to get it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Split:
 
 
 class Images(L.LightningDataModule):
-    """Images in memory, handed out a whole batch at a time.
+    """Images in memory, loaded a whole batch at a time.
 
     Args:
-        train: The training images; shuffled each epoch.
+        train: The training images; they are shuffled in each epoch.
         test: The test images.
-        batch_size: Images a step.
+        batch_size: Number of images in a batch.
     """
 
     def __init__(self, train: Split, test: Split, batch_size: int = 128) -> None:
@@ -73,7 +73,7 @@ def load(name: str = "fashion", n_train: int = 60_000, batch_size: int = 128) ->
     """Return ``fashion`` (Fashion-MNIST, the first ``n_train`` training images) or ``digits`` (in scikit-learn).
 
     Raises:
-        DataError: The data cannot be had here, or is not what it should be.
+        DataError: The data is not available, or its digest is wrong.
     """
     if name == "digits":
         return _digits(batch_size)
@@ -86,10 +86,10 @@ def load(name: str = "fashion", n_train: int = 60_000, batch_size: int = 128) ->
 
 
 def fashion_mnist(cache: Path | None = None) -> Path:
-    """Return the folder of the four Fashion-MNIST files: the distribution's, the cached, or the freshly fetched one.
+    """Return the folder of the four Fashion-MNIST files: installed by the distribution, cached, or fetched now.
 
     Raises:
-        DataError: No way worked.
+        DataError: The files are neither installed nor cached, and they could not be fetched.
     """
     cache = cache or Path(os.environ.get("MUWS_CACHE") or Path.home() / ".cache" / "lightning_muws") / "fashion-mnist"
     for folder in (INSTALLED, cache):
@@ -97,10 +97,8 @@ def fashion_mnist(cache: Path | None = None) -> Path:
             return folder
     reasons = []
     for way in (_from_distribution, _from_mirror):
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            Console(stderr=True).status(f"Fetching Fashion-MNIST: {way.__doc__}"),
-        ):
+        print(f"Fetching Fashion-MNIST: {way.__doc__}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as scratch:
             try:
                 found = way(Path(scratch))
                 for name in SHA256:
@@ -140,7 +138,7 @@ def _from_mirror(scratch: Path) -> Path:
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    """Return the bytes of an IDX file as a tensor of its shape, if its digest is the pinned one."""
+    """Return the content of an IDX file as a tensor, after a check of its digest."""
     try:
         data = gzip.decompress((folder / f"{name}.gz").read_bytes())
     except (OSError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""The network of the examples: an ordinary LightningModule that knows nothing of compression."""
+"""The network of the examples: an ordinary LightningModule, without a line about compression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class ConvNet(L.LightningModule):
-    """Three strided convolutions and two linear layers, Adam with a cosine schedule over the Trainer's length.
+    """Three strided convolutions and two linear layers, trained by Adam with a cosine schedule over the whole fit.
 
     Args:
         side: Height and width of the images.

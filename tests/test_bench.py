@@ -23,6 +23,7 @@ class Net(nn.Sequential):
 
 thing = 3
 def broken(): raise TypeError("no such thing")
+def refuses(): raise ValueError("not today")
 """
 
 
@@ -73,6 +74,16 @@ def test_a_file_is_measured_and_the_report_stored(network, capsys):
         ({"--args": "{"}, "is no JSON"),
         ({"--args": "[]"}, "is not allowed"),
         ({"--args": '{"height": 3}'}, "cannot be built"),
+        ({"--input": "4x33"}, "the network fails on --input 4x33: RuntimeError: mat1 and mat2"),
+        ({"--input": "4x32:int64"}, "the network fails on --input 4x32:int64: RuntimeError"),
+        ({"--input": "99999999999x99999999999"}, "--input '99999999999x99999999999' cannot be made"),
+        ({"--input": "1" * 5000}, "is not allowed"),
+        ({"--threads": "99999999999"}, "--threads 99999999999 is not allowed: give a number from 1 to 1024"),
+        ({"--model": "a_network_of_mine:refuses"}, "cannot be built: ValueError: not today"),
+        ({"--model": ".a:Net"}, "cannot be built"),
+        ({"--args": "[" * 100_000}, "is no JSON"),
+        ({"--save": "nowhere/speed.json"}, "--save nowhere/speed.json cannot be written"),
+        ({"--save": "."}, r"--save \. cannot be written"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(network, changes, match):

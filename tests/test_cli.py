@@ -1,4 +1,4 @@
-"""The command line: flags, nested rules, files, the fragment, the short flags; help, round trips and misspelt keys."""
+"""The command line: flags, nested rules, files, the fragment, short flags; help, round trips and misspelt keys."""
 
 import sys
 from pathlib import Path
@@ -128,14 +128,15 @@ FIELDS = {
     "phases.admm_start": "When ADMM starts",
     "phases.admm_end": "retraining starts",
     "phases.update_every": "Time between two Z/U updates",
-    "phases.rho": "Penalty factor at the start",
-    "phases.rho_growth": "Factor on rho",
-    "phases.rho_max": "Where rho stops growing",
+    "phases.method": "The training method between",
+    "penalty.rho": "Penalty factor at the start",
+    "penalty.rho_growth": "Factor on rho",
+    "penalty.rho_max": "Where rho stops growing",
     "retraining.unified": "the one magnitude of a unified block trains",
-    "retraining.schedule": "Of the learning rate",
+    "retraining.schedule": "Learning rate schedule",
     "retraining.lr": "Learning rate at the beginning",
-    "rules": "Structures of their own",
-    "validate_projected": "validate the network",
+    "rules": "Other structures for some layers",
+    "validate_projected": "validate the network with projected weights",
     "save_to": "File to write at the end of fit",
 }
 

@@ -1,16 +1,24 @@
 """The `muws` command: tables, JSON, exit codes, and every way from one kind of file to another."""
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import lightning_muws
 from lightning_muws import load_compressed, save_compressed
-from lightning_muws.commands.files import main
+from lightning_muws.artifact.manifest import DTYPES
+from lightning_muws.commands.main import main
+from lightning_muws.commands.output import progress
 from tests.support.forge import small_model
 from tests.support.strategies import normal, same_bytes
 
@@ -37,15 +45,15 @@ def test_inspect(capsys, path):
 
 
 def test_verify(capsys, path):
-    assert run(capsys, "verify", path)[:2] == (0, f"{path}: whole, 7 tensors\n")
+    assert run(capsys, "verify", path)[:2] == (0, f"{path}: ok, 7 tensors\n")
     assert json.loads(run(capsys, "verify", path, "--json")[1]) == {"file": str(path), "ok": True}
     path.write_bytes(path.read_bytes()[:-1])
     code, out, err = run(capsys, "verify", path)
     assert (code, out) == (1, "")
-    assert err.startswith(f"muws: {path}: the header speaks of")
+    assert err.startswith(f"muws: {path}: the header declares")
     code, out, _ = run(capsys, "verify", path, "--json")
     assert code == 1
-    assert "the header speaks of" in json.loads(out)["error"]
+    assert "the header declares" in json.loads(out)["error"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -70,6 +78,21 @@ def test_pack_takes_the_settings(capsys, tmp_path):
     assert code == 0
     assert 0 < report["max_error"] <= 0.01 * float(torch.load(tmp_path / "m.pt", weights_only=True)["w"].abs().max())
     assert report["tensors"][0]["block_shape"] == [2, 4]
+
+
+def test_pack_makes_a_file_that_is_as_much_smaller_as_requested(capsys, tmp_path):
+    state = {"weight": normal(0, 64, 64, dtype=torch.float32), "bias": normal(1, 64, dtype=torch.float32)}
+    torch.save(state, tmp_path / "m.pt")
+    words = ("pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", "5", "--json")
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert json.loads(out)["compression_ratio"] >= 5
+    assert 5 * (tmp_path / "m.muws").stat().st_size <= sum(x.nbytes for x in state.values())
+    for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
+        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong)
+        assert code == 2
+        assert reason in err
+    assert "different ways" in run(capsys, *words[:-1], "--max-error", "0.1")[2]
 
 
 def test_pack_takes_the_weights_of_a_lightning_checkpoint(capsys, tmp_path):
@@ -104,26 +127,127 @@ def test_diff(capsys, path, tmp_path):
     assert (code, "5 of 8 tensors differ" in out) == (1, True)
 
 
-def test_trouble_has_an_exit_code_of_its_own_and_one_sentence(capsys, path, tmp_path):
+def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path):
+    (tmp_path / "folder").mkdir()
+    nowhere = tmp_path / "nowhere"
     for words, says in (
         (("inspect", tmp_path / "none.muws"), "No such file"),
+        (("inspect", tmp_path / "folder"), f"{tmp_path / 'folder'}: Is a directory"),
+        (("verify", tmp_path / "none.muws"), f"{tmp_path / 'none.muws'}: No such file"),
         (("inspect", __file__), "this is no .muws file"),
         (("unpack", path, tmp_path / "model.onnx"), "give a name that ends in .safetensors, .pt or .pth"),
+        (("unpack", path, nowhere / "model.pt"), f"{nowhere / 'model.pt'} cannot be written: give a file in a folder"),
         (("unpack", path, tmp_path / "model.pt", "--max-bytes", "10"), "at most max_bytes=10 are allowed"),
         (("pack", __file__, tmp_path / "x.muws"), "cannot be read as tensors"),
+        (("pack", tmp_path / "none.pt", tmp_path / "x.muws"), f"{tmp_path / 'none.pt'}: No such file"),
+        (("pack", tmp_path / "folder", tmp_path / "x.muws"), f"{tmp_path / 'folder'}: Is a directory"),
+        (("pack", path, tmp_path / "folder"), "cannot be written"),
+        (("pack", path, nowhere / "x.muws"), "cannot be written"),
+        (("pack", path, tmp_path / "x.muws", "--max-error", "nan"), "max_error=nan is not allowed"),
         (("diff", path, __file__), "cannot be read as tensors"),
+        (("diff", path, tmp_path / "folder"), f"{tmp_path / 'folder'}: Is a directory"),
     ):
         code, out, err = run(capsys, *words)
-        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert (code, out, err.count("\n")) == (2, "", 1), words
+        assert err.startswith("muws: "), words
+        assert "Errno" not in err, words
         assert says in err
-    assert {p.name for p in tmp_path.iterdir()} == {"model.muws"}
+        code, out, err = run(capsys, *words, "--json")
+        assert (code, err) == (2, "")
+        assert says in json.loads(out)["error"]
+    assert {p.name for p in tmp_path.iterdir()} == {"model.muws", "folder"}
     with pytest.raises(SystemExit) as ended:
         main(["pack", "a", "b", "--block", "4"])
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("text", ["4", "4x", "x4", "4x4x4", "0x4", "4x0", "-4x4", "a", "4,4", "1" * 5000 + "x4"])
+def test_a_wrong_block_shape_is_one_sentence_on_what_to_give(capsys, text):
+    with pytest.raises(SystemExit) as ended:
+        main(["pack", "a", "b", f"--block={text}"])
+    assert ended.value.code == 2
+    assert f"{text!r} is not allowed: give rows and columns, such as 4x4\n" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"muws {lightning_muws.__version__}\n"
+
+
+COMMANDS = st.sampled_from(["inspect", "verify", "pack", "unpack", "diff", "bench"])
+FILES = ["model.muws", "model.pt", "none.muws", "none.pt", ".", "", "\udc80", "x" * 300]
+OPTIONS = ["--json", "--block=4", "--max-error=nan", "--max-error=-1", "--max-bytes=-1", "--relative-to", "--lossy=no"]
+OPTIONS += [
+    "--model=os:getcwd",
+    "--model=x",
+    "--input=4",
+    "--input=",
+    "-i",
+    "--args=[]",
+    "--threads=0",
+    "4x4",
+    "--save=.",
+]
+
+
+@given(COMMANDS, st.lists(st.sampled_from(FILES), max_size=2), st.lists(st.sampled_from(OPTIONS), max_size=3))
+def test_no_words_end_in_a_traceback(tmp_path_factory, command, files, options):
+    folder, home = tmp_path_factory.mktemp("words"), Path.cwd()
+    small_model(folder / "model.muws")
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            code = main([command, *files, *options])
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        os.chdir(home)
+    assert code in (0, 1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_every_dtype_unpacks_or_is_refused_in_one_sentence(capsys, tmp_path):
+    for name in DTYPES:
+        save_compressed({"x": torch.zeros(2, dtype=DTYPES[name])}, tmp_path / "m.muws")
+        for suffix in (".pt", ".safetensors"):
+            code, _, err = run(capsys, "unpack", tmp_path / "m.muws", tmp_path / f"{name}{suffix}")
+            assert code == 0 or (suffix == ".safetensors" and err.count("\n") == 1), (name, err)
+
+
+def test_a_reader_that_stops_early_is_no_error(path):
+    command = f"{sys.executable} -m lightning_muws inspect {path} --json | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    assert done.stdout in ("{\n141\n", "{\n0\n")  # 0 where all fitted into the pipe
+    assert done.stderr == ""
+
+
+def test_text_that_the_terminal_cannot_encode_is_escaped(path):
+    strange = path.with_name("модель.muws")
+    path.rename(strange)
+    command = [sys.executable, "-m", "lightning_muws", "verify", str(strange)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)  # noqa: S603
+    assert done.stdout.endswith(b"\\u043c\\u043e\\u0434\\u0435\\u043b\\u044c.muws: ok, 7 tensors\n")
+
+
+def test_progress_is_shown_on_a_terminal_and_wiped(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress("reading", is_quiet=False) as update:
+        update(0, 0)
+        for done in range(0, 1001, 100):
+            update(done, 1000)
+    err = capsys.readouterr().err
+    assert "\rreading  10 %\rreading  20 %" in err
+    assert err.endswith("\rreading 100 %\r             \r")
+    with progress("reading", is_quiet=True) as update:
+        update(1, 2)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_is_installed():
-    assert 'muws = "lightning_muws.commands.files:main"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'muws = "lightning_muws.commands.main:main"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 
 def test_it_is_a_module_too_and_needs_no_lightning(path):
@@ -135,4 +259,4 @@ def test_it_is_a_module_too_and_needs_no_lightning(path):
         "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
-    assert done.stdout == f"{path}: whole, 7 tensors\n"
+    assert done.stdout == f"{path}: ok, 7 tensors\n"

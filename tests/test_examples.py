@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -68,6 +69,12 @@ def test_the_demo_runs_on_digits(tmp_path):
     assert {"blocks.png", "residuals.png", "dense.pt", "model.muws"} <= {path.name for path in tmp_path.iterdir()}
     sizes = [(tmp_path / name).stat().st_size for name in ("dense.pt", "model.muws")]
     assert ratio == round(sizes[0] / sizes[1], 1) > 5
+    told = dict(re.findall(r"test accuracy of the (.*?): (0\.\d{4})", done.stdout))
+    assert set(told) == {f"{name} epochs" for name in (
+        "dense network after 20", "dense network after 60", "compressed network after 60"
+    )}  # fmt: skip
+    assert float(told["dense network after 60 epochs"]) == dense  # trained as long in all as the compressed network
+    assert float(told["compressed network after 60 epochs"]) == compressed
 
 
 def test_weights_of_a_wheel_are_checked(tmp_path, monkeypatch):
@@ -102,6 +109,41 @@ def test_the_command_line_runs_as_a_process(tmp_path):
     (saved,) = tmp_path.rglob("*.ckpt")
     weight = torch.load(saved, weights_only=True)["state_dict"]["l1.weight"]
     assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+@pytest.mark.slow
+def test_the_command_in_the_text_of_the_second_example_ends_soon(tmp_path):
+    (words,) = re.findall(r"^Run: python examples/(02_cli\.py .*)$", (EXAMPLES / "02_cli.py").read_text(), re.MULTILINE)
+    name, *flags = words.split()
+    done = subprocess.run(  # noqa: S603  our own script
+        [sys.executable, EXAMPLES / name, *flags, "--trainer.accelerator=cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert "50.0% of the covered weights are zero" in done.stdout
+    assert "`max_epochs=10` reached" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_plain_loop_compresses_without_lightning(tmp_path):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['03_plain_torch.py', '--output', {str(tmp_path)!r}]\n"
+        f"runpy.run_path({str(EXAMPLES / '03_plain_torch.py')!r}, run_name='__main__')\n"
+        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"accuracy (0\.\d{3}) bytes (\d+) of (\d+)", done.stdout.strip().splitlines()[-1])
+    accuracy, n_bytes, dense_bytes = map(float, found.groups())
+    assert accuracy > 0.8
+    assert n_bytes == (tmp_path / "plain.muws").stat().st_size < dense_bytes
+    assert "50.0% of the covered weights are zero" in done.stdout
+    assert "ADMM residuals" in done.stdout
 
 
 def test_installed_data_is_taken_first(datasets, tmp_path):

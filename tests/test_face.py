@@ -1,4 +1,4 @@
-"""The public face: its names, their texts, and the README's code."""
+"""The public names and their docstrings, the code of the README, and what the docs claim."""
 
 import ast
 import dataclasses
@@ -30,21 +30,22 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "FormatError", "LayerRule", "MicroStructure", "MuwsError", "Phases", "Retraining", "WeightUnificationCallback",
-        "accelerate", "inspect_compressed", "load_compressed", "save_compressed", "verify_compressed",
+        "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "NMStructure", "Penalty", "Phases",
+        "Retraining", "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
+        "save_compressed", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
         assert getattr(lightning_muws, name).__name__ == name
         assert name in dir(lightning_muws)
 
 
-def test_a_wrong_name_says_what_there_is():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has FormatError"):
+def test_a_wrong_name_lists_the_right_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has CompressionRun, FormatError"):
         _ = lightning_muws.accelerat
 
 
 @pytest.mark.parametrize(("name", "thing"), list(public_things()), ids=lambda x: x if isinstance(x, str) else "")
-def test_every_public_thing_says_what_it_does(name, thing):
+def test_every_public_object_has_a_docstring(name, thing):
     assert thing.__doc__, name
     assert re.match(r"[A-Z`].*[.:]$", thing.__doc__.splitlines()[0]), f"{name}: {thing.__doc__.splitlines()[0]}"
     if inspect.isclass(thing):
@@ -57,8 +58,8 @@ def overrides(kind: type, name: str) -> bool:
     return any(hasattr(base, name) for base in (*kind.__mro__[1:], Callback))
 
 
-@pytest.mark.parametrize("name", ["LayerRule", "MicroStructure", "Phases", "Retraining"])
-def test_settings_are_frozen_dataclasses_with_working_defaults_and_texts(name):
+@pytest.mark.parametrize("name", ["LayerRule", "MicroStructure", "NMStructure", "Penalty", "Phases", "Retraining"])
+def test_settings_are_frozen_dataclasses_with_working_defaults_and_docstrings(name):
     kind = getattr(lightning_muws, name)
     assert kind.__dataclass_params__.frozen
     kind()
@@ -69,7 +70,7 @@ def test_settings_are_frozen_dataclasses_with_working_defaults_and_texts(name):
         assert "None" not in str(field.type), f"{field.name} is optional"
 
 
-def test_every_error_is_of_the_family():
+def test_every_error_is_a_muws_error():
     from lightning_muws import errors
 
     kinds = [k for k in vars(errors).values() if inspect.isclass(k)]
@@ -81,7 +82,7 @@ def readme_code() -> str:
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
 
 
-def test_the_readme_begins_with_code_that_runs(capsys, tmp_path, monkeypatch):
+def test_the_code_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = readme_code()
     assert len([line for line in code.splitlines() if line]) <= 20
@@ -94,14 +95,18 @@ def test_the_readme_begins_with_code_that_runs(capsys, tmp_path, monkeypatch):
     assert "Micro-structured weights" in capsys.readouterr().out
 
 
-def readme_rows() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().split("## Works with, or refused\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+def rows_of_modes() -> list[list[str]]:
+    text = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0] != "you use" and not row[0].startswith("---")]
 
 
-@pytest.mark.parametrize("row", readme_rows(), ids=lambda row: row[0])
-def test_each_row_of_the_readme_is_backed_by_a_test(row):
+def test_the_page_of_modes_has_sixty_rows():
+    assert len(rows_of_modes()) >= 60
+
+
+@pytest.mark.parametrize("row", rows_of_modes(), ids=lambda row: row[0])
+def test_each_row_of_the_page_of_modes_is_backed_by_a_test(row):
     _, says, test = row
     assert says
     file, name = re.fullmatch(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", test).groups()
@@ -109,11 +114,90 @@ def test_each_row_of_the_readme_is_backed_by_a_test(row):
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_readme_says_what_each_refusal_says():
-    rows = {row[0]: row[1] for row in readme_rows()}
+def test_the_page_of_modes_repeats_each_refusal():
+    rows = {row[0]: row[1] for row in rows_of_modes()}
     names = {"DeepSpeedStrategy": "DeepSpeed", "FSDPStrategy": "FSDP1 (`FSDPStrategy`)", "LBFGS": "LBFGS"}
     for kind, why in REFUSED.items():
         assert rows[names.get(kind, f"`{kind}`")].startswith("refused: " + why.split(";")[0].split(",")[0])
+
+
+def project() -> str:
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def repository() -> str:
+    return re.search(r'^Repository = "(.*)"$', project(), re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_are_absolute_and_their_files_exist(file):
+    links = re.findall(r"\]\((.*?)\)", (ROOT / file).read_text(encoding="utf-8"))
+    assert links
+    raw = repository().replace("github.com", "raw.githubusercontent.com")
+    for link in links:
+        assert link.startswith("https://"), f"{link} does not work on a package page"
+        for start in (f"{repository()}/blob/main/", f"{raw}/main/"):
+            path, _, anchor = link.removeprefix(start).partition("#")
+            if path != link.partition("#")[0]:
+                assert (ROOT / path).is_file(), link
+                headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+                assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_the_version_is_the_same_everywhere():
+    assert re.search(r'^version = "(.*)"$', project(), re.MULTILINE).group(1) == lightning_muws.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {lightning_muws.__version__}\n" in citation
+    assert f"repository-code: {repository()}\n" in citation
+
+
+def tree_of_the_docs() -> set[str]:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"^```\nlightning_muws/\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1)
+    folders, files = {0: ""}, set()
+    for indent, name in re.findall(r"^( +)(\S+)", block, re.MULTILINE):
+        path = folders[len(indent) - 2] + name
+        if name.endswith("/"):
+            folders[len(indent)] = path
+        else:
+            files.add(path)
+    return files
+
+
+def test_the_page_of_the_architecture_shows_each_file_of_the_package():
+    package = Path(lightning_muws.__file__).parent
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    empty = {name for name in files if name.endswith("/__init__.py")} - {"runtime/kernels/__init__.py"}
+    assert tree_of_the_docs() == files - empty
+
+
+def test_the_index_of_the_api_has_each_public_name():
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\[`(\w+)`\]", text)) == set(lightning_muws.__all__)
+
+
+def test_every_page_of_the_docs_is_in_the_menu_of_the_site():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE))
+
+
+SETTINGS = re.findall(
+    r"^\| `(\w+)\((.*?)\)` \|", (ROOT / "docs" / "getting-started.md").read_text("utf-8"), re.MULTILINE
+)
+
+
+def test_the_table_of_settings_has_each_frozen_dataclass():
+    public = {name for name in lightning_muws.__all__ if dataclasses.is_dataclass(getattr(lightning_muws, name))}
+    assert {name for name, _ in SETTINGS} == public
+
+
+@pytest.mark.parametrize(("name", "shown"), SETTINGS)
+def test_the_table_of_settings_shows_each_field_with_its_default(name, shown):
+    fields = dataclasses.fields(getattr(lightning_muws, name))
+    assert re.findall(r"(\w+)=", shown) == [field.name for field in fields]
+    given = eval(f"dict({shown})", {name: getattr(lightning_muws, name) for name in lightning_muws.__all__})  # noqa: S307
+    assert given == {field.name: getattr(getattr(lightning_muws, name)(), field.name) for field in fields}
 
 
 def test_the_readme_names_the_patents():

@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_muws"
 # A room imports only rooms of earlier lines: rooms of one line do not import each other.
 ORDER = [
-    ["errors"],
+    ["errors", "tables"],
     ["structure"],
     ["training", "artifact", "runtime"],
-    ["trainer"],
+    ["trainer", "ops"],
     ["report"],
     ["plots"],
     ["callback", "pytorch_lightning", "commands"],

@@ -1,5 +1,6 @@
 """Figures are drawn without a display."""
 
+import pickle
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ def test_before_and_after_show_both_matrices(tmp_path):
     before = normal(0, 16, 12)
     after = MicroStructure(prune_ratio=0.5).project(before)
     figure = plot_before_after(before, after, (4, 4), "layer")
-    shown = [torch.tensor(ax.images[0].get_array().data) for ax in figure.axes]
+    shown = [torch.tensor(ax.images[0].get_array().data) for ax in figure.axes[:2]]
     torch.testing.assert_close(shown[0], before.float())
     torch.testing.assert_close(shown[1], after.float())
     figure.savefig(tmp_path / "picture.png")
@@ -27,6 +28,44 @@ def test_residuals_are_drawn_in_order():
     primal, dual = plot_residuals(history).lines
     assert primal.get_ydata().tolist() == [0.5, 0.3, 0.1]
     assert dual.get_ydata().tolist() == [0.4, 0.2]
+
+
+def test_a_picture_of_blocks_has_a_colour_bar_and_its_shares_of_zeros(tmp_path):
+    before = normal(0, 16, 12)
+    figure = plot_before_after(before, MicroStructure(prune_ratio=0.5).project(before), (4, 4), "layer")
+    dense, compressed, bar = figure.axes
+    assert (dense.get_title(), compressed.get_title()) == ("dense: 0% zeros", "compressed: 50% zeros")
+    assert bar.get_ylabel() == "weight (white: zero)"
+    assert len(plot_weight(before, 1.0).figure.axes) == 2
+    assert len(plot_weight(before, 1.0, dense).figure.axes) == 3  # the caller's figure keeps its own colour bar
+
+
+def test_a_picture_of_residuals_has_a_title_and_the_phases():
+    updates = [Update(1, 0.1, 0.5, 0.4), Update(2, 0.2, 0.3, 0.2)]
+    ax = plot_residuals([*updates, Update(3, 0.3, 0.1, 0.0)])
+    assert ax.get_title() == "ADMM residuals"
+    assert [text.get_text() for text in ax.texts] == ["ADMM", "retraining"]
+    assert [text.get_text().split()[0] for text in ax.get_legend().get_texts()] == ["primal", "dual", "projection"]
+    still = plot_residuals(updates)  # in the middle of ADMM: nothing was projected yet
+    assert [text.get_text() for text in still.texts] == ["ADMM"]
+    assert still.lines[1].get_ydata().tolist() == [0.4, 0.2]
+    one_shot = plot_residuals([Update(3, 0.3, 0.1, 0.0)])
+    assert [text.get_text() for text in one_shot.texts] == ["retraining"]
+
+
+def test_a_run_without_updates_says_when_there_is_something_to_draw():
+    with pytest.raises(MuwsError, match="no update yet"):
+        plot_residuals([])
+
+
+def test_a_notebook_shows_a_picture():
+    before = normal(0, 16, 12)
+    pictures = (
+        plot_weight(before, 1.0), plot_before_after(before, before, (4, 4)), plot_residuals([Update(3, 0.3, 0.1, 0.0)])
+    )  # fmt: skip
+    for picture in pictures:
+        assert picture._repr_png_().startswith(b"\x89PNG")
+        pickle.loads(pickle.dumps(picture))._repr_png_()  # noqa: S301  our own bytes
 
 
 def test_without_matplotlib_one_sentence_says_what_to_do(monkeypatch):

@@ -80,7 +80,7 @@ def main() -> None:
         steps = {phase: trainer(resnet18(stem), phase) for phase in ("plain", "ADMM", "tied", "frozen")}
         run = steps["ADMM"][1]
         tasks = {phase: step for phase, (step, _) in steps.items()}
-        tasks["one Z/U update"] = lambda run=run: run.admm.update(run.weights)
+        tasks["one Z/U update"] = lambda run=run: run.method.update(run.weights)
         times = interleaved(tasks, rounds)
         table = Table(title=f"ResNet-18, {stem} stem, SGD with momentum; ratios to a plain step of the same round")
         for header in ("", "ms", "ratio", "least", "largest", "bound"):
@@ -96,7 +96,7 @@ def main() -> None:
     held = n_bytes([vars(support) for support in constraint.supports.values()]) + n_bytes(constraint.magnitudes)
     console.print(
         f"memory beside the {covered / 2**20:.0f} MiB of covered weights: "
-        f"ADMM {n_bytes(run.admm.state_dict()) / covered:.3f} x (bound 1.25), "
+        f"ADMM {n_bytes(run.method.state_dict()) / covered:.3f} x (bound 1.25), "
         f"retraining {held / covered:.3f} x (bound 0.35)"
     )
 

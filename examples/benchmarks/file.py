@@ -31,7 +31,7 @@ MIXES = {  # shares pruned and unified
 }  # fmt: skip
 BITS = (8, 6, 4)
 # Dense bytes over bytes of nncodec 2.1.3 (an implementation of ISO/IEC 15938-17), lossless, for 8, 6 and 4 bits.
-# Measured once, in an environment of its own (it needs numpy < 2), on integers made by the recipe of impose, quantised.
+# Measured once, in a separate environment (it needs numpy < 2), on integers made by the recipe of impose, quantised.
 NNC = {
     ("MTCNN", "50/30/20"): (12.2, 18.0, 60.4),
     ("MTCNN", "90/8/2"): (54.8, 76.1, 120.7),

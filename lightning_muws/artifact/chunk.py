@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
-from lightning_muws.artifact.rans import Bytes
 from lightning_muws.artifact.streams import (
+    DENSE,
     KINDS_A_BYTE,
+    MIXED,
     N_KINDS,
+    PRUNED,
     Parts,
     Patterns,
     is_unified,
@@ -32,14 +35,13 @@ from lightning_muws.artifact.streams import (
 )
 from lightning_muws.artifact.values import WIDTHS, Form
 from lightning_muws.structure.grid import BlockGrid
-from lightning_muws.structure.kinds import Kind
 
 ROLES = ("magnitudes", "free")
 ORDER = [f"{role}.{stored}" for role in ROLES for stored in WIDTHS]  # of the streams of values in a chunk
 
 
 class Measured(NamedTuple):
-    """What was found of a piece while it was taken apart.
+    """What the writer measures on a piece.
 
     Args:
         counts: Its blocks: dense, unified, pruned.
@@ -52,7 +54,7 @@ class Measured(NamedTuple):
 
 @dataclass
 class ChunkWriter:
-    """Takes pieces apart, and hands out their streams before coding."""
+    """Splits pieces into streams, before coding."""
 
     kinds: list[Bytes] = field(default_factory=list)
     signs: list[Any] = field(default_factory=list)
@@ -65,7 +67,7 @@ class ChunkWriter:
         """Add a piece: the rows of the matrix that blocks lie on, or the elements of a flat tensor.
 
         Args:
-            entry: What becomes of the tensor.
+            entry: The entry of the tensor.
             units: ``(n, cols)`` or ``(n,)``, on the CPU.
         """
         self.symbols.clear()
@@ -89,7 +91,7 @@ class ChunkWriter:
             counts += np.bincount(parts.kinds, minlength=N_KINDS)
         for edge in entry.grid.edges(units):
             error = max(error, self._free(entry.form, edge.reshape(-1), units.dtype))
-        return Measured(_tally(counts), error)
+        return Measured(tally(counts), error)
 
     def _free(self, form: Form, flat: Tensor, dtype: torch.dtype) -> float:
         """Add values in no block, and return their error."""
@@ -139,7 +141,7 @@ def _error(form: Form, u: Patterns, x: Tensor) -> float:
 
 
 class ChunkReader:
-    """Puts the pieces of a chunk together again.
+    """Puts the pieces of a chunk back together.
 
     Args:
         pieces: The pieces, of a manifest that was checked.
@@ -150,15 +152,15 @@ class ChunkReader:
     """
 
     def __init__(self, pieces: list[Piece], read: Callable[[str, int], Bytes]) -> None:
-        grids = [(piece.entry, *_n_blocks(piece)) for piece in pieces if piece.entry.grid]
+        grids = [(piece.entry, *n_blocks(piece)) for piece in pieces if piece.entry.grid]
         n_kinds = sum(n for _, n, _ in grids)
         self.kinds = unpack_kinds(read("kinds", -(-n_kinds // KINDS_A_BYTE)), n_kinds)
         needed, at, n_signs = dict.fromkeys(ORDER, 0), 0, 0
         for entry, n, numel in grids:
             kinds, at = self.kinds[at : at + n], at + n
-            n_signs += int(np.count_nonzero(kinds == Kind.UNIFIED)) * numel
+            n_signs += int(np.count_nonzero(kinds == MIXED)) * numel
             needed[f"magnitudes.{_stored(entry)}"] += int(np.count_nonzero(is_unified(kinds)))
-            needed[f"free.{_stored(entry)}"] += int(np.count_nonzero(kinds == Kind.DENSE)) * numel
+            needed[f"free.{_stored(entry)}"] += int(np.count_nonzero(kinds == DENSE)) * numel
         for piece in pieces:
             if piece.entry.form:
                 needed[f"free.{_stored(piece.entry)}"] += _n_edge(piece)
@@ -168,25 +170,23 @@ class ChunkReader:
         self.other = read("other", n_other)
         self._at: dict[str, int] = defaultdict(int)
 
-    def fill(self, piece: Piece, units: Tensor) -> tuple[int, int, int]:
-        """Write the next piece into its units, see :meth:`ChunkWriter.add`; return its blocks of each kind."""
+    def fill(self, piece: Piece, units: Tensor) -> None:
+        """Write the next piece into its units, see :meth:`ChunkWriter.add`."""
         entry = piece.entry
         if entry.form is None:
             width = units.element_size()
             raw = self._take("other", self.other, len(units) * width).reshape(width, len(units))
             units.view(torch.uint8).copy_(torch.from_numpy(np.array(raw.T, order="C")).reshape(-1))
-            return 0, 0, 0
-        if entry.grid is None:
+        elif entry.grid is None:
             self._fill_free(entry.form, units)
-            return 0, 0, 0
-        counts, covered = np.zeros(N_KINDS, np.int64), entry.grid.covered(units)
-        for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
-            counts += self._fill_blocks(entry.form, entry.grid, covered[rows])
-        for edge in entry.grid.edges(units):
-            flat = torch.empty(edge.numel(), dtype=units.dtype)
-            self._fill_free(entry.form, flat)
-            edge.copy_(flat.view(edge.shape))
-        return _tally(counts)
+        else:
+            covered = entry.grid.covered(units)
+            for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
+                self._fill_blocks(entry.form, entry.grid, covered[rows])
+            for edge in entry.grid.edges(units):
+                flat = torch.empty(edge.numel(), dtype=units.dtype)
+                self._fill_free(entry.form, flat)
+                edge.copy_(flat.view(edge.shape))
 
     def _fill_free(self, form: Form, flat: Tensor) -> None:
         name = f"free.{form.stored}"
@@ -194,10 +194,10 @@ class ChunkReader:
             u = rotate_back(self._take(name, self.values[name], part.stop - part.start))
             flat[part] = form.values(u, flat.dtype)
 
-    def _fill_blocks(self, form: Form, grid: BlockGrid, slab: Tensor) -> Any:
+    def _fill_blocks(self, form: Form, grid: BlockGrid, slab: Tensor) -> None:
         width, numel = WIDTHS[form.stored], grid.block_numel
         kinds = self._take("kinds", self.kinds, slab.numel() // numel)
-        n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (Kind.UNIFIED, Kind.DENSE))
+        n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (MIXED, DENSE))
         taken = []
         for role, n in (("magnitudes", int(np.count_nonzero(is_unified(kinds)))), ("free", n_free * numel)):
             values = self.values.get(f"{role}.{form.stored}", np.zeros(0, width))
@@ -206,7 +206,6 @@ class ChunkReader:
         u = np.empty(slab.shape, width)
         join(Parts(kinds, signs, taken[0], taken[1].reshape(-1, *grid.block_shape)), u, grid.block_shape)
         slab.copy_(form.values(u, slab.dtype))
-        return np.bincount(kinds, minlength=N_KINDS)
 
     def _take(self, name: str, values: Any, n: int) -> Any:
         start = self._at[name]
@@ -214,30 +213,28 @@ class ChunkReader:
         return values[start : start + n]
 
 
-def _tally(counts: Any) -> tuple[int, int, int]:
-    """Return how many blocks are dense, unified, pruned, from how many there are of each number in the file."""
+def tally(counts: Any) -> tuple[int, int, int]:
+    """Return how many blocks are dense, unified and pruned, given how many have each of the five kinds of the file."""
     n = counts.tolist()
-    return n[Kind.DENSE], sum(n) - n[Kind.DENSE] - n[Kind.PRUNED], n[Kind.PRUNED]
+    return n[DENSE], sum(n) - n[DENSE] - n[PRUNED], n[PRUNED]
 
 
 def _stored(entry: TensorEntry) -> str:
     return entry.form.stored if entry.form else ""
 
 
-def _n_blocks(piece: Piece) -> tuple[int, int]:
-    """Return the blocks of a piece, and the weights of a block."""
-    grid = piece.entry.grid or BlockGrid()
-    cols = piece.entry.matrix_shape[1]
-    return (piece.stop - piece.start) // grid.block_shape[0] * (cols // grid.block_shape[1]), grid.block_numel
+def n_blocks(piece: Piece) -> tuple[int, int]:
+    """Return the blocks of a piece, and the weights of a block; zeros where it is flat."""
+    if (grid := piece.entry.grid) is None:
+        return 0, 0
+    down, across = (piece.stop - piece.start) // grid.block_shape[0], piece.entry.matrix_shape[1] // grid.block_shape[1]
+    return down * across, grid.block_numel
 
 
 def _n_edge(piece: Piece) -> int:
     """Return the values of a piece that lie in no block."""
-    n = (piece.stop - piece.start) * piece.entry.matrix_shape[1]
-    if piece.entry.grid is None:
-        return n
-    n_blocks, numel = _n_blocks(piece)
-    return n - n_blocks * numel
+    blocks, numel = n_blocks(piece)
+    return (piece.stop - piece.start) * piece.entry.matrix_shape[1] - blocks * numel
 
 
 def _values(name: str, n: int, read: Callable[[str, int], Bytes]) -> Patterns:

@@ -1,10 +1,9 @@
-"""The frame of a file: a safetensors header over byte streams; read without trust, written whole or not at all."""
+"""The frame of a file: a safetensors header and byte streams. Reading trusts nothing; writing is atomic."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -15,23 +14,30 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_muws.artifact.rans import inflate
+from lightning_muws.artifact.codecs import inflate
+from lightning_muws.artifact.json_text import dump, parse
 from lightning_muws.errors import FormatError
 
 FORMAT = "muws"
 VERSION = "1.0"
 MANIFEST = "manifest"
+MOST = 16 << 20  # bytes of a header or a manifest
 LOOKS_LIKE = {b"PK": "a zip archive, such as torch.save writes", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
 
 
 class Frame:
-    """An open file whose header was checked: its manifest, and its streams by name.
+    """An open file with a checked header: its manifest, and its streams by name.
 
     Args:
         file: Open for reading, seekable.
 
+    Attributes:
+        n_bytes: The bytes of the file.
+        lengths: The bytes of each stream of weights, by name.
+        manifest: The JSON of the manifest.
+
     Raises:
-        FormatError: It is no `.muws` file, of another major version, too large in its header, or broken.
+        FormatError: It is no `.muws` file, has another major version or too large a header, or is damaged.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -42,14 +48,10 @@ class Frame:
         self.metadata = header.pop("__metadata__", None)
         version = self._check_metadata()
         self._spans = self._check_streams(header)
+        self.lengths = {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
         self.manifest = self._read_manifest()
         if self.manifest.get("version") != version:
-            raise FormatError(f"the header says version {version}, the manifest {self.manifest.get('version')!r}")
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The bytes of each stream of weights, by name."""
-        return {name: stop - start for name, (start, stop) in self._spans.items() if name != MANIFEST}
+            raise FormatError(f"the header has version {version}, the manifest {self.manifest.get('version')!r}")
 
     def stream(self, name: str, checksum: int) -> bytes:
         """Return the bytes of a stream.
@@ -91,7 +93,7 @@ class Frame:
     def _check_metadata(self) -> str:
         given = self.metadata
         if not isinstance(given, dict) or given.get("format") != FORMAT:
-            raise FormatError("this is no .muws file: its header does not say so")
+            raise FormatError("this is no .muws file: its header does not name the format")
         version = str(given.get("version"))
         major, _, minor = version.partition(".")
         if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
@@ -99,7 +101,7 @@ class Frame:
         if major != VERSION.partition(".")[0]:
             raise FormatError(f"the file has version {version}, this reader knows {VERSION}: update lightning_muws")
         if version == VERSION and set(given) != {"format", "version", "manifest_bytes", "manifest_sha256"}:
-            raise FormatError(f"the header says {sorted(given)}, which is not what version {VERSION} says")
+            raise FormatError(f"the header has {sorted(given)}, which version {VERSION} does not allow")
         return version
 
     def _check_streams(self, header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -108,17 +110,19 @@ class Frame:
         for name, entry in header.items():
             offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
             if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-                raise FormatError(f"stream {name!r} says not where it is")
+                raise FormatError(f"stream {name!r} has no valid data_offsets")
             start, stop = offsets
             if (
                 start != end
                 or stop < start
                 or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
             ):
-                raise FormatError(f"stream {name!r} is not where and what it should be: {str(entry)[:100]}")
+                raise FormatError(
+                    f"stream {name!r} should be U8 data at offset {end}, the header has {str(entry)[:100]}"
+                )
             spans[name], end = (start, stop), stop
         if self._base + end != self.n_bytes:
-            raise FormatError(f"the header speaks of {self._base + end} bytes, the file has {self.n_bytes}")
+            raise FormatError(f"the header declares {self._base + end} bytes, the file has {self.n_bytes}")
         return spans
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -126,60 +130,47 @@ class Frame:
         if MANIFEST not in self._spans or not said.isascii() or not said.isdigit() or len(said) > 10:
             raise FormatError("the file has no manifest")
         n, (start, stop) = int(said), self._spans[MANIFEST]
-        if (larger := max(n, stop - start)) > largest_header(self.n_bytes):
-            raise FormatError(f"the manifest has {larger} bytes, at most {largest_header(self.n_bytes)} are allowed")
+        if (larger := max(n, stop - start)) > (allowed := largest_manifest(self.n_bytes, stop - start)):
+            raise FormatError(f"the manifest has {larger} bytes, at most {allowed} are allowed")
         raw = self._read(start, stop)
         if len(raw) != n:
             raw = inflate(raw, n)
         if hashlib.sha256(raw).hexdigest() != self.metadata.get("manifest_sha256"):
-            raise FormatError("the manifest has another SHA-256 than the header says: the file is damaged")
+            raise FormatError("the manifest has another SHA-256 than the header declares: the file is damaged")
         return parse(raw, "manifest")
 
 
 def largest_header(n_bytes: int) -> int:
-    """Return how long the header, and the manifest, of a file may be: small files must not cost much to refuse."""
-    return min(16 << 20, (1 << 19) + n_bytes // 8)
+    """Return how many bytes the header of a file of ``n_bytes`` may have: few, so that a small file costs little."""
+    return min(MOST, (1 << 19) + n_bytes // 8)
 
 
-def parse(raw: bytes, what: str) -> dict[str, Any]:
-    """Return a JSON object.
+def largest_manifest(n_bytes: int, packed: int) -> int:
+    """Return how many bytes a manifest may have whose stream takes ``packed`` of the ``n_bytes`` of a file.
 
-    Raises:
-        FormatError: It is none, or has a key twice.
+    zlib makes the names and shapes of thousands of small tensors up to 100 times smaller, and a bomb 1000 times.
     """
-    try:
-        parsed = json.loads(raw.decode("ascii"), object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"the {what} is not JSON that this format allows: {str(error)[:100]}") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"the {what} is no JSON object")
-    return parsed
+    return min(MOST, (1 << 19) + n_bytes // 8 + 128 * packed)
 
 
-def dump(value: object) -> bytes:
-    """Return JSON as this format writes it: ASCII without spaces, so that equal values are equal bytes."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def pack_manifest(raw: bytes) -> bytes:
+    """Return the fewest bytes from which a reader accepts the manifest, whatever else is in the file."""
+    packed = zlib.compress(raw, 9)
+    return packed if len(packed) < len(raw) <= largest_manifest(0, len(packed)) else raw
 
 
 def head(manifest: Mapping[str, Any], lengths: Mapping[str, int]) -> tuple[bytes, bytes]:
     """Return the header of a file, and its manifest as it is stored.
 
+    Args:
+        manifest: Its manifest.
+        lengths: The bytes of each stream, by name.
+
     Raises:
         FormatError: The manifest is larger than a reader would accept.
     """
     raw = dump(manifest)
-    packed = min(raw, zlib.compress(raw, 9), key=len)
+    packed = pack_manifest(raw)
     spans, end = {}, 0
     for name, length in [*lengths.items(), (MANIFEST, len(packed))]:
         spans[name] = {"dtype": "U8", "shape": [length], "data_offsets": [end, end + length]}
@@ -192,10 +183,11 @@ def head(manifest: Mapping[str, Any], lengths: Mapping[str, int]) -> tuple[bytes
     }
     header = dump({"__metadata__": about, **spans})
     header += b" " * (-len(header) % 8)
-    if max(len(raw), len(header)) > (allowed := largest_header(8 + len(header) + end)):
+    allowed = largest_header(8 + len(header) + end)
+    if len(raw) > MOST or len(header) > allowed:
         raise FormatError(
-            f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {allowed} are allowed for "
-            f"{len(lengths)} streams: save the model in several files"
+            f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {MOST} and {allowed} are "
+            f"allowed for {len(lengths)} streams: save the model in several files"
         )
     return header, packed
 
@@ -207,18 +199,18 @@ def write(
     body: IO[bytes],
     check: Callable[[IO[bytes]], None],
 ) -> int:
-    """Write a file of streams, whose bytes are in ``body`` in this order; return the bytes of header and manifest.
+    """Write a file and return how many bytes its header and manifest take.
 
     Args:
         path: Where the file will be.
-        manifest: What it says of itself.
+        manifest: Its manifest.
         lengths: The bytes of each stream, by name.
-        body: The streams.
-        check: Gets the file before it takes its place, and raises if that must not be.
+        body: The bytes of the streams, in the order of ``lengths``.
+        check: Called with the complete file before it replaces an earlier one; raises to prevent that.
 
     Raises:
         FormatError: The manifest is larger than a reader would accept.
-        OSError: The file cannot be written; what was there before is there still.
+        OSError: The file cannot be written; an earlier file at that place is unchanged.
     """
     header, packed = head(manifest, lengths)
     with replacing(path) as file:
@@ -233,7 +225,7 @@ def write(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of the one at ``path`` when all is written and on the disk, or never."""
+    """Open a temporary file that replaces ``path`` once it is complete and synced to the disk; removed on an error."""
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("x+b") as file:  # with the mode that the umask gives

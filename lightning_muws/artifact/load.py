@@ -1,4 +1,4 @@
-"""Reads a `.muws` file: into a state_dict, or its manifest alone, or all of it only to see that it is whole."""
+"""Reads a `.muws` file: its tensors, its manifest alone, or all of it to check that it is intact."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.artifact.chunk import ChunkReader
+from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
+from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
+from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
-from lightning_muws.artifact.rans import Bytes, decode
 from lightning_muws.artifact.report import FileInfo, tensor_report
-from lightning_muws.artifact.streams import slabs
+from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
+from lightning_muws.artifact.values import displayed
 from lightning_muws.errors import FormatError, MuwsError, StateError
 from lightning_muws.structure.plan import clean_name
 
 MAX_BYTES = 8 << 30
+KEPT_BYTES = 16 << 20  # of packed kinds: those of 3 GB in blocks of 4x4
 Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
 
 
@@ -33,9 +36,10 @@ def load_compressed(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Return the state_dict that a `.muws` file holds, ready for the ``load_state_dict`` of the model's own class.
+    """Return the state_dict that a `.muws` file holds, ready for the model's ``load_state_dict``.
 
-    All that the file says is checked before memory is taken, all that it holds against checksums; no code of it runs.
+    The manifest is checked before memory for tensors is taken, and every stream against its checksum. No code in the
+    file is run.
 
     Args:
         path: The file.
@@ -70,7 +74,7 @@ def load_compressed(
 
 
 def inspect_compressed(path: str | Path) -> FileInfo:
-    """Return what a `.muws` file says of itself, from its manifest alone: nothing is decoded.
+    """Return a description of a `.muws` file from its manifest alone; no weights are decoded.
 
     Raises:
         FormatError: The file is no `.muws` file, or its manifest is damaged.
@@ -80,8 +84,8 @@ def inspect_compressed(path: str | Path) -> FileInfo:
         coders: dict[str, set[str]] = defaultdict(set)
         for i, chunk in enumerate(manifest.chunks):
             for name, (coder, _) in chunk.streams.items():
-                streams[name] += frame.lengths[f"c{i}.{name}"]
-                coders[name].add(coder)
+                streams[displayed(name)] += frame.lengths[f"c{i}.{name}"]
+                coders[displayed(name)].add(coder)
         tensors = tuple(tensor_report(entry, manifest.tensors) for entry in manifest.tensors)
         joined = {name: "+".join(sorted(found)) for name, found in coders.items()}
         version = frame.manifest["version"]
@@ -91,7 +95,7 @@ def inspect_compressed(path: str | Path) -> FileInfo:
 
 
 def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
-    """Check all of a `.muws` file, every checksum and every stream, and return what :func:`inspect_compressed` does.
+    """Decode a `.muws` file completely, check every checksum, and return what :func:`inspect_compressed` returns.
 
     Raises:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
@@ -107,7 +111,7 @@ def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping
     """Decode an open file and compare it to the tensors that it was written from.
 
     Raises:
-        StateError: A tensor is further from its own than is said of it.
+        StateError: A decoded tensor differs from the original by more than its recorded error.
     """
     frame = Frame(file)
     for entry, tensor in _tensors(frame, Manifest.from_dict(frame.manifest)):
@@ -121,14 +125,14 @@ def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
-    """Open a file and check all that it says; every refusal within names the file."""
+    """Open a file and check its header and manifest; errors raised within the context name the file."""
     with Path(path).open("rb") as file:
         try:
             frame = Frame(file)
             manifest = Manifest.from_dict(frame.manifest)
             promised = [f"c{i}.{name}" for i, chunk in enumerate(manifest.chunks) for name in chunk.streams]
             if promised != list(frame.lengths):
-                raise FormatError("the manifest speaks of other streams than the header")
+                raise FormatError("the manifest declares other streams than the header")
             yield frame, manifest
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
@@ -162,10 +166,11 @@ def _check_fit(manifest: Manifest, into: nn.Module) -> None:
 def _tensors(
     frame: Frame, manifest: Manifest, progress: Progress | None = None
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yield each tensor in order, decoded, one chunk in memory beside it; a shared one as an empty tensor."""
-    at, done, units, counts = 0, 0, torch.empty(0), [0, 0, 0]
+    """Yield each tensor in order, decoded; at most one chunk is in memory besides. A shared tensor comes out empty."""
+    kinds = _checked_kinds(frame, manifest)
+    at, done, units = 0, 0, torch.empty(0)
     for i, pieces in enumerate(manifest.pieces()):
-        reader = _reader(frame, manifest, i, pieces)
+        reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
         for piece in pieces:
             entry, cols = piece.entry, piece.entry.matrix_shape[1]
             if piece.start == 0:
@@ -173,15 +178,12 @@ def _tensors(
                     yield manifest.tensors[at], _without_values(manifest.tensors[at])
                     at += 1
                 shape = entry.matrix_shape if entry.grid else (entry.numel,)
-                units, counts = torch.empty(shape, dtype=DTYPES[entry.dtype]), [0, 0, 0]
-            found = reader.fill(piece, units[piece.start : piece.stop])
-            counts = [a + b for a, b in zip(counts, found, strict=True)]
+                units = torch.empty(shape, dtype=DTYPES[entry.dtype])
+            reader.fill(piece, units[piece.start : piece.stop])
             done += (piece.stop - piece.start) * cols * units.element_size()
             if progress:
                 progress(done, manifest.n_bytes)
             if piece.stop == len(units):
-                if tuple(counts) != entry.counts:
-                    raise FormatError(f"{entry.name} has blocks {tuple(counts)}, the manifest speaks of {entry.counts}")
                 tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
                 yield entry, tensor.contiguous()
                 at += 1
@@ -189,22 +191,58 @@ def _tensors(
         yield entry, _without_values(entry)
 
 
+def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
+    """Compare the blocks of each tensor with the manifest, before memory is taken for any tensor.
+
+    Returns:
+        The packed kinds of the first chunks, so that they need not be decoded again; as many as take little memory.
+    """
+    kept: dict[int, Bytes] = {}
+    room, counts = KEPT_BYTES, np.zeros(N_KINDS, np.int64)
+    for i, pieces in enumerate(manifest.pieces()):
+        n, at = sum(n_blocks(piece)[0] for piece in pieces), 0
+        packed = None
+        if n and "kinds" in manifest.chunks[i].streams:
+            packed = _stream(frame, manifest, i, "kinds", -(-n // KINDS_A_BYTE))
+            if (room := room - len(packed)) >= 0:
+                kept[i] = packed
+        for piece in pieces:
+            if piece.start == 0:
+                counts = np.zeros(N_KINDS, np.int64)
+            here = n_blocks(piece)[0]
+            if packed is None:
+                counts[DENSE] += here
+            else:
+                counts += count_kinds(packed, at, at + here)
+            at += here
+            declared = piece.entry.counts
+            if any(a > b for a, b in zip(tally(counts), declared, strict=True)):
+                raise FormatError(f"{piece.entry.name} has blocks {tally(counts)}, the manifest declares {declared}")
+    return kept
+
+
 def _without_values(entry: TensorEntry) -> Tensor:
-    """Return a tensor that has no elements, or stands for one that is stored elsewhere."""
+    """Return a tensor without elements; it stands for a shared one."""
     return torch.empty(entry.shape if entry.same_as is None else (0,), dtype=DTYPES[entry.dtype])
 
 
-def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece]) -> ChunkReader:
-    """Return the reader of a chunk, all its streams decoded."""
-    left = dict(manifest.chunks[i].streams)
+def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece], kinds: Bytes | None) -> ChunkReader:
+    """Return the reader of a chunk, all its streams decoded; ``kinds`` if they were decoded before."""
+    left = set(manifest.chunks[i].streams)
 
     def read(name: str, n: int) -> Bytes:
         if not n or name not in left:
             return np.zeros(n, np.uint8)
-        coder, checksum = left.pop(name)
-        return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)
+        left.remove(name)
+        return kinds if name == "kinds" and kinds is not None else _stream(frame, manifest, i, name, n)
 
     reader = ChunkReader(pieces, read)
     if left:
-        raise FormatError(f"chunk {i} has streams that belong to none of its tensors: {', '.join(left)[:100]}")
+        raise FormatError(f"chunk {i} has streams that belong to none of its tensors: {', '.join(sorted(left))[:100]}")
     return reader
+
+
+def _stream(frame: Frame, manifest: Manifest, i: int, name: str, n: int) -> Bytes:
+    """Return the ``n`` bytes of a stream of a chunk."""
+    coder, checksum = manifest.chunks[i].streams[name]
+    return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)

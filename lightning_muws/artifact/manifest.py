@@ -1,4 +1,4 @@
-"""What a file says of its tensors and chunks, checked in all it says before anything is read or any memory taken."""
+"""The manifest of a file: its tensors and chunks, checked before anything else is read or memory taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_muws.artifact.container import VERSION
-from lightning_muws.artifact.values import FLOATS, GRID, WIDTHS, Form
+from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
+from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -20,7 +21,10 @@ OTHERS = (
 )  # fmt: skip
 DTYPES = {name: getattr(torch, name) for name in (*FLOATS, *OTHERS) if hasattr(torch, name)}
 MAX_CHUNK = 256 << 20  # bytes of tensors in a chunk
+MAX_CHUNKS = 1024  # and one more for each MiB of tensors: each takes time, and the writer needs two for 32 MiB
+CHUNK_PER_BYTES = 1 << 20
 MAX_AXES = 64
+MAX_NUMEL = 1 << 60  # of the product of all sizes, each counted as at least 1
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,18 @@ class TensorEntry:
         return self.grid.block_shape[0] if self.grid else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the manifest says of it; what has its usual value is left out."""
-        said: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        """Return its entry in the manifest, without values that are the default."""
+        fields: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.same_as is not None:
-            return said | {"same_as": self.same_as}
+            return fields | {"same_as": self.same_as}
         if self.form and self.form.stored != self.dtype:
-            said["stored"] = self.form.stored
+            fields["stored"] = self.form.stored
         if self.form and self.form.step:
-            said["step"] = self.form.step
+            fields["step"] = self.form.step
         if self.grid:
-            said |= {"block": list(self.grid.block_shape), "kinds": list(self.counts)}
-            said |= {"out_axis": 1, "groups": self.grid.groups} if self.grid.out_axis else {}
-        return said | ({"error": self.error} if self.error else {})
+            fields |= {"block": list(self.grid.block_shape), "kinds": list(self.counts)}
+            fields |= {"out_axis": 1, "groups": self.grid.groups} if self.grid.out_axis else {}
+        return fields | ({"error": self.error} if self.error else {})
 
 
 class ChunkEntry(NamedTuple):
@@ -104,13 +108,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a file says of its content.
+    """The manifest of a file.
 
     Args:
         tensors: In the order of the state_dict.
         chunks: In order.
-        modules: What modules say of the version of their state (``state_dict._metadata``).
-        extra: What the user added.
+        modules: The versions that modules record for their state (``state_dict._metadata``).
+        extra: The user's own values.
     """
 
     tensors: tuple[TensorEntry, ...]
@@ -139,33 +143,37 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and numbers."""
         chunks = [{"until": list(c.until), "streams": {n: list(s) for n, s in c.streams.items()}} for c in self.chunks]
-        said = {"version": VERSION, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
+        fields = {"version": VERSION, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
         optional = {"modules": dict(self.modules), "extra": dict(self.extra)}
-        return said | {name: value for name, value in optional.items() if value}
+        return fields | {name: value for name, value in optional.items() if value}
 
     @classmethod
-    def from_dict(cls, said: Mapping[str, Any]) -> Manifest:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Manifest:
         """Return the manifest of a file that was opened.
 
         Raises:
-            FormatError: It says what cannot be.
+            FormatError: It contradicts the format or itself.
         """
         entries: list[TensorEntry] = []
-        for entry in _get(said, "tensors", list):
+        for entry in _get(fields, "tensors", list):
             entries.append(_tensor(_is(entry, dict, "a tensor"), entries))
         if len({entry.name for entry in entries}) < len(entries):
             raise FormatError("two tensors of the file have one name")
-        chunks = tuple(_chunk(_is(chunk, dict, "a chunk")) for chunk in _get(said, "chunks", list))
-        modules = _get(said, "modules", dict, {})
+        chunks = tuple(_chunk(_is(chunk, dict, "a chunk")) for chunk in _get(fields, "chunks", list))
+        modules = _get(fields, "modules", dict, {})
         for name, about in modules.items():  # load_state_dict trusts them
-            _get(_is(about, dict, f"what is said of module {name!r}"), "version", int, 1)
-        manifest = cls(tuple(entries), chunks, modules, _get(said, "extra", dict, {}))
+            _get(_is(about, dict, f"the entry of module {name!r}"), "version", int, 1)
+        if nests_deeper(extra := _get(fields, "extra", dict, {})):
+            raise FormatError(f"extra nests more than {MAX_DEPTH} deep")
+        manifest = cls(tuple(entries), chunks, modules, extra)
         manifest._check_chunks()
         return manifest
 
     def _check_chunks(self) -> None:
         """Check that the chunks cover all tensors once, in order, each one in whole block rows and not too large."""
         before, n = (0, 0), len(self.tensors)
+        if len(self.chunks) > (most := MAX_CHUNKS + self.n_bytes // CHUNK_PER_BYTES):
+            raise FormatError(f"the file has {len(self.chunks)} chunks, at most {most} are allowed for its tensors")
         for chunk in self.chunks:
             (at, unit) = chunk.until
             whole = at <= n and (unit == 0 or (at < n and self.tensors[at].same_as is None))
@@ -193,27 +201,36 @@ def piece_bytes(piece: Piece) -> int:
     return (piece.stop - piece.start) * piece.entry.matrix_shape[1] * item_bytes(piece.entry.dtype)
 
 
-def _tensor(said: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEntry:
-    name, dtype = _get(said, "name", str), _get(said, "dtype", str)
-    shape = _ints(said, "shape", range(MAX_AXES + 1))
+def why_too_large(shape: Sequence[int]) -> str | None:
+    """Return why no file holds a tensor of this shape, even an empty one; None if a file may."""
+    if len(shape) > MAX_AXES:
+        return f"has {len(shape)} axes, at most {MAX_AXES} can be stored"
+    if math.prod(max(1, n) for n in shape) >= MAX_NUMEL:
+        return f"has shape {tuple(shape)}, more than any memory holds"
+    return None
+
+
+def _tensor(fields: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorEntry:
+    name, dtype = _get(fields, "name", str), _get(fields, "dtype", str)
+    shape = _ints(fields, "shape", None)
     if dtype not in DTYPES:
         raise FormatError(f"{name!r} has dtype {dtype!r}, which this reader does not know")
-    if math.prod(max(1, n) for n in shape) >= 1 << 60:
-        raise FormatError(f"{name!r} has shape {shape}, more than any memory holds")
-    if "same_as" in said:
-        return _shared(TensorEntry(name, dtype, shape, same_as=_get(said, "same_as", int)), before)
-    form, grid, counts = _form(said, name, dtype), None, (0, 0, 0)
-    if "block" in said:
+    if why := why_too_large(shape):
+        raise FormatError(f"{name!r} {why}")
+    if "same_as" in fields:
+        return _shared(TensorEntry(name, dtype, shape, same_as=_get(fields, "same_as", int)), before)
+    form, grid, counts = _form(fields, name, dtype), None, (0, 0, 0)
+    if "block" in fields:
         if form is None:
             raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are")
-        grid = _grid(said, name, shape)
-        counts = _ints(said, "kinds", range(3, 4))  # type: ignore[assignment]
+        grid = _grid(fields, name, shape)
+        counts = _ints(fields, "kinds", 3)  # type: ignore[assignment]
         down, across = grid.counts(shape)
         if sum(counts) != down * across:
-            raise FormatError(f"{name!r} of shape {shape} has {down * across} blocks, the file speaks of {sum(counts)}")
-    error = _get(said, "error", float, 0.0)
+            raise FormatError(f"{name!r} of shape {shape} has {down * across} blocks, the file declares {sum(counts)}")
+    error = _get(fields, "error", float, 0.0)
     if not 0 <= error < math.inf:
-        raise FormatError(f"{name!r} is said to have an error of {error}")
+        raise FormatError(f"{name!r} has an error of {error}, a finite number >= 0 is needed")
     return TensorEntry(name, dtype, shape, form, grid, counts, error)
 
 
@@ -221,39 +238,42 @@ def _shared(entry: TensorEntry, before: Sequence[TensorEntry]) -> TensorEntry:
     """Return the entry, if it is the same as an earlier one that is stored."""
     other = before[entry.same_as] if entry.same_as is not None and 0 <= entry.same_as < len(before) else None
     if other is None or other.same_as is not None or (other.shape, other.dtype) != (entry.shape, entry.dtype):
-        raise FormatError(f"{entry.name!r} is said to be tensor {entry.same_as}, which it cannot be")
+        raise FormatError(
+            f"{entry.name!r} has same_as={entry.same_as}, but tensor {entry.same_as} is missing, itself shared, or has "
+            "another shape or dtype"
+        )
     return entry
 
 
-def _form(said: Mapping[str, Any], name: str, dtype: str) -> Form | None:
-    stored, step = _get(said, "stored", str, dtype), _get(said, "step", float, 0.0)
+def _form(fields: Mapping[str, Any], name: str, dtype: str) -> Form | None:
+    stored, step = _get(fields, "stored", str, dtype), _get(fields, "step", float, 0.0)
     if dtype not in FLOATS:
         if stored != dtype or step:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
         return None
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
-    if stored not in WIDTHS or (stored == GRID) != (step != 0) or not 0 <= step < math.inf or held != step:
-        raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which cannot be")
+    if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
+        raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which this format does not allow")
     return Form(stored, step)
 
 
-def _grid(said: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGrid:
-    """Return the grid that is spoken of, if it fits the shape."""
-    block, groups = _ints(said, "block", range(2, 3)), _get(said, "groups", int, 1)
-    out_axis = _get(said, "out_axis", int, 0)
+def _grid(fields: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGrid:
+    """Return the grid of an entry, if it fits the shape."""
+    block, groups = _ints(fields, "block", 2), _get(fields, "groups", int, 1)
+    out_axis = _get(fields, "out_axis", int, 0)
     fits = len(shape) >= 2 and out_axis in (0, 1) and 1 <= groups <= max(1, shape[0]) and shape[0] % groups == 0
     if not fits or (groups > 1 and out_axis == 0):
-        raise FormatError(f"{name!r} of shape {shape} cannot lie with out_axis={out_axis}, groups={groups}")
+        raise FormatError(f"{name!r} of shape {shape} cannot have out_axis={out_axis}, groups={groups}")
     try:
         return BlockGrid((block[0], block[1]), out_axis, groups)
     except SettingError as error:
         raise FormatError(f"{name!r}: {error}") from None
 
 
-def _chunk(said: Mapping[str, Any]) -> ChunkEntry:
-    until = _ints(said, "until", range(2, 3))
+def _chunk(fields: Mapping[str, Any]) -> ChunkEntry:
+    until = _ints(fields, "until", 2)
     streams = {}
-    for name, stream in _get(said, "streams", dict).items():
+    for name, stream in _get(fields, "streams", dict).items():
         coder, checksum = stream if isinstance(stream, list) and len(stream) == 2 else (None, None)
         if not isinstance(coder, str) or type(checksum) is not int:
             raise FormatError(f"stream {name!r} has neither coder nor checksum")
@@ -261,15 +281,15 @@ def _chunk(said: Mapping[str, Any]) -> ChunkEntry:
     return ChunkEntry((until[0], until[1]), streams)
 
 
-def _ints(said: Mapping[str, Any], key: str, length: range) -> tuple[int, ...]:
-    found = _get(said, key, list)
-    if len(found) not in length or not all(type(n) is int and 0 <= n < 1 << 60 for n in found):
+def _ints(fields: Mapping[str, Any], key: str, length: int | None) -> tuple[int, ...]:
+    found = _get(fields, key, list)
+    if length not in (None, len(found)) or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in found):
         raise FormatError(f"{key} is {str(found)[:100]}, whole numbers >= 0 are needed")
     return tuple(found)
 
 
-def _get(said: Mapping[str, Any], key: str, kind: type, usual: Any = None) -> Any:
-    return _is(said.get(key, usual), kind, key)
+def _get(fields: Mapping[str, Any], key: str, kind: type, usual: Any = None) -> Any:
+    return _is(fields.get(key, usual), kind, key)
 
 
 def _is(value: Any, kind: type, what: str) -> Any:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.artifact.rans import entropy_bytes
+from lightning_muws.artifact.entropy import entropy_bytes
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import N_KINDS, Patterns, plane, rotate, slabs, split
-from lightning_muws.artifact.values import GRID, MAX_STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
+from lightning_muws.artifact.values import MAX_STEPS, STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
 from lightning_muws.structure.cost import (
     SEARCH,
     best_step,
@@ -82,23 +82,27 @@ class Candidate:
             free, one = value_cost(self.free, step), value_cost(self.magnitudes, step, least=1)
             n_bits = self.n_free * free.bits + self.n_magnitudes * one.bits + self.fixed_bits
             error = self.n_free * free.error + self.n_magnitudes * self.block_numel * one.error
-            form = Form(GRID, float(np.float32(step * self.unit)), is_lossy=True)
+            form = Form(STEPS, float(np.float32(step * self.unit)), is_lossy=True)
             found.append((n_bits + self.importance * error / multiplier, n_bits, form))
         _, n_bits, form = min(found, key=lambda choice: choice[0])
         return form, n_bits
 
 
-def allowed_forms(model: object, state: State, lossy: str) -> dict[str, tuple[str, ...]]:
+def allowed_forms(
+    model: object, state: State, lossy: str, parameters: Collection[str] | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return what each tensor may be stored in besides its exact form, by name.
 
-    Buffers, and what a state_dict does not tell from them, keep their relative precision: a running variance that
-    becomes zero is far worse than its distance says.
+    ``parameters`` are the names of the model's parameters; by default those that a module has. Other tensors keep their
+    relative precision: a running variance that becomes zero is far worse than its distance says.
     """
     allowed: dict[str, tuple[str, ...]] = dict.fromkeys(state.weights, ("steps",))
     if lossy == "weights":
         return allowed
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
-    allowed |= {clean_name(name): ("steps",) for name, _ in parameters}
+    if parameters is None:
+        named = model.named_parameters() if isinstance(model, nn.Module) else ()
+        parameters = {clean_name(name) for name, _ in named}
+    allowed |= dict.fromkeys(state.tensors.keys() & set(parameters), ("steps",))
     return dict.fromkeys(state.tensors, ("float16",)) | allowed
 
 

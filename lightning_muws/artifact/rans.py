@@ -1,107 +1,42 @@
-"""Entropy coder: bytes to fewer bytes and back. Knows nothing of weights.
+"""rANS, an interleaved range coder with static tables, vectorised over its lanes. Imports no torch.
 
-Three coders, by name: ``raw`` (as it is), ``zlib``, and ``rans``, an interleaved range coder with static tables
-(Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.3392), vectorised over its lanes.
+Source: Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.3392.
 """
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
+from bisect import bisect_right
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_muws.artifact.entropy import Bytes, Ints, entropy_bytes
 from lightning_muws.errors import FormatError
 
-Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Words = NDArray[np.uint16]
 
 TABLE_BITS = 12
 TOTAL = 1 << TABLE_BITS  # what the frequencies of a table sum to
 LOW = 1 << 16  # states are in [LOW, LOW << 16); words are of 16 bits
 SYMBOLS_A_LANE = 2048
 MAX_LANES = 8192
-SAMPLE = 1 << 16  # bytes by which zlib is judged on a longer stream
-WORTH = 0.999  # coding has to save this much, or the stream stays raw
 MAX_STRETCHES = 256  # that are looked at
 MAX_TABLES = 1024  # in a stream: a table takes more memory than bytes
-STRETCH = 1 << 12  # symbols, the fewest that may have a table of their own
+FEW_LANES = 20  # a step over all lanes takes numpy as long as so many symbols one by one
+STRETCH = 1 << 12  # symbols, the fewest that may have a separate table
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
 
-def encode(data: Bytes) -> tuple[str, bytes]:
-    """Return the name of the coder that makes these bytes smallest, and what it made of them.
+def encode(data: Bytes, size: float) -> bytes | None:
+    """Return tables, states and words; None where the tables and the entropy alone would not fit below ``size`` bytes.
 
     Args:
         data: ``(n,)`` uint8.
+        size: In bytes.
     """
-    best, coder, coded = WORTH * len(data), "raw", b""
-    if len(data) <= SAMPLE or _repeats(data):
-        packed = zlib.compress(data.tobytes(), 9 if len(data) <= SAMPLE else 6)
-        if len(packed) < best:
-            best, coder, coded = len(packed), "zlib", packed
     stretches = _stretches(data)
-    if sum(_cost(counts) for _, counts in stretches) < best:
-        packed = _rans_encode(data, stretches)
-        if len(packed) < best:
-            coder, coded = "rans", packed
-    return (coder, coded) if coder != "raw" else (coder, data.tobytes())
-
-
-def decode(coder: str, coded: bytes, n: int) -> Bytes:
-    """Return the ``n`` bytes that :func:`encode` was given; never takes more memory than they need.
-
-    Raises:
-        FormatError: These bytes are not what that coder makes of ``n`` bytes, or there is no such coder.
-    """
-    if coder == "raw":
-        data = np.frombuffer(coded, np.uint8)
-    elif coder == "zlib":
-        data = np.frombuffer(inflate(coded, n), np.uint8)
-    elif coder == "rans":
-        data = _rans_decode(coded, n)
-    else:
-        raise FormatError(f"coder {coder!r} is not known to this reader, which has raw, zlib and rans: update it")
-    if len(data) != n:
-        raise FormatError(f"a stream of {len(data)} bytes was found where {n} are needed")
-    return data
-
-
-def inflate(coded: bytes, n: int) -> bytes:
-    """Return the ``n`` bytes of a zlib stream, and stop before a stream that holds more takes any memory.
-
-    Raises:
-        FormatError: It is no zlib stream of ``n`` bytes.
-    """
-    stream = zlib.decompressobj()
-    try:
-        data = stream.decompress(coded, n + 1)
-    except zlib.error as error:
-        raise FormatError(f"a zlib stream is broken: {error}") from None
-    if len(data) != n or not stream.eof or stream.unused_data or stream.unconsumed_tail:
-        raise FormatError(f"a zlib stream does not hold the {n} bytes that are needed")
-    return data
-
-
-def count(data: Bytes) -> Ints:
-    """Return ``(256,)`` how often each byte occurs; in parts, as bincount takes eight times the memory of its input."""
-    parts = (data[start : start + AT_A_TIME] for start in range(0, len(data), AT_A_TIME))
-    return sum((np.bincount(part, minlength=256) for part in parts), np.zeros(256, np.int64))
-
-
-def entropy_bytes(counts: NDArray[Any]) -> float:
-    """Return the order-0 entropy, in bytes, of a stream whose symbols occur so often."""
-    p = counts[counts > 0].astype(np.float64)
-    return float((p * np.log2(p.sum() / p)).sum() / 8) if len(p) else 0.0
-
-
-def _repeats(data: Bytes) -> bool:
-    """Return whether zlib finds more in a sample from the middle than the frequencies of its bytes tell."""
-    start = (len(data) - SAMPLE) // 2
-    sample = data[start : start + SAMPLE]
-    return len(zlib.compress(sample.tobytes(), 6)) < 0.9 * min(entropy_bytes(np.bincount(sample)), WORTH * SAMPLE)
+    return _encode(data, stretches) if sum(_cost(counts) for _, counts in stretches) < size else None
 
 
 def n_lanes(n: int) -> int:
@@ -143,12 +78,12 @@ def _stretches(data: Bytes) -> list[tuple[int, Ints]]:
 
 
 def _cost(counts: Ints) -> float:
-    """Return about how many bytes symbols take with a table of their own."""
+    """Return about how many bytes symbols take with a separate table."""
     there = np.flatnonzero(counts)
     return entropy_bytes(counts) + 1.2 * float(there[-1] - there[0] + 1) + 4 if len(there) else 0.0
 
 
-def _rans_encode(data: Bytes, stretches: list[tuple[int, Ints]]) -> bytes:
+def _encode(data: Bytes, stretches: list[tuple[int, Ints]]) -> bytes:
     """Return tables, states and words; symbols are coded last to first, so that they are decoded first to last."""
     lanes, tables = n_lanes(len(data)), [_frequencies(counts) for _, counts in stretches]
     x, stop = np.full(lanes, float(LOW)), sum(steps for steps, _ in stretches)
@@ -181,7 +116,15 @@ def _encode_steps(symbols: Bytes, f: Ints, x: Floats, words: list[bytes]) -> Flo
     return x
 
 
-def _rans_decode(coded: bytes, n: int) -> Bytes:
+def decode(coded: bytes, n: int) -> Bytes:
+    """Return the ``n`` bytes from which :func:`encode` made ``coded``.
+
+    The time is bounded by ``n`` and the length of ``coded``, whatever a file declares: numpy takes as long for a step
+    over few lanes as for one over many, so few lanes are decoded one symbol at a time.
+
+    Raises:
+        FormatError: ``coded`` is not what it makes of ``n`` bytes.
+    """
     lanes, head = n_lanes(n), _Head(coded)
     steps = -(-n // lanes)
     stretches = head.stretches(steps)
@@ -189,7 +132,16 @@ def _rans_decode(coded: bytes, n: int) -> Bytes:
         raise FormatError("a rans stream ends within its states")
     x = np.frombuffer(coded, "<u4", lanes, head.at).astype(np.int64)
     words = np.frombuffer(coded, "<u2", -1, head.at + 4 * lanes)
-    out, read, done = np.empty((steps, lanes), np.uint8), 0, 0
+    run = _decode_symbols if lanes < FEW_LANES else _decode_steps
+    out, x, read = run(stretches, x, words)
+    if read != len(words) or (x != LOW).any():
+        raise FormatError("a rans stream does not end where it should")
+    return out[:n]
+
+
+def _decode_steps(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+    """Return the symbols, the last states and how many words were read; all lanes take a step together."""
+    out, read, done = np.empty((sum(steps for steps, _ in stretches), len(x)), np.uint8), 0, 0
     for n_steps, f in stretches:
         symbol = np.repeat(np.arange(256, dtype=np.uint8), f)
         frequency = np.repeat(f, f)
@@ -208,9 +160,28 @@ def _rans_decode(coded: bytes, n: int) -> Bytes:
                 x[low] = (x[low] << 16) | fresh
                 read += len(low)
         done += n_steps
-    if read != len(words) or (x != LOW).any():
-        raise FormatError("a rans stream does not end where it should")
-    return out.reshape(-1)[:n]
+    return out.reshape(-1), x, read
+
+
+def _decode_symbols(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+    """Return what :func:`_decode_steps` does, from one symbol after the other."""
+    states, left = x.tolist(), iter(words.tolist())
+    out = bytearray()
+    try:
+        for n_steps, f in stretches:
+            symbols = np.flatnonzero(f)
+            starts = (np.cumsum(f) - f)[symbols].tolist()
+            table = list(zip(symbols.tolist(), f[symbols].tolist(), starts, strict=True))
+            for _ in range(n_steps):
+                for lane, state in enumerate(states):
+                    slot = state & (TOTAL - 1)
+                    symbol, frequency, start = table[bisect_right(starts, slot) - 1]
+                    state = frequency * (state >> TABLE_BITS) + slot - start
+                    states[lane] = state if state >= LOW else state << 16 | next(left)
+                    out.append(symbol)
+    except StopIteration:
+        raise FormatError("a rans stream ends too early") from None
+    return np.frombuffer(bytes(out), np.uint8), np.array(states, np.int64), len(words) - sum(1 for _ in left)
 
 
 def _number(value: int) -> bytes:
@@ -239,7 +210,7 @@ class _Head:
         """Return the steps and the frequencies of each table."""
         n_tables = self._number()
         if not 1 <= n_tables <= min(steps, MAX_TABLES):
-            raise FormatError(f"a rans stream of {steps} steps speaks of {n_tables} tables")
+            raise FormatError(f"a rans stream of {steps} steps declares {n_tables} tables")
         lengths = [self._number() for _ in range(n_tables - 1)]
         lengths.append(steps - sum(lengths))
         if min(lengths) < 1:

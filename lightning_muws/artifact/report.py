@@ -1,27 +1,38 @@
-"""What a file holds and what each part of it takes, as dataclasses, dicts and tables."""
+"""The content of a file and the bytes of its parts, as dataclasses, dicts and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-
 from lightning_muws.artifact.manifest import TensorEntry
+from lightning_muws.artifact.values import displayed
+from lightning_muws.tables import Column, Table, Tabular
+
+TENSORS = (
+    Column("tensor", room=24),
+    Column("shape"),
+    Column("dtype", drop=2),
+    Column("block", drop=1),
+    Column("dense"),
+    Column("unified"),
+    Column("pruned"),
+    Column("stored", room=16),
+    Column("error", drop=3),
+)
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """One kind of stream, over all chunks.
+    """The streams of one kind, over all chunks.
 
     Args:
         name: ``kinds``, ``signs``, ``magnitudes.<form>.<byte>``, ``free.<form>.<byte>`` or ``other``.
         coder: ``raw``, ``zlib`` or ``rans``; several joined by ``+``.
-        n_bytes: Its bytes in the file.
-        raw_bytes: Its bytes before coding.
-        entropy_bytes: The order-0 entropy of these bytes: the least that a coder without context can reach.
+        n_bytes: Bytes in the file.
+        raw_bytes: Bytes before coding.
+        entropy_bytes: Order-0 entropy of these bytes, the lower bound of a coder with one frequency table.
     """
 
     name: str
@@ -36,14 +47,14 @@ class TensorReport:
     """One tensor of a file.
 
     Args:
-        name: Its key.
-        dtype: Its dtype.
-        shape: Its shape.
-        block_shape: ``(outputs, inputs)`` of a block; empty where it is flat.
-        stored: How its values are written: a dtype, ``grid``, ``bytes``, or ``same as <name>``.
-        counts: Its blocks: dense, unified, pruned.
-        dense_bytes: Its bytes in memory; 0 of a shared one.
-        n_bytes: About its bytes in the file: its share of each stream, by the symbols it has there.
+        name: Key in the state_dict.
+        dtype: Name of the dtype, such as ``float32``.
+        shape: Shape of the tensor.
+        block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
+        stored: How the values are written: a dtype, ``steps``, ``bytes``, or ``same as <name>``.
+        counts: Number of dense, unified and pruned blocks.
+        dense_bytes: Bytes in memory; 0 if the tensor shares the memory of an earlier one.
+        n_bytes: Estimate of the bytes in the file: the tensor's share of each stream, by its number of symbols.
         max_error: The largest ``|w - w'|``.
     """
 
@@ -59,16 +70,16 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
-class SaveReport:
-    """What was written.
+class SaveReport(Tabular):
+    """The size of a written file; ``print`` and notebooks show it as a table.
 
     Args:
         path: The file.
-        n_bytes: Its bytes.
-        header_bytes: Those of header and manifest.
-        dense_bytes: Bytes of all tensors in memory, shared ones once.
-        streams: Each kind of stream.
-        tensors: Each tensor.
+        n_bytes: Bytes of the file.
+        header_bytes: Bytes of its header and manifest.
+        dense_bytes: Bytes of all tensors in memory; shared memory counts once.
+        streams: One report for each kind of stream.
+        tensors: One report for each tensor.
     """
 
     path: str
@@ -92,36 +103,47 @@ class SaveReport:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
         return asdict(self) | {"compression_ratio": self.compression_ratio, "max_error": self.max_error}
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title=f"{self.path}: {self.n_bytes:,} bytes, {self.compression_ratio:.2f} x smaller",
-            caption=f"largest error {self.max_error:.3g}" if self.max_error else "bit for bit",
-        )
-        table.add_column("stream")
-        for header in ("bytes", "share", "before", "order-0 entropy", "coder"):
-            table.add_column(header, justify="right")
-        for s in self.streams:
-            share = f"{s.n_bytes / self.n_bytes:.1%}"
-            table.add_row(s.name, f"{s.n_bytes:,}", share, f"{s.raw_bytes:,}", f"{s.entropy_bytes:,.0f}", s.coder)
-        table.add_row(
-            "header, manifest", f"{self.header_bytes:,}", f"{self.header_bytes / self.n_bytes:.1%}", "", "", ""
-        )
-        return table
+    def tables(self) -> list[Table]:
+        """Return the table of the streams."""
+
+        def share(n_bytes: int) -> tuple[str, str]:
+            return f"{n_bytes:,}", f"{n_bytes / self.n_bytes:.1%}"
+
+        rows = [
+            (s.name, *share(s.n_bytes), f"{s.raw_bytes:,}", f"{s.entropy_bytes:,.0f}", s.coder) for s in self.streams
+        ]
+        columns = [
+            Column("stream", room=24),
+            Column("bytes"),
+            Column("share"),
+            Column("uncoded", drop=1),
+            Column("order-0 entropy", drop=2),
+            Column("coder"),
+        ]
+        error = f"Largest error {self.max_error:.3g}." if self.max_error else "Lossless: bit for bit."
+        return [
+            Table(
+                title=f"{self.path}: {self.n_bytes:,} bytes, compression ratio {self.compression_ratio:.2f}",
+                columns=columns,
+                rows=[*rows, ("header, manifest", *share(self.header_bytes), "", "", "")],
+                notes=[error],
+            )
+        ]
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """What a file says of itself, read from its manifest alone.
+class FileInfo(Tabular):
+    """The content of a file as its manifest declares it; ``print`` and notebooks show it as tables.
 
     Args:
         path: The file.
-        version: Of the format.
+        version: Version of the format.
         n_bytes: Bytes of the file.
-        dense_bytes: Bytes of all tensors in memory, shared ones once.
-        tensors: Each tensor; what it takes in the file is not known without decoding and stands as 0.
-        streams: The bytes of each kind of stream.
-        coders: The coders of each kind of stream.
-        extra: What the user added.
+        dense_bytes: Bytes of all tensors in memory; shared memory counts once.
+        tensors: One report for each tensor. Its ``n_bytes`` is 0: the manifest does not have it.
+        streams: Bytes of each kind of stream.
+        coders: Coders of each kind of stream.
+        extra: The values that the user added.
     """
 
     path: str
@@ -140,31 +162,33 @@ class FileInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"compression_ratio": self.compression_ratio}
+        return asdict(replace(self, extra={})) | {"extra": self.extra, "compression_ratio": self.compression_ratio}
 
-    def __rich__(self) -> Group:
-        table = Table(
-            title=f"{self.path}: {self.n_bytes:,} bytes, {self.compression_ratio:.2f} x smaller, format {self.version}"
+    def tables(self) -> list[Table]:
+        """Return the table of the tensors and that of the streams."""
+        ratio = f"compression ratio {self.compression_ratio:.2f}"
+        tensors = Table(
+            title=f"{self.path}: {self.n_bytes:,} bytes, {ratio}, format {self.version}",
+            columns=TENSORS,
+            rows=[_cells(tensor) for tensor in self.tensors],
         )
-        table.add_column("tensor")
-        for header in ("shape", "dtype", "block", "dense", "unified", "pruned", "stored", "error"):
-            table.add_column(header, justify="right")
-        for t in self.tensors:
-            counts = [f"{n:,}" for n in t.counts] if t.block_shape else ["", "", ""]
-            shapes = ("x".join(map(str, t.shape)) or "scalar", t.dtype, "x".join(map(str, t.block_shape)))
-            table.add_row(t.name, *shapes, *counts, t.stored, f"{t.max_error:.3g}" if t.max_error else "")
-        streams = Table(title="streams")
-        streams.add_column("stream")
-        for header in ("bytes", "share", "coder"):
-            streams.add_column(header, justify="right")
-        for name, n_bytes in self.streams.items():
-            streams.add_row(name, f"{n_bytes:,}", f"{n_bytes / self.n_bytes:.1%}", self.coders[name])
-        return Group(table, streams)
+        streams = Table(
+            title="streams",
+            columns=[Column("stream", room=24), Column("bytes"), Column("share"), Column("coder")],
+            rows=[(n, f"{b:,}", f"{b / self.n_bytes:.1%}", self.coders[n]) for n, b in self.streams.items()],
+        )
+        return [tensors, streams]
+
+
+def _cells(tensor: TensorReport) -> list[str]:
+    counts = [f"{n:,}" for n in tensor.counts] if tensor.block_shape else ["", "", ""]
+    shapes = ("x".join(map(str, tensor.shape)) or "scalar", tensor.dtype, "x".join(map(str, tensor.block_shape)))
+    return [tensor.name, *shapes, *counts, tensor.stored, f"{tensor.max_error:.3g}" if tensor.max_error else ""]
 
 
 def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes: float = 0.0) -> TensorReport:
-    """Return the report on one of the tensors of a file."""
-    stored = entry.form.stored if entry.form else "bytes"
+    """Return the report on one tensor of a file whose manifest has these entries."""
+    stored = displayed(entry.form.stored) if entry.form else "bytes"
     if entry.same_as is not None:
         stored = f"same as {entries[entry.same_as].name}"
     return TensorReport(

@@ -1,4 +1,4 @@
-"""Where tensors come from: a module, a state_dict, or a file of either; never code, and never anything but tensors."""
+"""Reads tensors from a module, a state_dict, or a file of either, without running code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_muws.artifact.json_text import why_unstorable
 from lightning_muws.artifact.load import load_compressed
-from lightning_muws.artifact.manifest import DTYPES
+from lightning_muws.artifact.manifest import DTYPES, why_too_large
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.plan import clean_name
 from lightning_muws.structure.sharded import whole
@@ -31,7 +32,7 @@ class State:
         tensors: By name, in order, without the marks of compiled modules.
         weights: Names of the tensors of two or more axes that are trained, as far as that is known: buffers of a module
             are not among them.
-        modules: What modules say of the version of their state, where it is not the usual 1.
+        modules: The versions that modules record for their state, without the usual 1.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +41,7 @@ class State:
 
 
 def read_state(source: Source) -> State:
-    """Return the state_dict of a module, of a Lightning checkpoint, or itself; or of a file that holds one.
+    """Return the tensors of a module, a state_dict, a Lightning checkpoint, or a file of one of these.
 
     Raises:
         SettingError: It holds anything but tensors of known dtypes, or the file cannot be read without running code.
@@ -48,6 +49,11 @@ def read_state(source: Source) -> State:
     buffers = {clean_name(name) for name, _ in source.named_buffers()} if isinstance(source, nn.Module) else set()
     if isinstance(source, (str, Path)):
         source = read_file(Path(source))
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise SettingError(
+            f"a {type(source).__name__} is no model: give a module, a state_dict, a Lightning checkpoint, "
+            "or the path of a file that holds one"
+        )
     state = source.state_dict() if isinstance(source, nn.Module) else source
     if "pytorch-lightning_version" in state and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -55,11 +61,11 @@ def read_state(source: Source) -> State:
     for key, value in state.items():
         name = _checked(key, value)
         if name in tensors:
-            raise SettingError(f"two tensors are named {name!r} once the marks of compiled modules are gone")
+            raise SettingError(f"two tensors are named {name!r} once the prefixes of compiled modules are removed")
         tensors[name] = whole(value.detach())
     if masked := [n for n in tensors if n.endswith("_orig") and f"{n.removesuffix('orig')}mask" in tensors]:
         warnings.warn(
-            f"{masked[0]} and its mask are of torch.nn.utils.prune, and stored as they are, dense: "
+            f"{masked[0]} and its mask are of torch.nn.utils.prune, and are stored dense as they are: "
             "call prune.remove on the module before, or silence this UserWarning",
             stacklevel=3,
         )
@@ -68,7 +74,7 @@ def read_state(source: Source) -> State:
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """Return what is in a `.muws` or `.safetensors` file, or one that torch.save wrote, without running any code.
+    """Return the tensors in a `.muws` or `.safetensors` file, or in one that torch.save wrote, without running code.
 
     Raises:
         SettingError: It is none of these, or holds more than tensors and plain values.
@@ -85,7 +91,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
         raise SettingError(
-            f"{path} cannot be read as tensors and plain values alone, and nothing else is run: "
+            f"{path} cannot be read as tensors and plain values alone, and no code is run: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; save its state_dict and pack that"
         ) from None
     if not isinstance(found, Mapping):
@@ -105,25 +111,30 @@ def _checked(key: object, value: object) -> str:
     if dtype not in DTYPES or value.layout != torch.strided or value.is_meta or value.is_quantized:
         kind = "on the meta device" if value.is_meta else f"of dtype {dtype} and layout {value.layout}"
         raise SettingError(f"{key!r} is {kind}, only dense tensors with values of {', '.join(DTYPES)} can be stored")
+    if why := why_too_large(value.shape):
+        raise SettingError(f"{key!r} {why}")
+    if why := why_unstorable(key, f"the name {key!r}"):
+        raise SettingError(why)
     return clean_name(key)
 
 
 def _versions(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what modules say of the version of their state, where it is not 1, as of almost all."""
+    """Return the versions that modules record for their state, without the usual 1."""
     versions = {name: about.get("version", 1) for name, about in metadata.items() if isinstance(about, dict)}
     unusual = {name: version for name, version in versions.items() if type(version) is int and version != 1}
     return {clean_name(f"{name}.")[:-1]: {"version": version} for name, version in unusual.items()}
 
 
 def identity(x: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors have in common if and only if they are one; empty tensors are not."""
+    """Return a key that two tensors share only if they are the same memory seen the same way; empty ones never are."""
     if not x.numel():
         return (id(x),)
-    return (x.untyped_storage().data_ptr(), x.device, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+    lazy = (x.is_conj(), x.is_neg())  # such a view has the memory of what it views, and other values
+    return (x.untyped_storage().data_ptr(), x.device, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, lazy)
 
 
 def plain(x: Tensor) -> Tensor:
-    """Return the tensor contiguous and on the CPU: itself where it is."""
+    """Return the tensor contiguous and on the CPU; itself if it is already."""
     x = x.cpu().resolve_conj().resolve_neg().contiguous()
     # a single element counts as contiguous whatever its strides are, and then cannot be viewed as bytes
     return x.clone(memory_format=torch.contiguous_format) if x.numel() == 1 else x

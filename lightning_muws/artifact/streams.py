@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_muws.artifact.rans import Bytes
+from lightning_muws.artifact.entropy import Bytes, count
 from lightning_muws.errors import FormatError
-from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.grid import CHUNK_NUMEL
 
 Patterns = NDArray[Any]  # unsigned, of 16, 32 or 64 bits
 
-POSITIVE, NEGATIVE = 3, 4  # beside the numbers of Kind: unified blocks whose weights have all the same sign
+# The kinds of blocks in a file. Blocks of one magnitude have both signs (mixed) or one.
+DENSE, MIXED, PRUNED, POSITIVE, NEGATIVE = range(5)
 N_KINDS, KINDS_A_BYTE = 5, 3
-SLAB_NUMEL = 1 << 18  # weights that are worked on at a time: with their temporaries they stay in a core's cache
+# The three kinds in each byte, and how many of them are of each number.
+TRIPLES = np.array([word[::-1] for word in product(range(N_KINDS), repeat=KINDS_A_BYTE)], np.uint8)
+IN_TRIPLES = (TRIPLES[:, :, None] == np.arange(N_KINDS)).sum(axis=1)
 
 
 class Parts(NamedTuple):
@@ -65,16 +68,16 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
     """Return the kind of each block, of the same shape, from :func:`block_bits`."""
     sign = sign_bit(ors.dtype)
     one_magnitude = ((ors ^ ands) & ~sign) == 0
-    kinds = np.where(one_magnitude, np.uint8(Kind.UNIFIED), np.uint8(Kind.DENSE))
+    kinds = np.where(one_magnitude, np.uint8(MIXED), np.uint8(DENSE))
     kinds[one_magnitude & ((ors & sign) == 0)] = POSITIVE
     kinds[one_magnitude & ((ands & sign) != 0)] = NEGATIVE
-    kinds[ors == 0] = Kind.PRUNED
+    kinds[ors == 0] = PRUNED
     return kinds
 
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
-    """Return which blocks have a magnitude of their own."""
-    unified: NDArray[np.bool_] = (kinds != Kind.DENSE) & (kinds != Kind.PRUNED)
+    """Return which blocks have a magnitude."""
+    unified: NDArray[np.bool_] = (kinds != DENSE) & (kinds != PRUNED)
     return unified
 
 
@@ -82,8 +85,8 @@ def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
     """Return the parts of a matrix of whole blocks."""
     ors, ands = block_bits(u, block_shape)
     kinds, sign, tiles = kinds_of(ors, ands), sign_bit(u.dtype), _tiles(u, block_shape)
-    signs = (tiles[kinds == Kind.UNIFIED] & sign) != 0
-    return Parts(kinds.reshape(-1), signs, (ands & ~sign)[is_unified(kinds)], tiles[kinds == Kind.DENSE])
+    signs = (tiles[kinds == MIXED] & sign) != 0
+    return Parts(kinds.reshape(-1), signs, (ands & ~sign)[is_unified(kinds)], tiles[kinds == DENSE])
 
 
 def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
@@ -94,9 +97,9 @@ def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
     values[is_unified(kinds)] = parts.magnitudes
     values[kinds == NEGATIVE] |= sign
     tiles[...] = values[:, :, None, None]
-    mixed = kinds == Kind.UNIFIED
+    mixed = kinds == MIXED
     tiles[mixed] |= np.where(parts.signs, sign, out.dtype.type(0))
-    tiles[kinds == Kind.DENSE] = parts.free
+    tiles[kinds == DENSE] = parts.free
 
 
 def _tiles(u: Patterns, block_shape: tuple[int, int]) -> Patterns:
@@ -106,8 +109,8 @@ def _tiles(u: Patterns, block_shape: tuple[int, int]) -> Patterns:
 
 
 def slabs(n_rows: int, n_cols: int, rows: int = 1) -> Iterator[slice]:
-    """Yield slices of whole block rows that together make so many rows, each of about SLAB_NUMEL weights."""
-    step = max(1, SLAB_NUMEL // max(1, rows * n_cols)) * rows
+    """Yield slices of whole block rows that together make so many rows, each of about CHUNK_NUMEL weights."""
+    step = max(1, CHUNK_NUMEL // max(1, rows * n_cols)) * rows
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
@@ -128,10 +131,29 @@ def unpack_kinds(packed: Bytes, n: int) -> Bytes:
     Raises:
         FormatError: A byte stands for no kinds.
     """
-    if len(packed) and int(packed.max()) >= N_KINDS**KINDS_A_BYTE:
+    if len(packed) and int(packed.max()) >= len(TRIPLES):
         raise FormatError(f"{int(packed.max())} stands for no kinds of blocks, only numbers below 125 do")
-    table = np.array([word[::-1] for word in product(range(N_KINDS), repeat=KINDS_A_BYTE)], np.uint8)
-    return table[packed].reshape(-1)[:n]
+    return TRIPLES[packed].reshape(-1)[:n]
+
+
+def count_kinds(packed: Bytes, start: int, stop: int) -> NDArray[np.int64]:
+    """Return how many of the kinds ``start`` to ``stop`` are of each number, ``(5,)``, without unpacking them.
+
+    Raises:
+        FormatError: A byte stands for no kinds.
+    """
+    first, last = -(-start // KINDS_A_BYTE), stop // KINDS_A_BYTE
+    if first >= last:
+        offset = start // KINDS_A_BYTE * KINDS_A_BYTE
+        few = unpack_kinds(packed[start // KINDS_A_BYTE : -(-stop // KINDS_A_BYTE)], stop - offset)
+        return np.bincount(few[start - offset :], minlength=N_KINDS)
+    counts = count(packed[first:last])
+    if counts[len(TRIPLES) :].any():
+        unpack_kinds(packed[first:last], 0)
+    found: NDArray[np.int64] = counts[: len(TRIPLES)] @ IN_TRIPLES
+    for edge in ((start, first * KINDS_A_BYTE), (last * KINDS_A_BYTE, stop)):
+        found = found + count_kinds(packed, *edge) if edge[0] < edge[1] else found
+    return found
 
 
 def pack_signs(signs: NDArray[np.bool_]) -> Bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -15,16 +16,18 @@ from lightning_muws.errors import SettingError
 from lightning_muws.structure.grid import BlockGrid
 
 FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
-GRID = "grid"  # patterns of 16 bits: the sign, and how many steps
+STEPS = "grid"  # whole multiples of a step, 16 bits each. Format 1.0 writes this word; everywhere else they are "steps"
 MAX_STEPS = (1 << 15) - 1
-WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, GRID: np.dtype(np.uint16)}
+WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, STEPS: np.dtype(np.uint16)}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SAMPLED = 4096
+SAMPLED = 4096  # values from which to guess a step
+# Where they lie in a tensor. A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
+SCATTERED = np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How far weights may move, and which ones.
+    """How far values may move, and which tensors may lose precision.
 
     Args:
         max_error: The largest ``|w - w'|``, in units that ``relative_to`` names; 0 for none.
@@ -71,8 +74,8 @@ class Form:
     """How the values of a tensor are written.
 
     Args:
-        stored: A floating dtype, or ``grid``: whole multiples of ``step``.
-        step: Of the grid, in units of the weights; exact in float32 (in float64 for a float64 tensor).
+        stored: A floating dtype, or ``STEPS``: whole multiples of ``step``.
+        step: In units of the weights; exact in float32 (in float64 for a float64 tensor). 0 for a dtype.
         is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Readers need
             not know.
     """
@@ -88,7 +91,7 @@ class Form:
             x: Contiguous, on the CPU.
             block_shape: Of a matrix of whole blocks whose unified blocks must not become zero; None where all is flat.
         """
-        if self.stored != GRID:
+        if self.stored != STEPS:
             return bits(x.to(getattr(torch, self.stored)))
         values = _numpy(x)
         steps = np.rint(np.abs(values) / values.dtype.type(self.step)).astype(np.uint16)
@@ -102,11 +105,21 @@ class Form:
 
     def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
         """Return the values of patterns, of the same shape, in this dtype."""
-        if self.stored != GRID:
+        if self.stored != STEPS:
             return from_bits(u, getattr(torch, self.stored)).to(dtype)
         wide = _wide(dtype)
         magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
         return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def displayed(name: str) -> str:
+    """Return how reports display the name of a form, or of a stream of values in that form.
+
+    Example:
+        >>> displayed("free.grid.0")
+        'free.steps.0'
+    """
+    return ".".join("steps" if part == STEPS else part for part in name.split("."))
 
 
 def bits(x: Tensor) -> Patterns:
@@ -149,8 +162,8 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
             # a unified block below half a step becomes one step, so that has to be within reach of the smallest one
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
             if coarse > step and top / coarse < MAX_STEPS - 1:
-                return Form(GRID, float(coarse), is_lossy=True)
-    return Form(GRID, step) if step else exact
+                return Form(STEPS, float(coarse), is_lossy=True)
+    return Form(STEPS, step) if step else exact
 
 
 def _numpy(x: Tensor) -> NDArray[Any]:
@@ -164,24 +177,37 @@ def _wide(dtype: torch.dtype) -> Any:
 
 def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
-    # A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
-    at = np.unique(np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1 * len(flat)).astype(np.int64)
-    sample = flat[torch.from_numpy(at)]
-    seen = np.unique(np.abs(_numpy(sample)).astype(np.float64))
-    seen = np.append(seen[(seen > 0) & (seen < top)], top)
-    gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
+    sample = (
+        flat if len(flat) <= SAMPLED else flat[torch.from_numpy(np.unique((SCATTERED * len(flat)).astype(np.int64)))]
+    )
+    found = np.unique(np.abs(_numpy(sample)).astype(np.float64))
+    seen = [*found[(found > 0) & (found < top)].tolist(), top]
+    gap, wide = min(b - a for a, b in pairwise([0.0, *seen])), _wide(flat.dtype)
     for divisor in range(1, 9):  # the smallest gap that was seen need not be one step
-        step = gap / divisor
-        if top / step > MAX_STEPS:
+        if top > MAX_STEPS * (gap / divisor):
             return 0.0
-        for value in seen:  # each one larger makes it more precise
-            step = value / max(1, round(value / step))
-        guess = wide(step)
-        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))):
-            form = Form(GRID, float(near))
+        guess = wide(_refined(gap / divisor, seen, flat.dtype))
+        for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))) if guess else ():
+            form = Form(STEPS, float(near))
             if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
                 return float(near)
     return 0.0
+
+
+def _refined(step: float, seen: list[float], dtype: torch.dtype) -> float:
+    """Return the step that values, smallest first, are whole multiples of, near a first guess; 0 if one is none.
+
+    Each value is larger than the one before and makes the step more precise. A multiple is off by what the step, the
+    product and the dtype round off, or by the distance of subnormals.
+    """
+    about = torch.finfo(dtype)
+    for i, value in enumerate(seen):
+        ratio = value / step
+        n = max(1, round(ratio))
+        if i and abs(ratio - n) > 4 * about.eps * n + 2 * about.tiny * about.eps / step:
+            return 0.0
+        step = value / n
+    return step
 
 
 def _is_exact(flat: Tensor, form: Form) -> bool:

@@ -1,1 +1,1 @@
-"""The `muws` command, one file for each family of subcommands."""
+"""The `muws` command: main parses and reports errors, files and bench are the subcommands. Needs no Lightning."""

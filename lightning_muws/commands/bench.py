@@ -1,4 +1,4 @@
-"""`muws bench`: loads a file into its model, accelerates it, and shows what was gained."""
+"""`muws bench`: loads a file into its network, accelerates the network and shows the times."""
 
 from __future__ import annotations
 
@@ -15,49 +15,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_muws.artifact.load import inspect_compressed, load_compressed
+from lightning_muws.commands.output import DONE, say_json
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.accelerate import accelerate
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int64")
+MAX_THREADS = 1024
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add ``bench`` to the subcommands; :func:`run` carries it out."""
-    says = "measure how fast a file's network runs here, against its best dense form"
-    parser = commands.add_parser("bench", help=says, description=f"{says[0].upper()}{says[1:]}.")
+    """Add ``bench`` to the subcommands; its option ``run`` is :func:`run`."""
+    does = "measure how fast the network of a .muws file runs on this machine, against its fastest dense form"
+    parser = commands.add_parser("bench", help=does, description=f"{does[0].upper()}{does[1:]}.")
     parser.set_defaults(run=run)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:CLASS", help="what builds the network")
+    parser.add_argument("file", type=Path, help="the .muws file")
+    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:CLASS", help="class that builds the network")
     parser.add_argument("--args", default="{}", metavar="JSON", help="keyword arguments of the class, as JSON")
     parser.add_argument(
         *("--input", "-i"),
         required=True,
         action="append",
         metavar="1x3x32x32[:DTYPE]",
-        help=f"shape of an input, filled at random; again for a second one; dtypes are {', '.join(DTYPES)}",
+        help="shape of an input, which is filled with random numbers (int64: zeros); repeat the option if the network "
+        f"has several inputs; dtypes: {', '.join(DTYPES)} (default: {DTYPES[0]})",
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
-    parser.add_argument("--min-gain", type=float, default=1.1, help="what a kernel has to win by (1.1)")
-    parser.add_argument("--dtype", choices=("bfloat16",), help="let kernels of this precision win")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch (default: 1)")
+    parser.add_argument(
+        "--min-gain", type=float, default=1.1, help="use a kernel if it is this many times faster (default: 1.1)"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16",), help="allow kernels of this precision too")
     parser.add_argument("--save", type=Path, metavar="JSON", help="write the report, for accelerate(..., plan=...)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out ``muws bench``; return 0.
+    """Run ``muws bench`` and return its exit code, 0.
 
     Raises:
-        MuwsError: The file is damaged, does not fit the model, or an option is not allowed.
+        MuwsError: The file is damaged or does not fit the network, the network does not accept the inputs, or an
+            option is not allowed.
     """
     inputs = tuple(_random(text) for text in options.input)
-    if options.threads < 1:
-        raise SettingError(f"--threads {options.threads} is not allowed: give at least 1")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise SettingError(f"--threads {options.threads} is not allowed: give a number from 1 to {MAX_THREADS}")
+    if options.save and (options.save.is_dir() or not options.save.parent.is_dir()):
+        raise SettingError(f"--save {options.save} cannot be written: give a file in a folder that exists")
     model = _build(options.model, options.args)
     block_shapes = _load(options.file, model)
     torch.set_num_threads(options.threads)
+    _try(model.eval(), inputs, options.input)
     _, report = accelerate(
-        model.eval(),
+        model,
         inputs,
         min_gain=options.min_gain,
         dtype=torch.bfloat16 if options.dtype else None,
@@ -66,56 +76,59 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         report.save(options.save)
     if options.json:
-        sys.stdout.write(json.dumps(report.to_dict(), indent=2) + "\n")
+        say_json(report.to_dict())
     else:
         report.print()
-    return 0
+    return DONE
 
 
 def _random(text: str) -> Tensor:
-    """Return an input of a shape written as ``1x3x32x32`` or ``8x128:int64``; whole numbers are zeros."""
-    found = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\w+))?", text)
+    """Return an input whose shape is written as ``1x3x32x32`` or ``8x128:int64``; integers are zeros."""
+    found = re.fullmatch(r"([0-9]{1,12}(?:x[0-9]{1,12})*)(?::(\w+))?", text)
     if not found or (found[2] or DTYPES[0]) not in DTYPES:
         raise SettingError(f"--input {text!r} is not allowed: give a shape as 1x3x32x32, or 8x128:int64 with a dtype")
     shape = [int(n) for n in found[1].split("x")]
     dtype = getattr(torch, found[2] or DTYPES[0])
-    return torch.zeros(shape, dtype=dtype) if dtype == torch.int64 else torch.randn(shape).to(dtype)
+    try:
+        return torch.zeros(shape, dtype=dtype) if dtype == torch.int64 else torch.randn(shape).to(dtype)
+    except RuntimeError as error:
+        raise SettingError(f"--input {text!r} cannot be made: {_first_line(error)}; give a smaller shape") from None
 
 
 def _build(name: str, arguments: str) -> nn.Module:
-    """Return the module that ``package.module:Class`` makes; the current directory is looked in first, as by python."""
+    """Return the module that ``package.module:Class`` builds; the current folder is searched first, as by python."""
     module_name, _, attribute = name.partition(":")
     try:
         keywords: Any = json.loads(arguments)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError(
             f'--args {arguments!r} is no JSON ({error}): give an object such as {{"width": 32}}'
         ) from None
     if not attribute or not isinstance(keywords, dict):
-        raise SettingError(f"--model {name!r} with --args {arguments} is not allowed: give package.module:Class")
+        raise SettingError(
+            f"--model {name!r} with --args {arguments} is not allowed: give package.module:Class and a JSON object"
+        )
     sys.path.insert(0, str(Path.cwd()))
     try:
         make = getattr(importlib.import_module(module_name), attribute)
         inspect.signature(make).bind(**keywords)
         model = make(**keywords)
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # the user's own code may raise anything
         raise SettingError(
-            f"--model {name!r} cannot be built: {error}; name a class or function, and its --args"
-        ) from None
+            f"--model {name!r} cannot be built: {type(error).__name__}: {_first_line(error)}; "
+            "name a class or function, and give its arguments in --args"
+        ) from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(model, nn.Module):
-        raise SettingError(f"--model {name!r} gives a {type(model).__name__}: name a class of torch.nn.Module")
+        raise SettingError(
+            f"--model {name!r} returns a {type(model).__name__}: name a class that inherits from torch.nn.Module"
+        )
     return model
 
 
 def _load(path: Path, model: nn.Module) -> Mapping[str, tuple[int, int]]:
-    """Load the file into the model, and return the block shapes that it names."""
-    from lightning_muws.artifact.load import (
-        inspect_compressed,
-        load_compressed,
-    )
-
+    """Load the file into the model, and return the block shapes that the file records, by parameter name."""
     load_compressed(path, into=model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
@@ -123,3 +136,19 @@ def _load(path: Path, model: nn.Module) -> Mapping[str, tuple[int, int]]:
         for tensor in inspect_compressed(path).tensors
         if len(tensor.block_shape) == 2 and tensor.name in names
     }
+
+
+def _try(model: nn.Module, inputs: tuple[Tensor, ...], shapes: list[str]) -> None:
+    """Check that the network accepts the inputs."""
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:  # the user's own code may raise anything
+        raise SettingError(
+            f"the network fails on --input {' '.join(shapes)}: {type(error).__name__}: {_first_line(error)}; "
+            "give the shapes and dtypes that its forward takes"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

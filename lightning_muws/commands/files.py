@@ -1,20 +1,15 @@
-"""The `muws` command: looks into `.muws` files, checks, makes, unpacks, compares and times them. Needs no Lightning."""
+"""`muws inspect`, `verify`, `pack`, `unpack` and `diff`: the commands that read and write files of weights."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,74 +17,107 @@ from lightning_muws.artifact.container import replacing
 from lightning_muws.artifact.load import MAX_BYTES, inspect_compressed, load_compressed, verify_compressed
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.artifact.source import plain, read_state
-from lightning_muws.commands import bench
-from lightning_muws.errors import MuwsError, SettingError
+from lightning_muws.commands.output import BAD, DONE, progress, say, say_json
+from lightning_muws.errors import SettingError
+from lightning_muws.tables import Column, Table, terminal_width
 
-DONE, NO, TROUBLE = 0, 1, 2  # exit codes: all is well; broken or different; the command could not be carried out
-WIDE = 150  # columns of a table that is printed to a file
-
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Carry out the command; return its exit code: 0 done, 1 broken or different, 2 in trouble, with the reason."""
-    options = _parser().parse_args(args)
-    try:
-        return int(options.run(options))
-    except (MuwsError, OSError) as error:
-        if options.json:
-            _say_json({"error": str(error)})
-        else:
-            Console(stderr=True, soft_wrap=True).print(f"muws: {error}", style="red", markup=False, highlight=False)
-        return NO if options.run is _verify and isinstance(error, MuwsError) else TROUBLE
+UNPACKED = (".safetensors", ".pt", ".pth")  # endings of the files that unpack can write
+ANY = "a .muws, .ckpt, .pt, .pth or .safetensors file"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="muws", description="Work with .muws files.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add these subcommands; each option ``run`` is the function that carries its command out."""
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], says: str, *files: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
+    def command(name: str, run: Callable[[argparse.Namespace], int], does: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         added.set_defaults(run=run)
-        for file in files:
-            added.add_argument(file, type=Path)
-        added.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return added
 
-    command("inspect", _inspect, "show what a file says of itself, without decoding it", "file")
-    limited = [command("verify", _verify, "check every checksum and every stream of a file", "file")]
-    pack = command(
-        "pack", _pack, "make a file of a .ckpt, .pt, .pth, .safetensors, or anew of a .muws", "source", "file"
+    shown = command("inspect", inspect, "show the content of a .muws file, without decoding it")
+    shown.add_argument("file", type=Path, help="the .muws file")
+
+    checked = command("verify", verify, "check every checksum and decode every stream of a .muws file")
+    checked.add_argument("file", type=Path, help="the .muws file")
+
+    packed = command("pack", pack, "write the weights of a .ckpt, .pt, .pth, .safetensors or .muws file as .muws")
+    packed.add_argument("source", type=Path, help=ANY)
+    packed.add_argument("file", type=Path, help="the .muws file to write; an older file is replaced")
+    _add_loss(packed)
+
+    unpacked = command("unpack", unpack, "write the tensors of a .muws file as .safetensors, .pt or .pth")
+    unpacked.add_argument("file", type=Path, help="the .muws file")
+    unpacked.add_argument("target", type=Path, help="the file to write; its ending chooses the format")
+
+    compared = command("diff", diff, "compare the tensors of two files")
+    compared.add_argument("one", type=Path, help=ANY)
+    compared.add_argument("other", type=Path, help=ANY)
+
+    for parser in (checked, unpacked, compared):
+        parser.add_argument(
+            "--max-bytes",
+            type=int,
+            default=MAX_BYTES,
+            metavar="N",
+            help=f"refuse .muws files whose tensors take more bytes in memory (default: {MAX_BYTES})",
+        )
+    for parser in (shown, checked, packed, unpacked, compared):
+        parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    """Add the options of pack that choose what the file may lose."""
+    parser.add_argument(
+        "--block",
+        type=_block_shape,
+        metavar="ROWSxCOLS",
+        help="block shape of all weights, such as 4x4 (default: for each weight, the shape that makes the file small)",
     )
-    pack.add_argument("--block", type=_shape, metavar="ROWSxCOLS", help="one block shape for all; else found")
-    pack.add_argument("--max-error", type=float, default=0.0, help="how far a weight may move (0)")
-    names = ("tensor_max", "model_max", "absolute")
-    pack.add_argument("--relative-to", choices=names, default=names[0], help=f"what it is a share of ({names[0]})")
-    pack.add_argument("--value-dtype", choices=("float16", "bfloat16"), help="round values to this dtype instead")
-    pack.add_argument("--lossy", choices=("weights", "all"), default="weights", help="what may lose anything (weights)")
-    limited += [command("unpack", _unpack, "write a file as .safetensors, .pt or .pth", "file", "target")]
-    bench.add_parser(commands)
-    limited += [command("diff", _diff, "compare the tensors of two files of any of these kinds", "one", "other")]
-    for added in limited:
-        added.add_argument("--max-bytes", type=int, default=MAX_BYTES, help=f"most bytes of all tensors ({MAX_BYTES})")
-    return parser
+    parser.add_argument(
+        "--max-error", type=float, default=0.0, help="how far a weight may move (default: 0, the file is lossless)"
+    )
+    references = ("tensor_max", "model_max", "absolute")
+    parser.add_argument(
+        "--relative-to",
+        choices=references,
+        default=references[0],
+        help=f"what --max-error is relative to (default: {references[0]})",
+    )
+    parser.add_argument("--value-dtype", choices=("float16", "bfloat16"), help="round values to this dtype instead")
+    parser.add_argument(
+        "--lossy",
+        choices=("weights", "all"),
+        help="which tensors may lose precision: those of two or more axes, or all "
+        "(default: weights; with --compression all)",
+    )
+    parser.add_argument(
+        "--compression",
+        type=float,
+        metavar="N",
+        help="make the file at least N times smaller than its tensors, such as 20; instead of --max-error",
+    )
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    _say(inspect_compressed(options.file), options.json)
+def inspect(options: argparse.Namespace) -> int:
+    """Show what the manifest of a file declares."""
+    info = inspect_compressed(options.file)
+    say_json(info.to_dict()) if options.json else say(info)
     return DONE
 
 
-def _verify(options: argparse.Namespace) -> int:
-    with _progress("verifying", options.json) as progress:
-        info = verify_compressed(options.file, max_bytes=options.max_bytes, progress=progress)
+def verify(options: argparse.Namespace) -> int:
+    """Check all of a file."""
+    with progress("verifying", options.json) as update:
+        info = verify_compressed(options.file, max_bytes=options.max_bytes, progress=update)
     if options.json:
-        _say_json({"file": str(options.file), "ok": True})
+        say_json({"file": str(options.file), "ok": True})
     else:
-        Console(soft_wrap=True).print(f"{options.file}: whole, {len(info.tensors)} tensors", markup=False)
+        say(f"{options.file}: ok, {len(info.tensors)} tensors")
     return DONE
 
 
-def _pack(options: argparse.Namespace) -> int:
-    with _progress("packing", options.json) as progress:
+def pack(options: argparse.Namespace) -> int:
+    """Write a `.muws` file."""
+    with progress("packing", options.json) as update:
         report = save_compressed(
             options.source,
             options.file,
@@ -98,54 +126,75 @@ def _pack(options: argparse.Namespace) -> int:
             relative_to=options.relative_to,
             value_dtype=options.value_dtype,
             lossy=options.lossy,
-            progress=progress,
+            compression=options.compression,
+            progress=update,
         )
-    _say(report, options.json)
+    say_json(report.to_dict()) if options.json else say(report)
     return DONE
 
 
-def _unpack(options: argparse.Namespace) -> int:
-    if options.target.suffix not in (".safetensors", ".pt", ".pth"):
-        raise SettingError(f"{options.target} is not allowed: give a name that ends in .safetensors, .pt or .pth")
-    with _progress("unpacking", options.json) as progress:
-        state = load_compressed(options.file, max_bytes=options.max_bytes, progress=progress)
-    with replacing(options.target) as file:
-        if options.target.suffix == ".safetensors":
-            # safetensors refuses tensors that are one: each gets its own
-            file.write(save({name: x.clone() for name, x in state.items()}))
-        else:
+def unpack(options: argparse.Namespace) -> int:
+    """Write the tensors of a `.muws` file to a file that other programs read."""
+    target = options.target
+    if target.suffix not in UNPACKED:
+        raise SettingError(f"{target} is not allowed: give a name that ends in .safetensors, .pt or .pth")
+    if target.is_dir() or not target.parent.is_dir():
+        raise SettingError(f"{target} cannot be written: give a file in a folder that exists")
+    with progress("unpacking", options.json) as update:
+        state = load_compressed(options.file, max_bytes=options.max_bytes, progress=update)
+    if target.suffix == ".safetensors":
+        encoded = _safetensors(state, target)
+        with replacing(target) as file:
+            file.write(encoded)
+    else:
+        with replacing(target) as file:
             torch.save(state, file)
     if options.json:
-        _say_json({"file": str(options.target), "tensors": len(state)})
+        say_json({"file": str(target), "tensors": len(state)})
+    else:
+        say(f"{target}: written, {len(state)} tensors")
     return DONE
 
 
-def _diff(options: argparse.Namespace) -> int:
+def _safetensors(state: Mapping[str, Tensor], target: Path) -> bytes:
+    try:
+        # safetensors refuses tensors that share memory: each gets a copy
+        return save({name: x.clone() for name, x in state.items()})
+    except (KeyError, SafetensorError) as error:
+        raise SettingError(
+            f"{target} cannot be written: safetensors does not support {error}; give a name that ends in .pt"
+        ) from None
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Compare the tensors of two files, bit for bit."""
     one, other = (_tensors(path, options) for path in (options.one, options.other))
     rows = [(name, *_difference(one.get(name), other.get(name))) for name in {**one, **other}]
-    apart = [row for row in rows if row[1]]
+    different = [row for row in rows if row[1]]
     if options.json:
-        found = [{"name": name, "difference": what, "max_error": error} for name, what, error in apart]
-        _say_json({"equal": not apart, "tensors": len(rows), "different": found})
-        return NO if apart else DONE
-    table = Table(title=f"{len(apart)} of {len(rows)} tensors differ")
-    for header in ("tensor", "difference", "largest"):
-        table.add_column(header)
-    for name, what, error in apart:
-        table.add_row(name, what, "" if error is None else f"{error:.3g}")
-    _console().print(table if apart else f"{len(rows)} tensors, all equal bit for bit")
-    return NO if apart else DONE
+        found = [{"name": name, "difference": what, "max_error": error} for name, what, error in different]
+        say_json({"equal": not different, "tensors": len(rows), "different": found})
+    elif different:
+        table = Table(
+            title=f"{len(different)} of {len(rows)} tensors differ",
+            columns=[Column("tensor", room=24), Column("difference", room=24), Column("largest")],
+            rows=[(name, what, "" if error is None else f"{error:.3g}") for name, what, error in different],
+        )
+        say(table.text(terminal_width()))
+    else:
+        say(f"{len(rows)} tensors, all equal bit for bit")
+    return BAD if different else DONE
 
 
 def _tensors(path: Path, options: argparse.Namespace) -> Mapping[str, Tensor]:
     if path.suffix == ".muws":
-        with _progress("reading", options.json) as progress:
-            return load_compressed(path, max_bytes=options.max_bytes, progress=progress)
+        with progress("reading", options.json) as update:
+            return load_compressed(path, max_bytes=options.max_bytes, progress=update)
     return read_state(path).tensors
 
 
 def _difference(a: Tensor | None, b: Tensor | None) -> tuple[str, float | None]:
-    """Return in what two tensors differ, empty for nothing, and the largest difference of their values."""
+    """Return how two tensors differ, empty if they do not, and the largest difference of their values."""
     if a is None or b is None:
         return f"only in the {'other' if a is None else 'first'}", None
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -153,36 +202,13 @@ def _difference(a: Tensor | None, b: Tensor | None) -> tuple[str, float | None]:
     if torch.equal(*(plain(x).reshape(-1).view(torch.uint8) for x in (a, b))):
         return "", 0.0
     wide = torch.complex128 if a.is_complex() else torch.float64
-    apart = float((a.to(wide) - b.to(wide)).abs().max())
-    return ("values", apart) if math.isfinite(apart) else ("values, not all finite", None)
+    largest = float((a.to(wide) - b.to(wide)).abs().max())
+    return ("values", largest) if math.isfinite(largest) else ("values, not all finite", None)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, cols = text.partition("x")
-    return int(rows), int(cols)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
-
-
-def _say(thing: Any, as_json: bool) -> None:
-    if as_json:
-        _say_json(thing.to_dict())
-    else:
-        _console().print(thing)
-
-
-def _say_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def _progress(what: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal that says how far it is, on standard error."""
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=is_quiet or not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _block_shape(text: str) -> tuple[int, int]:
+    """Return the block shape that is written as ``4x4``."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: give rows and columns, such as 4x4")
+    return int(found[1]), int(found[2])

@@ -1,4 +1,8 @@
-"""Finds the block shape of a weight that came without one, from its zeros and its unified blocks."""
+"""Infers the block shape of a weight for the kernels, which pack zeros and unified blocks by it.
+
+``accelerate`` calls this only for weights that come without a shape. A wrong guess costs speed, never correctness:
+every kernel looks at the weight's values.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,26 @@ from lightning_muws.structure.grid import BlockGrid
 
 ROWS = (128, 64, 32, 16, 8, 4, 2, 1)
 COLUMNS = (32, 16, 8, 4, 2, 1)
-SAMPLE = 1 << 20  # weights that are looked at, from the first rows on
-FOUND = 0.02  # of the weights in zeros or in blocks of one magnitude; below, there is no structure to find
+SAMPLE = 1 << 20  # weights examined, from the first rows on
+FOUND = 0.02  # least share of the weights in zeros or in blocks of one magnitude that counts as structure
+NEARLY_ALL = 0.99  # a larger shape may explain this share of what the best one does
+SCATTERED = 0.9  # a shape that explains less than this share of the zeros leaves them scattered
 DEFAULT = (4, 4)
 
 
-def find_block_shape(weight: Tensor) -> tuple[int, int]:
+def infer_shape_for_kernels(weight: Tensor) -> tuple[int, int]:
     """Return the largest common block shape whose blocks of one magnitude, zero or not, explain the weight.
 
     Args:
-        weight: Of a Linear or a convolution, seen as the matrix ``(out, in * kernel)``.
+        weight: The weight of a Linear or a convolution, any floating dtype, seen as the matrix ``(out, in * kernel)``.
 
     Returns:
-        ``(rows, cols)``; ``(1, 1)`` where zeros lie scattered singly, ``(4, 4)`` where there is nothing to find.
+        ``(rows, cols)``; ``(1, 1)`` if the zeros are scattered singly, ``(4, 4)`` if there is no structure.
 
     Example:
         >>> import torch
         >>> weight = torch.randn(64, 64).view(16, 4, 8, 8) * (torch.arange(128).view(16, 1, 8, 1) % 3 == 0)
-        >>> find_block_shape(weight.view(64, 64))
+        >>> infer_shape_for_kernels(weight.view(64, 64))
         (4, 8)
     """
     matrix = weight.detach().flatten(1).abs()
@@ -38,18 +44,18 @@ def find_block_shape(weight: Tensor) -> tuple[int, int]:
     shares = {
         (r, c): share for r in ROWS for c in columns if r * c > 1 and (share := _explained(matrix, (r, c))) is not None
     }
-    n_zero = float((matrix == 0).float().mean())
+    zeros = float((matrix == 0).float().mean())
     most = max(shares.values(), default=0.0)
     if most < FOUND:
-        return (1, 1) if n_zero >= FOUND else DEFAULT
-    if most < 0.9 * n_zero:
+        return (1, 1) if zeros >= FOUND else DEFAULT
+    if most < SCATTERED * zeros:
         return 1, 1
-    good = [shape for shape, share in shares.items() if share >= 0.99 * most]
+    good = [shape for shape, share in shares.items() if share >= NEARLY_ALL * most]
     return max(good, key=lambda shape: (shape[0] * shape[1], shape[0]))
 
 
 def _explained(matrix: Tensor, block_shape: tuple[int, int]) -> float | None:
-    """Return the share of all weights that lie in whole blocks of one magnitude; None where there is no block."""
+    """Return the share of the weights that lie in whole blocks of one magnitude, or None if no block fits."""
     grid = BlockGrid(block_shape)
     covered = grid.covered(matrix)
     if not covered.numel():

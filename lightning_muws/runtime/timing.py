@@ -1,4 +1,4 @@
-"""Times ways to do one thing against each other: in turn, in one process, as short as it can be."""
+"""Times several ways to do one thing: in turn, in one process, and only as long as needed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
-MOST_REPEATS = 100  # of a task in one sample
-COARSE_S = 1e-4  # a clock of coarser steps cannot time a layer
+MOST_REPEATS = 100  # runs of a task in one sample
+COARSE_S = 1e-4  # a clock with larger steps cannot time a layer
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Timing:
     """How long a race may take.
 
     Args:
-        rounds: Rounds after one to warm up, at most.
-        least_rounds: Rounds that are run whatever they cost.
+        rounds: The most rounds, after one to warm up.
+        least_rounds: Rounds that always run.
         budget_s: Seconds after which no further round begins.
-        hopeless: After two rounds a task that took more than this times the best is not run again, nor after one round
-            a task that took more than its square.
-        sample_s: Seconds that a sample takes at least: short tasks are run several times in a row, as they are in use.
+        hopeless: A task that takes more than this times the best stops after two rounds; one that takes more than the
+            square of this times the best stops after one.
+        sample_s: The least seconds of a sample: a shorter task runs several times in a row, as it does in use.
     """
 
     rounds: int = 9
@@ -36,8 +36,8 @@ class Timing:
 def clock_for(device: torch.device) -> Callable[[], float]:
     """Return the clock for work on a device, in seconds.
 
-    One thread of a CPU is timed by the process's own time, which other processes do not touch; more threads, and
-    devices (which are waited for), by the wall's, because time spent waiting for each other counts.
+    One thread of a CPU is timed in process time, which excludes other processes. Several threads, and devices, are
+    timed in wall-clock time, because waiting counts there; the clock of a device synchronizes with it first.
     """
     if device.type == "cuda":
 
@@ -57,14 +57,14 @@ def race(
     keep: Sequence[str] = (),
     between: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each task, round by round; lists of tasks that were given up are shorter.
+    """Return the seconds of each task, round by round; the list of a task that was stopped early is shorter.
 
     Args:
-        tasks: What to time, by name; run in turn.
-        clock: Gives seconds.
-        timing: How long it may take.
-        keep: Tasks that are never given up.
-        between: Run before each task and not timed: it leaves the caches as they are found in use.
+        tasks: What to time, by name; they run in turn.
+        clock: Returns seconds.
+        timing: How long the race may take.
+        keep: Tasks that always run to the end.
+        between: Runs before each task and is not timed: it leaves the caches as they are in use.
     """
     timing = timing or Timing()
     times: dict[str, list[float]] = {name: [] for name in tasks}
@@ -92,6 +92,6 @@ def race(
 
 
 def gain(base: Sequence[float], other: Sequence[float]) -> float:
-    """Return how many times faster ``other`` is, the median over the rounds that both ran."""
+    """Return how many times faster ``other`` is than ``base``: the median over the rounds that both ran."""
     ratios = [b / max(o, 1e-12) for b, o in zip(base, other, strict=False)]
     return median(ratios) if ratios else 0.0

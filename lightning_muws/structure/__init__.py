@@ -1,1 +1,1 @@
-"""WHAT a weight may become: geometry, sets and their nearest points, the plan. Pure functions of tensors."""
+"""WHAT a weight may become: blocks, structures and their nearest points, and the plan. Pure functions of tensors."""

@@ -83,11 +83,14 @@ class Bounds:
 
     @classmethod
     def of(cls, entry: PlanEntry) -> Bounds:
-        """Return the bounds of a plan's entry: the ratios of its structure if it has any, and none otherwise."""
-        s = entry.structure
-        if s.prune_ratio == s.unify_ratio == 0:
-            return cls(entry.grid, s.signs)
-        return cls(entry.grid, s.signs, (s.prune_ratio, s.prune_ratio), (s.unify_ratio, s.unify_ratio))
+        """Return the bounds of a plan's entry: none if its structure is open, else exactly its counts of blocks."""
+        structure = entry.structure
+        signs = structure.signs if isinstance(structure, MicroStructure) else "free"
+        if isinstance(structure, MicroStructure) and structure.is_open:
+            return cls(entry.grid, signs)
+        counts, n = structure.counts(entry.grid, entry.shape), max(1, entry.n_blocks)
+        prune_ratio, unify_ratio = counts[Kind.PRUNED] / n, counts[Kind.UNIFIED] / n
+        return cls(entry.grid, signs, (prune_ratio, prune_ratio), (unify_ratio, unify_ratio))
 
     def counts(self, n_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the least and the largest number of blocks that are pruned, and that are unified."""
@@ -226,7 +229,7 @@ def _cut(layer: Layer, x: Tensor, bounds: Bounds) -> Layer:
     grid = bounds.grid
     matrix = grid.matrix(x)
     covered = grid.covered(matrix)
-    unify, gain = (cost.flatten() for cost in MicroStructure(signs=bounds.signs)._costs(covered, grid, 1 / layer.unit))
+    unify, gain = (cost.flatten() for cost in MicroStructure(signs=bounds.signs).costs(covered, grid, 1 / layer.unit))
     n_negative = grid.sum(grid.tall(covered).signbit().to(torch.float32)).flatten()
     one_sign = (n_negative == 0) | (n_negative == grid.block_numel) | (bounds.signs == "shared")
     down, across = grid.counts(x.shape)

@@ -6,7 +6,11 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """What becomes of a block. These numbers are in files: append, never renumber."""
+    """What a block is: free weights, weights of one magnitude, or zeros.
+
+    Supports and checkpoints hold these numbers. The streams of a file use them too, and number two more cases for
+    themselves: see :mod:`lightning_muws.artifact.streams`.
+    """
 
     DENSE = 0
     UNIFIED = 1

@@ -1,20 +1,21 @@
-"""Micro-structures: sets of weights, and the nearest point of each (Lin et al. 2021, arXiv:2106.08301)."""
+"""Micro-structures: blocks that are dense, unified or pruned, and the nearest such weight (Lin et al., 2106.08301)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_muws.errors import SettingError, StateError
+from lightning_muws.errors import SettingError
 from lightning_muws.structure.assign import cheapest
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
-from lightning_muws.structure.support import Support
-
-SCALE = 2.0**64  # weights whose squares overflow are ranked divided by it, which is exact
+from lightning_muws.structure.structure import Choice, refuse_non_finite
+from lightning_muws.structure.support import Support, mean
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class MicroStructure:
 
     Args:
         block_shape: Outputs and inputs of a block, on the weight seen as the matrix ``(out, in * kernel)``.
-        prune_ratio: Share of the blocks that are all zero, in [0, 1]; ``round(prune_ratio * n_blocks)`` of a weight's.
+        prune_ratio: Share of the blocks that are all zero, in [0, 1]: ``round(prune_ratio * n_blocks)`` of each weight.
         unify_ratio: Share of the blocks whose weights share one magnitude, in [0, 1]; with prune_ratio at most 1.
         signs: In a unified block, ``free``: each weight keeps its sign; ``shared``: all weights are one value.
 
@@ -42,18 +43,20 @@ class MicroStructure:
     signs: Literal["free", "shared"] = "free"
 
     def __post_init__(self) -> None:
-        BlockGrid(self.block_shape)  # refuses a wrong shape
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        object.__setattr__(self, "block_shape", BlockGrid(self.block_shape).block_shape)
         for name in ("prune_ratio", "unify_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            value: object = getattr(self, name)  # a configuration file may have put anything there
+            ratio = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+            if not 0 <= ratio <= 1:
                 raise SettingError(f"{name}={value!r} is not allowed: give a share of the blocks from 0 to 1")
+            object.__setattr__(self, name, ratio)
         if self.prune_ratio + self.unify_ratio > 1 + 1e-9:
             raise SettingError(
                 f"prune_ratio={self.prune_ratio} and unify_ratio={self.unify_ratio} sum to more than 1: "
                 "they are shares of all blocks, so lower one of them"
             )
-        if self.signs not in ("free", "shared"):
+        signs: object = self.signs
+        if not isinstance(signs, str) or signs not in ("free", "shared"):
             raise SettingError(f"signs={self.signs!r} is not allowed: give 'free' or 'shared'")
 
     @property
@@ -61,64 +64,87 @@ class MicroStructure:
         """The grid of its blocks on a weight whose outputs are on axis 0."""
         return BlockGrid(self.block_shape)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether both ratios are 0, which leaves them to a budget."""
+        return self.prune_ratio == self.unify_ratio == 0
+
     def quotas(self, n_blocks: int) -> tuple[int, int]:
         """Return how many of ``n_blocks`` blocks are pruned, and unified."""
         n_pruned = round(self.prune_ratio * n_blocks)
         return n_pruned, min(round(self.unify_ratio * n_blocks), n_blocks - n_pruned)
 
+    def counts(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> dict[Kind, int]:
+        """Return how many blocks of a weight of this shape stay dense, are unified, and are pruned."""
+        n_blocks = math.prod(grid.counts(shape))
+        n_pruned, n_unified = self.quotas(n_blocks)
+        return {Kind.DENSE: n_blocks - n_pruned - n_unified, Kind.UNIFIED: n_unified, Kind.PRUNED: n_pruned}
+
+    def objection(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> str:
+        """Return why the structure leaves a weight of this shape as it is; empty if it changes the weight."""
+        if self.is_open:
+            return "prune_ratio and unify_ratio are 0"
+        n_blocks = math.prod(grid.counts(shape))
+        if n_blocks == 0:
+            return f"smaller than one block of {self.block_shape}"
+        return "" if sum(self.quotas(n_blocks)) else f"the ratios of {n_blocks} blocks round to none"
+
     def project(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Tensor:
         """Return the nearest point of the set, ``argmin |z - weight|``.
 
-        A unified block becomes ``sign(w) * mean(|w|)`` (``mean(w)`` with shared signs) at a cost of ``n * Var(|w|)``,
-        a pruned one zero at a cost of ``|w|^2``; which blocks, with both ratios given, is decided jointly.
-
         Args:
-            weight: Any floating dtype, 2 or more axes; half precision is worked on in float32.
-            grid: How the weight is cut; outputs on axis 0 where it is not given.
-            name: What an error calls the weight.
+            weight: Any floating dtype, two or more axes; half precision is computed in float32.
+            grid: How the weight is cut into blocks; by default with its outputs on axis 0.
+            name: The weight's name in error messages.
 
         Returns:
-            Same shape, dtype and device. Edges and dense blocks are returned bit for bit.
+            Same shape, dtype and device. Edges and dense blocks keep every bit.
 
         Raises:
             StateError: The weight has NaN or Inf.
         """
-        support, magnitudes = self.nearest(weight, grid, name)
-        return support.place(weight, magnitudes)
+        return self.nearest(weight, grid or self.grid, name).place(weight)
 
     def support(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Support:
-        """Return the choice that :meth:`project` makes, frozen: each block's kind, and the signs."""
-        return self.nearest(weight, grid, name)[0]
+        """Return the support of the point that :meth:`project` returns: each block's kind, and the signs."""
+        return self.nearest(weight, grid or self.grid, name).support
 
     @torch.no_grad()
-    def nearest(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> tuple[Support, Tensor]:
-        """Return the support that :meth:`project` chooses, and the magnitudes of its unified blocks.
+    def nearest(self, weight: Tensor, grid: BlockGrid, name: str = "weight") -> Choice:
+        """Return the choice of the nearest point; which blocks are pruned and which unified is decided jointly.
 
-        Returns:
-            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)`` with shared signs, of
-            each unified block in turn.
+        A unified block becomes ``sign(w) * mean(|w|)`` (``mean(w)`` with shared signs), at a squared distance of
+        ``n * Var(|w|)``. A pruned block becomes zero, at a squared distance of ``|w|^2``.
 
         Raises:
             StateError: The weight has NaN or Inf.
         """
-        grid = grid or self.grid
         matrix = grid.matrix(weight.detach())
         covered = grid.covered(matrix)
-        unify_cost, gain = self._costs(covered, grid, 1.0)
-        if not torch.isfinite(gain + unify_cost).all() or not all(torch.isfinite(e).all() for e in grid.edges(matrix)):
-            if n_bad := int((~torch.isfinite(matrix)).sum()):
-                raise StateError(
-                    f"{name} holds {n_bad} values of {matrix.numel()} that are NaN or Inf: a structure is chosen among "
-                    "finite weights only, so lower the learning rate or clip the gradient"
-                )
-            unify_cost, gain = self._costs(covered, grid, 1 / SCALE)
+        unify_cost, gain = self.costs(covered, grid, 1.0)
+        largest = float((unify_cost + gain).max()) if gain.numel() else 1.0
+        info = torch.finfo(gain.dtype)
+        if not info.tiny / info.eps < largest < torch.inf or not all(
+            torch.isfinite(e).all() for e in grid.edges(matrix)
+        ):
+            refuse_non_finite(matrix, name)
+            unify_cost, gain = self.costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
         kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
-        support = Support(grid, kinds, kinds.new_empty(0, dtype=torch.bool))
-        return support.choose_signs(weight, self.signs == "free")
+        return self._unify(weight, Support(grid, kinds, kinds.new_empty(0, dtype=torch.bool)))
 
-    def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
+    def _unify(self, weight: Tensor, support: Support) -> Choice:
+        """Return the choice with the signs of this weight, if they are free, and the means of its unified blocks."""
+        blocks = list(support.unified_blocks(weight))
+        if not blocks:
+            return Choice(support, weight.new_empty(0))
+        if self.signs == "free":
+            signs = torch.cat([x.signbit() for x in blocks], 1)
+            support, blocks = Support(support.grid, support.kinds, signs), [x.abs_() for x in blocks]
+        return Choice(support, torch.cat([mean(x.clone) for x in blocks]))
+
+    def costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
         """Return the squared distance of unifying each block, and what pruning it adds to that."""
         tall, n = grid.tall(covered), grid.block_numel
         dtype = torch.promote_types(covered.dtype, torch.float32)
@@ -137,3 +163,11 @@ class MicroStructure:
             unify_cost[rows] = (grid.sum(x.square_()) - n * shift.square()).clamp_min_(0)
             gain[rows] = n * (first + shift).square()
         return unify_cost, gain
+
+
+def _scale(covered: Tensor, dtype: torch.dtype, n: int) -> float:
+    """Return the power of two that makes the costs of blocks of n weights as large as this dtype holds: it is exact."""
+    top = float(covered.abs().max()) if covered.numel() else 0.0
+    limit = math.frexp(torch.finfo(dtype).max)[1]
+    # a cost is at most n * (2 * top)^2; four bits are left for sums of two costs, and their double
+    return 2.0 ** min((limit - n.bit_length() - 6) // 2 - math.frexp(top)[1], limit - 2)

@@ -1,4 +1,4 @@
-"""Some blocks of a matrix, read and written where they stand, in pieces as wide as the memory allows."""
+"""Read and write chosen blocks of a matrix in place, in pieces as wide as the memory allows; pack booleans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_muws.structure.grid import BlockGrid
 
-# An element of 16 bytes is moved as fast as one of 4.
+# Moving an element of 16 bytes takes as long as moving one of 4.
 UNITS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -22,7 +22,7 @@ def unit_bytes(matrix: Tensor, grid: BlockGrid) -> int:
 
 
 def corners(chosen: Tensor, grid: BlockGrid, row_units: int, run_units: int) -> Tensor:
-    """Return where the first weights of chosen blocks stand, counted in units from the matrix's first weight.
+    """Return the positions of the first weights of chosen blocks, in units from the matrix's first weight.
 
     Args:
         chosen: ``(down, across)`` bool, which blocks.
@@ -83,6 +83,9 @@ def bits(x: Tensor) -> Tensor:
 def pack(flags: Tensor) -> Tensor:
     """Return booleans of any shape as uint8 ``(ceil(n / 8),)``, first flag in the lowest bit, rest padded with False.
 
+    The bytes are those of ``numpy.packbits(..., bitorder="little")``, with which the files pack signs. This function
+    works on the device of the flags.
+
     Example:
         >>> pack(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
@@ -96,6 +99,6 @@ def pack(flags: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the booleans that :func:`pack` packed, in this shape."""
+    """Undo :func:`pack` for booleans of this shape."""
     bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1)
     return bits.flatten()[: math.prod(shape)].view(*shape).to(torch.bool)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,12 +15,28 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_muws.errors import PlanError, SettingError
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
+from lightning_muws.structure.nm import NMStructure
+from lightning_muws.structure.structure import Structure, check_structure
+from lightning_muws.tables import Column, Table, Tabular
+
+VECTOR, BIAS, NORM = NEVER = ("fewer than 2 axes", "a bias", "a normalisation")  # no rule covers these
+COLUMNS = (
+    Column("parameter", room=24),
+    Column("shape", drop=1),
+    Column("module", drop=4, room=12),
+    Column("block", drop=2),
+    Column("pruned"),
+    Column("unified"),
+    Column("blocks"),
+    Column("edge", drop=3),
+)
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Gives the parameters that it matches a structure of their own, or leaves them out; the last matching rule wins.
+    """Gives the parameters that it matches another structure, or leaves them out; the last matching rule wins.
 
     Args:
         name: Pattern on the parameter's name: a glob (``encoder.*``), or a regular expression after ``re:``, which
@@ -27,28 +44,44 @@ class LayerRule:
         module_type: Glob on the class name of the module that owns the parameter, or of a class it inherits from
             (``Linear``, ``*Conv?d``). An embedding is covered only by a rule that names its type here.
         structure: The structure of the matching weights.
-        skip: Leave the matching parameters out, dense.
+        skip: Leave the matching parameters dense.
+        batched: How weights of three axes are cut. ``out_in``: as a batch of matrices ``(batch, out, in)``, such as the
+            experts of Mixtral, with each block in one matrix. ``in_out``: as a batch ``(batch, in, out)``. ``never``:
+            axis 0 runs over the outputs. ``auto``: as a batch if axis 0 is longer than 1 and the owner is neither a
+            convolution nor a ``Bilinear``; ``(batch, in, out)`` if the owner sets ``is_transposed`` (transformers).
 
     Raises:
-        SettingError: The regular expression is wrong.
+        SettingError: A value is not allowed, or the regular expression is wrong.
     """
 
     name: str = "*"
     module_type: str = "*"
-    structure: MicroStructure = field(default_factory=MicroStructure)
+    structure: MicroStructure | NMStructure | Structure = field(default_factory=MicroStructure)
     skip: bool = False
+    batched: Literal["auto", "never", "out_in", "in_out"] = "auto"
 
     def __post_init__(self) -> None:
+        check_structure(self.structure)
+        for field_name in ("name", "module_type"):
+            value: object = getattr(self, field_name)  # a configuration file may have put anything there
+            if not isinstance(value, str):
+                hint = f"give the name of the class, {value.__name__!r}" if isinstance(value, type) else "give a string"
+                raise SettingError(f"{field_name}={value!r} is not allowed: {hint}")
+        if not isinstance(self.skip, bool):
+            raise SettingError(f"skip={self.skip!r} is not allowed: give True or False")
+        batched: object = self.batched
+        if not isinstance(batched, str) or batched not in ("auto", "never", "out_in", "in_out"):
+            raise SettingError(f"batched={self.batched!r} is not allowed: give 'auto', 'never', 'out_in' or 'in_out'")
         if self.name.startswith("re:"):
             try:
                 re.compile(self.name[3:])
             except re.error as error:
                 raise SettingError(
-                    f"name={self.name!r} is no regular expression: {error}; mend it or use a glob"
+                    f"name={self.name!r} is no regular expression: {error}; correct it or use a glob"
                 ) from None
 
     def matches(self, name: str, owner: nn.Module) -> bool:
-        """Return whether the rule speaks of the parameter ``name`` owned by the module ``owner``."""
+        """Return whether the rule matches the parameter ``name`` owned by the module ``owner``."""
         by_name = (
             re.fullmatch(self.name[3:], name) if self.name.startswith("re:") else fnmatch.fnmatchcase(name, self.name)
         )
@@ -57,21 +90,21 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What is planned for one parameter.
+    """The plan of one parameter.
 
     Args:
         name: Its name in the model, without the ``_orig_mod.`` of compiled modules.
         shape: Its shape.
         module_type: Class name of the module that owns it.
-        structure: The structure it gets; without meaning where it is left out.
+        structure: The structure it gets; unused if it is left out.
         grid: How it is cut into blocks.
-        reason: Why it is left out; empty where it is covered.
+        reason: Why it is left out; empty if it is covered.
     """
 
     name: str
     shape: tuple[int, ...]
     module_type: str
-    structure: MicroStructure
+    structure: Structure
     grid: BlockGrid
     reason: str = ""
 
@@ -88,7 +121,7 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """An entry for each parameter of a model, in the model's order; printing it shows a table."""
 
     entries: tuple[PlanEntry, ...]
@@ -108,61 +141,86 @@ class Plan:
         covered = self.covered
         return {name: p for name, p, _ in named_weights(module) if name in covered}
 
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "module", "block", "pruned", "unified", "blocks", "edge", "left out because")
-        rows = [header, *(self._row(entry) for entry in self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+    def tables(self) -> list[Table]:
+        """Return the table of the parameters: the blocks of each covered one, and why each other one is left out."""
+        note = f"{len(self.covered)} of {len(self.entries)} parameters get a structure."
+        return [Table("", COLUMNS, [self._row(entry) for entry in self.entries], notes=[note])]
 
     @staticmethod
     def _row(entry: PlanEntry) -> tuple[str, ...]:
-        shape, s = "x".join(map(str, entry.shape)), entry.structure
+        row = entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.module_type
         if entry.reason:
-            return entry.name, shape, entry.module_type, "", "", "", "", "", entry.reason
-        numbers = (*s.quotas(entry.n_blocks), entry.n_blocks, entry.n_edge)
-        return entry.name, shape, entry.module_type, "x".join(map(str, s.block_shape)), *map(str, numbers), ""
+            return *row, f"left out: {entry.reason}"
+        counts = entry.structure.counts(entry.grid, entry.shape)
+        numbers = counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge
+        return *row, "x".join(map(str, entry.structure.block_shape)), *(f"{n:,}" for n in numbers)
 
 
-def make_plan(module: nn.Module, structure: MicroStructure, rules: Sequence[LayerRule] = ()) -> Plan:
-    """Return what becomes of each parameter of a model.
+def make_plan(
+    module: nn.Module,
+    structure: Structure,
+    rules: Sequence[LayerRule] = (),
+    optimized: Iterable[nn.Parameter] | None = None,
+) -> Plan:
+    """Return the plan of a model: for each parameter its structure, or why it is left out.
 
-    A weight of two or more axes gets ``structure``, or that of the last rule that matches it. Left out, each with its
-    reason: what a rule skips, biases, norms, embeddings that no rule names by type, what is not trained, what is not
-    real floating point, and weights too small for one block. A shared weight appears once, under its first name; rules
-    match it under any of its names, and it is an embedding if it is one anywhere.
+    A weight of two or more axes gets ``structure``, or that of the last rule that matches it. The plan leaves out, each
+    with its reason: what a rule skips, biases, norms, embeddings whose type no rule names, what is not trained, what is
+    not real floating point, and weights too small for one block. A shared weight appears once, under its first name;
+    rules match it under any of its names, and it is an embedding if it is one in any place.
 
     Args:
         module: Any module, its parameters initialised.
-        structure: For all weights that no rule speaks of.
+        structure: For all weights that no rule matches.
         rules: Exceptions, the last matching one wins.
+        optimized: The parameters that the optimizers hold. Other weights are left out, unless the rule that decides
+            about them has a ``name``. None covers weights whether an optimizer holds them or not.
 
     Raises:
-        PlanError: A rule matches no parameter, or nothing is covered, or a parameter is not initialised yet.
+        SettingError: ``structure`` is no structure, or ``rules`` is no list of rules.
+        PlanError: A rule matches no parameter, or only such as no structure fits; or nothing is covered, or a parameter
+            is not initialised yet.
     """
-    entries, used, places = [], [False] * len(rules), _places(module)
+    check_structure(structure)
+    check_rules(rules)
+    held = None if optimized is None else {id(p) for p in optimized}
+    entries: list[PlanEntry] = []
+    matched: list[list[PlanEntry]] = [[] for _ in rules]
+    places = _places(module)
     for name, parameter, owner in named_weights(module):
-        here = places[id(parameter)]
-        matching = [i for i, rule in enumerate(rules) if any(rule.matches(*place) for place in here)]
-        for i in matching:
-            used[i] = True
-        rule = rules[matching[-1]] if matching else LayerRule(structure=structure)
         if isinstance(parameter, UninitializedParameter):
             raise PlanError(f"{name} is not initialised yet: run one batch through the lazy module before fit")
-        grid = BlockGrid(rule.structure.block_shape, *_outputs(parameter, owner))
+        here = places[id(parameter)]
+        matching = [i for i, rule in enumerate(rules) if any(rule.matches(*place) for place in here)]
+        rule = rules[matching[-1]] if matching else LayerRule(structure=structure)
+        grid = _grid(parameter, owner, rule)
         entry = PlanEntry(name, tuple(parameter.shape), type(owner).__name__, rule.structure, grid)
-        entries.append(replace(entry, reason=_reason(entry, parameter, [owner for _, owner in here], rule)))
-    for rule, was_used in zip(rules, used, strict=True):
-        if not was_used:
-            raise PlanError(_no_match(rule, entries))
+        is_held = held is None or id(parameter) in held or rule.name != "*"
+        reason = _reason(entry, parameter, [owner for _, owner in here], rule, is_held)
+        entries.append(replace(entry, reason=reason))
+        for i in matching:
+            matched[i].append(entries[-1])
+    for rule, found in zip(rules, matched, strict=True):
+        _check_match(rule, found, entries)
     plan = Plan(tuple(entries))
     if not plan.covered:
-        reasons = "; ".join(f"{e.name}: {e.reason}" for e in entries[:5]) or "it has no parameters"
+        reasons = _listed(entries) or "it has no parameters"
         raise PlanError(
             f"no parameter of {type(module).__name__} is covered ({reasons}): change the ratios or the rules"
         )
     return plan
+
+
+def check_rules(rules: object) -> None:
+    """Check that a setting is a list of rules.
+
+    Raises:
+        SettingError: It is not.
+    """
+    if not isinstance(rules, (list, tuple)):
+        raise SettingError(f"rules={rules!r} is not allowed: give a list, such as [LayerRule('head.*', skip=True)]")
+    if wrong := [rule for rule in rules if not isinstance(rule, LayerRule)]:
+        raise SettingError(f"rules has {wrong[0]!r}, only rules are allowed: give LayerRule('head.*', ...) instead")
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -172,7 +230,7 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Mod
 
 
 def _places(module: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Return the names and owners of each parameter, by its id: several where modules share it."""
+    """Return the names and owners of each parameter, by its id: several if modules share it."""
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         place = clean_name(name), module.get_submodule(name.rpartition(".")[0])
@@ -185,35 +243,44 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _outputs(parameter: nn.Parameter, owner: nn.Module) -> tuple[int, int]:
-    """Return the axis of a weight that runs over its outputs, and its groups; see :class:`BlockGrid`."""
+def _grid(parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> BlockGrid:
+    """Return how a weight is cut into the blocks of a rule's structure."""
+    block_shape, batched = rule.structure.block_shape, rule.batched
+    if batched in ("out_in", "in_out") and parameter.ndim == 3:
+        return BlockGrid(block_shape, out_axis=int(batched == "in_out"), batched=True)
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
-        return 1, owner.groups
+        return BlockGrid(block_shape, 1, owner.groups)
+    first_is_output = batched == "never" or any("Conv" in kind or kind == "Bilinear" for kind in _kinds(owner))
+    if parameter.ndim == 3 and len(parameter) > 1 and not first_is_output:
+        return BlockGrid(block_shape, out_axis=int(getattr(owner, "is_transposed", False) is True), batched=True)
     # The linear layer of GPT-2 in the transformers library is stored input first.
-    return int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2), 1
+    return BlockGrid(block_shape, out_axis=int(type(owner).__name__ == "Conv1D" and parameter.ndim == 2))
 
 
-def _reason(entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Module], rule: LayerRule) -> str:
+def _reason(
+    entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Module], rule: LayerRule, is_held: bool
+) -> str:
     """Return why a parameter stays dense; empty if it does not."""
     kinds, attribute = [kind for owner in owners for kind in _kinds(owner)], entry.name.rpartition(".")[2]
-    # torch's older weight_norm, spectral_norm and prune make the weight anew from such, as a plain attribute
+    # torch's older weight_norm, spectral_norm and prune compute the weight from such parameters, as a plain attribute
     stem, _, mark = attribute.rpartition("_")
     is_part = mark in ("v", "g", "orig") and stem in vars(owners[0])
-    asked = rule.structure.quotas(entry.n_blocks)
     checks = {
         "a rule skips it": rule.skip,
-        "fewer than 2 axes": parameter.ndim < 2,
-        "a bias": attribute.startswith("bias"),
-        "a normalisation": any("Norm" in kind for kind in kinds),
+        VECTOR: parameter.ndim < 2,
+        BIAS: attribute.startswith("bias") or attribute.endswith("bias"),
+        NORM: any("Norm" in kind for kind in kinds),
         "an embedding": _is_embedding(attribute, owners, rule),
         "computed from other parameters": is_part or "ParametrizationList" in kinds,
         "not trained (requires_grad=False)": not parameter.requires_grad,
+        "no optimizer trains it": not is_held,
         f"of dtype {parameter.dtype}": not parameter.dtype.is_floating_point,
-        "prune_ratio and unify_ratio are 0": rule.structure.prune_ratio == rule.structure.unify_ratio == 0,
-        f"smaller than one block of {entry.grid.block_shape}": entry.n_blocks == 0,
-        f"the ratios of {entry.n_blocks} blocks round to none": sum(asked) == 0,
     }
-    return next((reason for reason, holds in checks.items() if holds), "")
+    if not entry.grid.fits(entry.shape):
+        n_out, rows = entry.shape[1 + entry.grid.out_axis], entry.grid.block_shape[0]
+        checks[f"each of its matrices has {n_out} outputs, which blocks of {rows} rows do not fill"] = True
+    found = next((reason for reason, holds in checks.items() if holds), "")
+    return found or entry.structure.objection(entry.grid, entry.shape)
 
 
 def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:
@@ -229,9 +296,33 @@ def _kinds(owner: nn.Module) -> list[str]:
     return [kind.__name__ for kind in type(owner).__mro__]
 
 
-def _no_match(rule: LayerRule, entries: Sequence[PlanEntry]) -> str:
-    """Return the message on a rule that matches nothing, with the names that are nearest to what was meant."""
-    names, types = [e.name for e in entries], sorted({e.module_type for e in entries})
-    near = difflib.get_close_matches(rule.name.removeprefix("re:"), names, n=5, cutoff=0.3) or names[:5]
+def _check_match(rule: LayerRule, found: Sequence[PlanEntry], entries: Sequence[PlanEntry]) -> None:
+    """Check that a rule can have an effect on what it matches.
+
+    Raises:
+        PlanError: It matches nothing, or only parameters that no structure fits.
+    """
     meant = f"name={rule.name!r}" + (f", module_type={rule.module_type!r}" if rule.module_type != "*" else "")
-    return f"no parameter matches the rule {meant}; near names are {', '.join(near)} (module types: {', '.join(types)})"
+    if not found:
+        names, types = [e.name for e in entries], sorted({e.module_type for e in entries})
+        near = difflib.get_close_matches(rule.name.removeprefix("re:"), names, n=5, cutoff=0.3) or names[:5]
+        raise PlanError(
+            f"no parameter matches the rule {meant}; near names are {', '.join(near)} "
+            f"(module types: {', '.join(types)})"
+        )
+    if rule.skip:
+        return
+    if all(entry.reason in NEVER for entry in found):
+        raise PlanError(
+            f"the rule {meant} matches only parameters that get no structure ({_listed(found)}): "
+            "name weights of two or more axes, or set skip=True"
+        )
+    if rule.batched in ("out_in", "in_out") and all(len(entry.shape) != 3 for entry in found):
+        raise PlanError(
+            f"the rule {meant} has batched={rule.batched!r}, but it matches no weight of three axes: "
+            "leave batched away, or name other weights"
+        )
+
+
+def _listed(entries: Sequence[PlanEntry]) -> str:
+    return "; ".join(f"{e.name}: {e.reason}" for e in entries[:5])

@@ -1,4 +1,4 @@
-"""Weights that are sharded over ranks (DTensor): gathered one at a time to be chosen, held to their choice in place."""
+"""Weights that are sharded over ranks (DTensor): gather one to choose its blocks, then change each part in place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.structure import Choice
 from lightning_muws.structure.support import Support
 
 
@@ -34,7 +35,7 @@ def like(x: Tensor, sharded: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # the ranks have the same values already: each keeps its part, and nothing is sent
+    # all ranks have the same values: each keeps its part, and nothing is sent
     return distribute_tensor(x, sharded.device_mesh, sharded.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
@@ -44,7 +45,7 @@ def norm(x: Tensor) -> float:
 
 
 def apply_(x: Tensor, support: Support, change: Callable[..., object], *per_block: Tensor) -> None:
-    """Change a tensor in place by what :func:`part` returned: on this rank's part alone if no block straddles ranks.
+    """Change a tensor in place by its support from :func:`part`: only this rank's part if no block straddles ranks.
 
     Args:
         x: A weight, gradient or moment; sharded or not.
@@ -73,18 +74,18 @@ def largest(x: Tensor, support: Support, measure: Callable[..., float], *per_blo
     return float(worst)
 
 
-def part(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tensor]:
-    """Return what a rank keeps of a tensor's support and magnitudes: its own blocks, all if some straddle ranks."""
+def part(x: Tensor, support: Support, magnitudes: Tensor) -> Choice:
+    """Return the choice of the blocks on this rank; that of all blocks if some straddle ranks."""
     if not is_sharded(x) or (rows := _block_rows(x, support.grid)) is None:
-        return support, magnitudes
+        return Choice(support, magnitudes)
     mine, ours = support.rows(rows)
-    return Support(mine.grid, mine.kinds.clone(), mine.negative.clone()), magnitudes[ours].clone()
+    return Choice(Support(mine.grid, mine.kinds.clone(), mine.negative.clone()), magnitudes[ours].clone())
 
 
-def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, Tensor]:
+def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> Choice:
     """Undo :func:`part`: a collective where the tensor is sharded."""
     if not is_sharded(x) or _block_rows(x, support.grid) is None:
-        return support, magnitudes
+        return Choice(support, magnitudes)
     mine = [t.cpu() for t in (support.kinds, support.negative, magnitudes)]
     group = x.device_mesh.get_group(_sharded_axes(x)[0])  # type: ignore[attr-defined]
     parts: list[list[Tensor]] = [[]] * dist.get_world_size(group)
@@ -93,7 +94,7 @@ def gathered(x: Tensor, support: Support, magnitudes: Tensor) -> tuple[Support, 
         torch.cat([t for t in ours if t.numel()] or ours[:1], axis).to(x.device)
         for ours, axis in zip(zip(*parts, strict=True), (0, -2, 0), strict=True)
     )
-    return Support(support.grid, kinds, negative), magnitudes
+    return Choice(Support(support.grid, kinds, negative), magnitudes)
 
 
 def choice_state(x: Tensor, support: Support, magnitudes: Tensor) -> dict[str, Tensor]:
@@ -102,8 +103,8 @@ def choice_state(x: Tensor, support: Support, magnitudes: Tensor) -> dict[str, T
     return {"magnitudes": magnitudes, **support.state_dict()}
 
 
-def load_choice(x: Tensor, state: Mapping[str, Tensor], grid: BlockGrid) -> tuple[Support, Tensor]:
-    """Return this rank's part of what :func:`choice_state` described."""
+def load_choice(x: Tensor, state: Mapping[str, Tensor], grid: BlockGrid) -> Choice:
+    """Return this rank's part of the choice in a :func:`choice_state`."""
     return part(x, Support.from_state_dict(state, grid), state["magnitudes"])
 
 
@@ -114,7 +115,7 @@ def _sharded_axes(x: Tensor) -> list[int]:
 
 
 def _block_rows(x: Tensor, grid: BlockGrid) -> slice | None:
-    """Return the rows of blocks that are this rank's, the same kind of answer on all; None if blocks straddle ranks."""
+    """Return this rank's rows of blocks; None, on all ranks alike, if blocks straddle ranks."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -122,8 +123,13 @@ def _block_rows(x: Tensor, grid: BlockGrid) -> slice | None:
     n_rows, size = grid.counts(x.shape)[0], grid.block_shape[0]
     if not axes:
         return slice(0, n_rows)
-    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
-    if len(axes) > 1 or placements[axes[0]] != Shard(0) or grid.out_axis or largest_part % size:
+    if len(axes) > 1 or placements[axes[0]] != Shard(0):
         return None
     (length, *_), (first, *_) = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    if grid.batched:  # a rank has whole matrices
+        down = n_rows // max(1, x.shape[0])
+        return slice(min(first * down, n_rows), min((first + length) * down, n_rows))
+    largest_part = -(-x.shape[0] // mesh.size(axes[0]))
+    if grid.out_axis or largest_part % size:
+        return None
     return slice(min(first // size, n_rows), min((first + length) // size, n_rows))

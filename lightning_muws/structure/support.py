@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,37 +12,65 @@ from lightning_muws.structure.grid import BlockGrid, fold
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.pieces import Pieces, bits, corners, pack, unit_bytes, unpack
 
-MEMORY_RATIO = 0.35  # of the weight: what a support may take in all, its mask included
+MEMORY_RATIO = 0.35  # of the weight: the most memory of a support with all that it keeps
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Kept:
+    """What a support keeps of its own choices.
+
+    Args:
+        n_unified: How many blocks are unified; None before it is computed.
+        prunes: Whether a block is pruned; None before it is computed.
+        corners: Where unified blocks start, by the units of a row and the bytes of a unit.
+        masks: All ones where a weight is not pruned, ``(down, 1, across * cols)``, by dtype. Making it is half the work
+            of pruning.
+    """
+
+    n_unified: int | None = None
+    prunes: bool | None = None
+    corners: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+
 class Support:
     """A structure with its choices made: what is left is a linear subspace, for weights, gradients and moments alike.
 
     Pruned blocks cost one pass over the weight, unified ones are gathered and written back, dense ones are not touched.
+    A support keeps what it computes from its choices, as long as that stays small: the number of unified blocks, where
+    they start, and the mask of the pruned ones. So its three tensors must not be changed. :meth:`copy`, pickling and
+    deepcopy leave out what it keeps.
 
     Args:
         grid: How the weight is cut.
         kinds: ``(down, across)`` uint8, a :class:`Kind` a block.
-        negative: ``(rows, n_unified, cols)`` bool, the signs in the unified blocks, which follow each other as in
-            ``kinds``; empty where unified blocks share their sign or there are none.
+        negative: ``(rows, n_unified, cols)`` bool, the signs in the unified blocks, in the order of
+            ``kinds.flatten()``; empty where unified blocks share their sign or there are none.
     """
 
-    grid: BlockGrid
-    kinds: Tensor
-    negative: Tensor
+    def __init__(self, grid: BlockGrid, kinds: Tensor, negative: Tensor) -> None:
+        self.grid, self.kinds, self.negative = grid, kinds, negative
+        self._kept = _Kept()
 
-    @cached_property
-    def n_unified(self) -> int:
-        """How many blocks are unified."""
-        return int((self.kinds == Kind.UNIFIED).sum())
-
-    @cached_property
-    def _prunes(self) -> bool:
-        return bool((self.kinds == Kind.PRUNED).any())
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} {kind.name.lower()}" for kind, n in self.counts().items())
+        return f"Support({self.grid}, blocks: {counts})"
 
     def __reduce__(self) -> tuple[type[Support], tuple[BlockGrid, Tensor, Tensor]]:
-        return Support, (self.grid, self.kinds, self.negative)  # without what can be computed again
+        return Support, (self.grid, self.kinds, self.negative)
+
+    @property
+    def n_unified(self) -> int:
+        """How many blocks are unified."""
+        if self._kept.n_unified is None:
+            self._kept.n_unified = int((self.kinds == Kind.UNIFIED).sum())
+        return self._kept.n_unified
+
+    @property
+    def _prunes(self) -> bool:
+        if self._kept.prunes is None:
+            self._kept.prunes = bool((self.kinds == Kind.PRUNED).any())
+        return self._kept.prunes
 
     def counts(self) -> dict[Kind, int]:
         """Return how many blocks there are of each kind."""
@@ -53,7 +80,7 @@ class Support:
     @property
     def unsigned(self) -> Support:
         """The support of squared gradients: unified blocks share one value, sign included."""
-        return replace(self, negative=self.negative.new_empty(0))
+        return Support(self.grid, self.kinds, self.negative.new_empty(0))
 
     @property
     def fixed(self) -> Support:
@@ -69,14 +96,14 @@ class Support:
         return Support(self.grid, self.kinds[down], negative), ours
 
     def copy(self) -> Support:
-        """Return the same choices, which remember nothing yet."""
+        """Return the same choices, in the same memory, without what this support keeps."""
         return Support(self.grid, self.kinds, self.negative)
 
     def to(self, device: torch.device) -> Support:
-        """Return the support on a device; itself where it is there."""
+        """Return the support on a device; itself if it is on that device."""
         if self.kinds.device == device:
             return self
-        return replace(self, kinds=self.kinds.to(device), negative=self.negative.to(device))
+        return Support(self.grid, self.kinds.to(device), self.negative.to(device))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the choices as two uint8 tensors, signs eight to a byte."""
@@ -84,7 +111,7 @@ class Support:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], grid: BlockGrid) -> Support:
-        """Return the support that :meth:`state_dict` described, on the state's device."""
+        """Return the support of a :meth:`state_dict`, on the state's device."""
         kinds, packed = state["kinds"], state["negative"]
         (rows, cols), n_unified = grid.block_shape, int((kinds == Kind.UNIFIED).sum())
         return cls(grid, kinds, unpack(packed, (rows, n_unified, cols) if len(packed) else (0,)))
@@ -94,10 +121,10 @@ class Support:
         """Return the orthogonal projection on the subspace: linear, and idempotent to the bit.
 
         A unified block becomes ``s * mean(s * w)`` with its signs s, a pruned one zero (written, never multiplied: NaN
-        and -0.0 go too); all else is returned bit for bit.
+        and -0.0 go too); all other weights keep every bit.
 
         Args:
-            weight: Of the shape that the support was chosen for; a gradient or a moment serves as well.
+            weight: Of the shape that the support was chosen for; a weight, a gradient or a moment.
 
         Returns:
             Same shape, dtype and device.
@@ -106,7 +133,7 @@ class Support:
 
     def project_(self, weight: Tensor) -> Tensor:
         """Project in place; see :meth:`project`."""
-        return self._write_(weight, lambda pieces, flips, _: _mean(_flip_(pieces.read(), flips)))
+        return self._write_(weight, lambda pieces, flips, _: mean(lambda: _flip_(pieces.read(), flips)))
 
     def place(self, weight: Tensor, magnitudes: Tensor) -> Tensor:
         """Return ``weight`` with unified blocks of these magnitudes ``(n_unified,)``, and pruned ones zero."""
@@ -121,7 +148,10 @@ class Support:
         return self._write_(weight, lambda _, __, part: magnitudes[part], prune=False)
 
     def tie_(self, weight: Tensor) -> Tensor:
-        """Prune, and give each unified block the magnitude of its first weight, in place: any mean would wobble."""
+        """Zero pruned blocks and set each unified block to its first weight's magnitude, in place.
+
+        A mean would change in the last bit at every call.
+        """
         return self._write_(weight, lambda pieces, flips, _: _flipped(pieces.first(), flips, first=True))
 
     @torch.no_grad()
@@ -133,17 +163,15 @@ class Support:
         return torch.cat(found) if found else weight.new_empty(0)
 
     @torch.no_grad()
-    def choose_signs(self, weight: Tensor, free: bool) -> tuple[Support, Tensor]:
-        """Return the support with the signs of this weight, or shared ones, and the means that these leave.
+    def unified_blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        """Yield copies of the weight's unified blocks, some at a time, ``(rows, n, cols)``, whatever their signs."""
+        for pieces, _, _ in self._unified(self._matrix(weight)):
+            yield pieces.read()
 
-        Returns:
-            The support, and ``(n_unified,)`` of the weight's dtype: ``mean(|w|)``, or ``mean(w)``.
-        """
-        found = [pieces.read() for pieces, _, _ in self._unified(self._matrix(weight))]
-        if not found:
-            return self, weight.new_empty(0)
-        signs = torch.cat([x.signbit() for x in found], 1) if free else self.negative
-        return replace(self, negative=signs), torch.cat([_mean(x.abs_() if free else x) for x in found])
+    @property
+    def shares_signs(self) -> bool:
+        """Whether the weights of a unified block are one value; False if there are no unified blocks."""
+        return self.n_unified > 0 and not self.negative.numel()
 
     @torch.no_grad()
     def error(self, weight: Tensor) -> float:
@@ -155,22 +183,18 @@ class Support:
         return self.grid.matrix(weight.detach()).contiguous()
 
     def _unified(self, matrix: Tensor) -> Iterator[tuple[Pieces, Tensor | None, slice]]:
-        """Yield the unified blocks, what turns their weights into ``s * w`` by an exclusive or of bits, and which."""
+        """Yield unified blocks, the bits whose exclusive or turns their weights into ``s * w``, and which blocks."""
         if not self.n_unified:
             return
         unit, dtype = unit_bytes(matrix, self.grid), bits(matrix).dtype
         units = [n * matrix.element_size() // unit for n in (matrix.shape[1], self.grid.block_shape[1])]
-        if (corner := self._corners.get((units[0], unit))) is None:
-            corner = self._corners[units[0], unit] = corners(self.kinds == Kind.UNIFIED, self.grid, *units)
+        if (corner := self._kept.corners.get((units[0], unit))) is None:
+            corner = self._kept.corners[units[0], unit] = corners(self.kinds == Kind.UNIFIED, self.grid, *units)
         for part in self.grid.parts(self.n_unified, matrix):
             flips = None
             if self.negative.numel():
                 flips = self.negative[:, part].to(dtype).mul_(torch.iinfo(dtype).min)
             yield Pieces(matrix, self.grid, corner[part], unit), flips, part
-
-    @cached_property
-    def _corners(self) -> dict[tuple[int, int], Tensor]:
-        return {}
 
     @torch.no_grad()
     def _write_(
@@ -184,7 +208,7 @@ class Support:
         for pieces, flips, part in self._unified(matrix):
             magnitudes = values(pieces, flips, part)
             blocks = _flipped(_run(magnitudes, cols), flips)
-            if matrix.device.type != "cpu" or (magnitudes == 0).any():  # elsewhere the question costs more
+            if matrix.device.type != "cpu" or (magnitudes == 0).any():  # asking another device costs more than adding
                 blocks = blocks + 0.0  # -0.0 + 0.0 is 0.0: a sign on zero would be one
             pieces.write_(blocks.expand(rows, -1, -1))
         if matrix.data_ptr() != weight.data_ptr():
@@ -192,10 +216,10 @@ class Support:
         return weight
 
     def _prune_(self, covered: Tensor) -> None:
-        """Write zeros on the bits: dense weights pass whatever they hold, and no branch is taken for a weight."""
-        tall, known = self.grid.tall(covered), self._masks.get(covered.dtype)
+        """Clear bits by a mask: dense weights pass whatever they hold, and there is no branch for each weight."""
+        tall, known = self.grid.tall(covered), self._kept.masks.get(covered.dtype)
         if known is None and self._may_keep_mask(covered):
-            known = self._masks[covered.dtype] = self._mask(slice(None), covered.dtype)
+            known = self._kept.masks[covered.dtype] = self._mask(slice(None), covered.dtype)
         if known is not None:
             tall.bitwise_and_(known)
             return
@@ -205,15 +229,10 @@ class Support:
     def _mask(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.grid.spread((self.kinds[rows] != Kind.PRUNED).to(dtype).neg_())
 
-    @cached_property
-    def _masks(self) -> dict[torch.dtype, Tensor]:
-        """All ones where a weight is not pruned, ``(down, 1, across * cols)``; kept: it is half the work."""
-        return {}
-
     def _may_keep_mask(self, covered: Tensor) -> bool:
         mask = covered.numel() // self.grid.block_shape[0] * covered.element_size()
         beside = self.kinds.numel() + self.negative.numel() + self.n_unified * (8 + covered.element_size())
-        return not self._masks and mask + beside <= MEMORY_RATIO * covered.numel() * covered.element_size()
+        return not self._kept.masks and mask + beside <= MEMORY_RATIO * covered.numel() * covered.element_size()
 
 
 def _flipped(x: Tensor, flips: Tensor | None, first: bool = False) -> Tensor:
@@ -228,15 +247,33 @@ def _flip_(x: Tensor, flips: Tensor | None) -> Tensor:
     return x
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Return the mean over axes 0 and 2, ``(n,)`` of x's dtype; of equal entries exactly that entry; x is used up.
+def mean(read: Callable[[], Tensor]) -> Tensor:
+    """Return the mean of each block, ``(n,)`` of the blocks' dtype; of equal entries exactly that entry.
 
-    It is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
+    It is finite for finite weights: a mean whose sum overflows is computed again from the blocks divided by a power of
+    two, which is exact.
+
+    Args:
+        read: Returns a copy of the blocks, ``(rows, n, cols)``, which is overwritten; called once or twice.
+    """
+    x = read()
+    found = _mean(x, 1.0)
+    if x.device.type != "cpu" or not torch.isfinite(found).all():  # asking another device costs more than computing
+        n_numel = x.shape[0] * x.shape[2]
+        found = torch.where(torch.isfinite(found), found, _mean(read(), 0.5 ** (n_numel.bit_length() + 1)))
+    return found.to(x.dtype)
+
+
+def _mean(x: Tensor, scale: float) -> Tensor:
+    """Return the means over axes 0 and 2, at least float32, computed on ``scale * x``; overwrites x.
+
+    The sum is taken about the block's first entry, so that a block of one value keeps that value bit for bit.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide.mul_(scale) if scale != 1 else wide
     first = wide[0, :, 0].clone()
     total = fold(fold(wide.sub_(_run(first, x.shape[2])), 0), 2).flatten()
-    return (first + total / (x.shape[0] * x.shape[2])).to(x.dtype)
+    return (first + total / (x.shape[0] * x.shape[2])).div_(scale)
 
 
 def _run(values: Tensor, cols: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""When each step of the method happens in Lightning, and nothing of how; a mixin that imports neither namespace."""
+"""When each step of the method happens in Lightning. A mixin that imports neither namespace of Lightning."""
 
 from __future__ import annotations
 
@@ -12,54 +12,97 @@ from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
-from lightning_muws.structure.plan import LayerRule, Plan, make_plan
+from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
+from lightning_muws.structure.structure import check_structure
 from lightning_muws.structure.support import Support
-from lightning_muws.trainer import rates, saving, trainers
+from lightning_muws.trainer import coverage, rates, saving, settings, trainers
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
+from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.run import CompressionRun, Phase, Update
+from lightning_muws.training.run import CompressionRun, Update
 
 
 class CompressionHooks:
-    """The hooks of WeightUnificationCallback, to be put before a namespace's Callback among the bases of a class.
+    """The hooks of WeightUnificationCallback: the base class to name before a namespace's Callback.
 
-    Hooks have the names and arguments that Lightning gives them; there they are described.
+    The hooks have the names and arguments that Lightning gives them; Lightning describes them.
     """
 
-    namespace = ""  # of the Trainers that this callback is for
+    namespace = ""  # the namespace of the Trainers that this callback is for
     writer: saving.Writer  # writes the file at the end of fit
     reporter: Callable[..., Any]  # makes the report at the end of fit
-    log_dict: Callable[..., None]  # Lightning gives each callback the module's
+    log_dict: Callable[..., None]  # Lightning binds the module's log_dict to each callback
 
+    @settings.explained
     def __init__(
         self,
         structure: MicroStructure = MicroStructure(),
         rules: Sequence[LayerRule] = (),
         phases: Phases = Phases(),
         retraining: Retraining = Retraining(),
+        penalty: Penalty = Penalty(),
         validate_projected: bool = True,
         save_to: str | Path = "",
     ) -> None:
-        self.structure, self.rules, self.phases, self.retraining = structure, tuple(rules), phases, retraining
-        self.validate_projected, self.save_to = validate_projected, save_to
-        self.saved: saving.Saved | None = None
+        """Check the arguments.
+
+        Args:
+            structure: The structure of all weights that no rule matches.
+            rules: Other structures for some layers, or layers to leave out; the last rule that matches wins.
+            phases: When ADMM starts and ends, and when Z and U are updated.
+            retraining: How the network trains on inside its structure.
+            penalty: How hard ADMM pulls the weights towards their structure.
+            validate_projected: In the ADMM phase, validate the network with projected weights.
+            save_to: File to write at the end of fit, such as ``model.muws``: the compressed ``state_dict`` of the
+                module, see :func:`lightning_muws.load_compressed`. An existing file is replaced. Empty for no file.
+
+        Raises:
+            SettingError: An argument has a wrong type, or ``save_to`` does not end in ``.muws``. At the start of fit,
+                a setting does not fit the model or the Trainer, or the file cannot be written.
+        """
+        check_structure(structure)
+        check_rules(rules)
+        check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
+        check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
+        check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        settings.check_switch("validate_projected", validate_projected)
+        settings.check_file("save_to", save_to)
+        self.structure = structure
+        self.rules = tuple(rules)
+        self.phases = phases
+        self.retraining = retraining
+        self.penalty = penalty
+        self.validate_projected = validate_projected
+        self.save_to = save_to
+        # what a user reads after fit
         self.plan: Plan | None = None
         self.report: Any = None
+        self.saved: saving.Saved | None = None
+        # the run of one model, over one fit or several
         self._run: CompressionRun | None = None
-        self._pending: Mapping[str, Any] | None = None
+        self._known_late: set[str] = set()  # weights that joined an optimizer too late, once warned of
+        self._began: rates.Beginning | None = None  # where in this fit retraining began
+        self._n_stepped_batches = 0
+        self._last_batch = -1  # on the Trainer's count of batches
+        # one fit
         self._timeline = Timeline(0, 0, 1)
-        self._fitting = self._bound = self._stepped = self._warned = False
-        self._backwards = self._stepped_batches = 0
-        self._began = rates.Beginning()
+        self._pending: Mapping[str, Any] | None = None  # a checkpoint's state that came before on_fit_start
+        self._is_fit = False
+        self._is_bound = False
+        self._has_warned = False
         self._watch = StepWatch(self._after_step)
         self._clips: ClipWatch | None = None
+        # one batch
+        self._has_stepped = False
+        self._n_backwards = 0
 
     # ---- what a user asks
 
     @property
-    def phase(self) -> Phase:
-        """Where the run is: ``dense`` before ADMM, ``admm``, or ``retraining`` inside the structure."""
+    def phase(self) -> str:
+        """The phase of the run: ``dense``, then the name of the training method (``admm``), then ``retraining``."""
         return self._run.phase if self._run else "dense"
 
     @property
@@ -69,7 +112,7 @@ class CompressionHooks:
 
     @property
     def history(self) -> list[Update]:
-        """The Z/U updates so far with their residuals; the hard projection is the last one."""
+        """The Z/U updates with their residuals, the first one first; the last entry is the projection."""
         return list(self._run.history) if self._run else []
 
     def verify(self) -> None:
@@ -82,11 +125,12 @@ class CompressionHooks:
             raise StateError("there is nothing to verify before fit: give this callback to a Trainer and call its fit")
         self._run.verify()
 
-    # ---- start
+    # ---- the start of a fit
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._fitting, self._bound = stage == "fit", False
-        if self._fitting:
+        self._is_fit = stage == "fit"
+        self._is_bound = False
+        if self._is_fit:
             trainers.refuse_namespace(trainer, self.namespace)
             trainers.refuse(trainer.strategy, *trainer.callbacks)
 
@@ -95,35 +139,59 @@ class CompressionHooks:
         rates.refuse(trainer, self.retraining)
         if self.save_to:
             self._file = saving.prepare(self.save_to, pl_module, trainer.is_global_zero)
-        now = {id(p) for p in pl_module.parameters()}
-        if self._run is None or any(id(p) not in now for p in self._run.weights.values()):
-            # the first fit, or one of another model, such as the next fold
-            self.plan = make_plan(pl_module, self.structure, self.rules)
-            weights, self._stepped_batches = self.plan.weights(pl_module), 0
-            self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining)
-            n, of = (sum(p.numel() for p in ps) for ps in (weights.values(), pl_module.parameters()))
-            rank_zero_info(f"muws: {len(weights)} parameters with {n:,} of {of:,} weights get a structure")
-        if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):
-            self._set_timeline(trainer)
-        if self._run.constraint:
-            self._run.constraint.follow(self._run.weights)
-        self._bound, self._warned, self._backwards = True, False, 0
+        self._begin_or_go_on(trainer, pl_module)
+        self._is_bound = True
+        self._has_warned = False
+        self._n_backwards = 0
         if not pl_module.automatic_optimization:
             self._clips = ClipWatch(pl_module, lambda optimizer: self._before_step(trainer, optimizer, clips=True))
         if self._pending:
-            self._take_up(self._pending)
-            if self._run.constraint:
-                # now, so that the schedulers are there whose states will be restored
+            self._load(self._pending)
+            if self._began and self.phase == "retraining":
+                # The states of the schedules are restored after this hook, so the schedules must exist by then.
                 rates.begin(trainer, self.retraining, self._began)
+        if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):
+            self._set_timeline(trainer)  # refuses times that do not fit, before any data is loaded
+
+    def _begin_or_go_on(self, trainer: Any, pl_module: Any) -> None:
+        """Go on with the run of an earlier fit, or make a plan and a run for this one.
+
+        A frozen structure stays with its model. Before that, only the Trainer of the earlier fit goes on, as it keeps
+        its clock; with another Trainer all phases begin again. The state of a checkpoint replaces either.
+        """
+        run, plan = self._run, self.plan
+        is_other_trainer = trainer.fit_loop.total_batch_idx < self._last_batch
+        if is_other_trainer:
+            self._reset_clock()
+        if run and plan and coverage.is_same_model(pl_module, plan, run.weights):
+            if run.constraint:
+                run.constraint.follow(run.weights)
+                rank_zero_info("muws: the structure of this model is frozen, retraining goes on inside it")
+                return
+            if not is_other_trainer:
+                return
+        self._reset_clock()
+        self._known_late = set()
+        optimized = coverage.held(trainer, pl_module)
+        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized)
+        weights = self.plan.weights(pl_module)
+        self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining, self.penalty)
+        rank_zero_info(f"muws: {coverage.summary(pl_module, self.plan)}")
+
+    def _reset_clock(self) -> None:
+        self._n_stepped_batches = 0
+        self._last_batch = -1
+        self._began = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._set_timeline(trainer)  # steps are counted only now: counting earlier loses the state of resumed data
+        self._set_timeline(trainer)  # not before: counting steps loads the data, whose state a resumed run restores
 
     def _set_timeline(self, trainer: Any) -> None:
-        run_length = trainers.length(trainer, self.phases.interval)
-        self._timeline = self.phases.on(run_length, clip=bool(trainer.fast_dev_run))
+        if self.phase != "retraining":
+            run_length = trainers.length(trainer, self.phases.interval)
+            self._timeline = self.phases.on(run_length, clip=bool(trainer.fast_dev_run))
 
-    # ---- phases: always at the start of an epoch or batch, so that each checkpoint belongs to one phase
+    # ---- phases change at the start of an epoch or a batch, so each checkpoint belongs to one phase
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self.phase != "retraining":
@@ -132,16 +200,29 @@ class CompressionHooks:
             self._tick(trainer, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        # For whole epochs again: Lightning skips on_train_epoch_start after resuming from an epoch's last batch.
+        # Lightning skips on_train_epoch_start after resuming from an epoch's last batch, so whole epochs tick here too.
         now: float = self._now(trainer)
-        if self.phases.interval == "epoch" and not self._backwards:  # not in the middle of an accumulation window
+        if self.phases.interval == "epoch" and not self._n_backwards:  # not in the middle of an accumulation window
             now += batch_idx / trainer.num_training_batches
         self._tick(trainer, now)
         self._watch.follow(trainer.optimizers)
         if self._run:
             self._watch.begin(self._run.weights)
+        if self.plan and batch_idx == 0:
+            self._warn_of_late_weights(trainer, pl_module, self.plan)
+
+    def _warn_of_late_weights(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
+        """Warn once of each weight that stays dense because it joined an optimizer after fit began."""
+        late = coverage.late(trainer, pl_module, plan) - self._known_late
+        if late:
+            self._known_late |= late
+            rank_zero_warn(
+                f"{', '.join(sorted(late)[:5])} joined an optimizer after fit began, so it stays dense: "
+                "name it in a rule, such as LayerRule(name=..., structure=...), to cover it from the start of fit"
+            )
 
     def _tick(self, trainer: Any, now: float) -> None:
+        """Do what is due at this time; begin retraining if that froze the structure."""
         if (run := self._run) is None or run.phase == "retraining":
             return
         if run.tick(now, self._timeline, trainer.optimizers):
@@ -159,20 +240,25 @@ class CompressionHooks:
         rank_zero_info(f"muws: the structure is frozen, retraining begins{files}")
 
     def _now(self, trainer: Any) -> int:
-        return trainer.current_epoch if self.phases.interval == "epoch" else self._stepped_batches
+        return trainer.current_epoch if self.phases.interval == "epoch" else self._n_stepped_batches
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._run and self.phase == "retraining":  # before, each update of Z and U checks the weights
+            self._run.check_finite()
 
     # ---- each optimizer step
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        self._backwards += 1
+        self._n_backwards += 1
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        # Here gradients are accumulated, reduced over ranks and unscaled, and not clipped yet.
+        # Here gradients are accumulated, reduced over ranks and unscaled, but not clipped.
         self._watch.announce(optimizer, self._run.owned(optimizer) if self._run else ())
         window = 1.0
         if pl_module.automatic_optimization:
             # Lightning divides each loss by the length of a full window, also in an epoch's last, shorter one.
-            window, self._backwards = self._backwards / trainer.accumulate_grad_batches, 0
+            window = self._n_backwards / trainer.accumulate_grad_batches
+            self._n_backwards = 0
         if self._clips is None or not self._clips.was_before(optimizer):
             self._before_step(trainer, optimizer, window)
 
@@ -181,7 +267,7 @@ class CompressionHooks:
             self._run.before_step(optimizer, window * trainers.gradient_scale(trainer, optimizer, scaled=clips))
 
     def _after_step(self, optimizer: Optimizer) -> Mapping[str, Tensor]:
-        self._stepped = True
+        self._has_stepped = True
         if self._run is None:
             return {}
         self._run.after_step(optimizer)
@@ -189,34 +275,36 @@ class CompressionHooks:
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._run:
-            self._hold_to_steps(self._run)
-        self._stepped_batches += self._stepped
-        self._stepped = False
-        every = trainer.log_every_n_steps
-        due = bool(every) and ((batch_idx + 1) % every == 0 or trainer.is_last_batch)
-        if due and self._run and not trainer.barebones:
-            by_step = self.phases.interval == "step"
-            metrics = {f"muws/{name}": value for name, value in self._run.metrics().items()}
-            # the same on all ranks; without sync_dist Lightning would warn that they might not be
-            self.log_dict(metrics, on_step=by_step, on_epoch=not by_step, batch_size=1, sync_dist=True)
+            self._handle_other_changes(self._run)
+        self._n_stepped_batches += self._has_stepped
+        self._has_stepped = False
+        self._last_batch = trainer.fit_loop.total_batch_idx
+        if self._run and trainers.logs_now(trainer, batch_idx):
+            self._log(self._run)
 
-    def _hold_to_steps(self, run: CompressionRun) -> None:
-        """Hold what was changed past the steps that Lightning announces, and say once what that means."""
+    def _handle_other_changes(self, run: CompressionRun) -> None:
+        """Enforce the structure of weights that changed after all steps seen; warn once of steps not announced."""
         changed, past = self._watch.end(run.weights)
-        self._stepped |= bool(changed)
+        self._has_stepped |= bool(changed)
         if run.constraint and changed:
             run.constraint.enforce({name: run.weights[name] for name in changed})
-        if past and run.phase != "dense" and not self._warned:
-            self._warned = True
+        if past and run.phase != "dense" and not self._has_warned:
+            self._has_warned = True
             rank_zero_warn(unannounced(past, run.phase))
+
+    def _log(self, run: CompressionRun) -> None:
+        by_step = self.phases.interval == "step"
+        metrics = {f"muws/{name}": value for name, value in run.metrics().items()}
+        # The values are equal on all ranks. Without sync_dist Lightning would warn that they may differ.
+        self.log_dict(metrics, on_step=by_step, on_epoch=not by_step, batch_size=1, sync_dist=True)
 
     # ---- validation of the projected network
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if (run := self._run) is None or not self._fitting or run.phase == "retraining":
+        if (run := self._run) is None or not self._is_fit or run.phase == "retraining":
             return
         trainers.forgive_early_stopping(trainer)
-        if run.phase == "admm" and self.validate_projected and not trainer.sanity_checking:
+        if run.method and self.validate_projected and not trainer.sanity_checking:
             run.show_projected()
             trainers.reshard(pl_module)
 
@@ -225,7 +313,7 @@ class CompressionHooks:
             self._run.show_raw()
             trainers.reshard(pl_module)
 
-    # ---- the end
+    # ---- the end of a fit
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if (run := self._run) and run.phase != "retraining":
@@ -239,18 +327,18 @@ class CompressionHooks:
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._unhook()
         if (run := self._run) and (constraint := run.constraint) and self.plan:
-            averaged = any(trainers.is_a(callback, "WeightAveraging") for callback in trainer.callbacks)
-            self._hold(run, constraint, averaged)
+            self._check_weights(trainer, run, constraint)
             self.report = self.reporter(pl_module, self.plan, self.supports, constraint.primal, run.history)
             if trainer.is_global_zero:
                 self.report.print()
             if self.save_to and not trainer.fast_dev_run:
                 self.saved = saving.save(self.writer, self._file, pl_module, self.plan, trainer.is_global_zero)
 
-    def _hold(self, run: CompressionRun, constraint: Constraint, averaged: bool) -> None:
-        """Bring weights back that another callback moved out of the structure after the last step."""
+    def _check_weights(self, trainer: Any, run: CompressionRun, constraint: Constraint) -> None:
+        """Refuse NaN and Inf; project weights back that another callback moved out of the structure at the end."""
         constraint.follow(run.weights)
-        if averaged:  # the average of equal frozen magnitudes may differ from them in the last bit
+        run.check_finite()
+        if trainers.averages(trainer):  # the average of equal frozen magnitudes may differ from them in the last bit
             constraint.enforce(run.weights)
         try:
             run.verify()
@@ -277,23 +365,26 @@ class CompressionHooks:
         if self._run is None:
             return {}
         return {
-            "stepped_batches": self._stepped_batches,
-            "began": dict(vars(self._began)),
             "run": self._run.state_dict(),
+            "stepped_batches": self._n_stepped_batches,
+            "last_batch": self._last_batch,
+            "began": dict(vars(self._began)) if self._began else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not self._fitting:  # validate, test and predict load a checkpoint's callbacks too
+        if not self._is_fit:  # validate, test and predict load the states of callbacks too
             return
         self._pending = state_dict
-        if self._bound:
-            self._take_up(state_dict)
+        if self._is_bound:
+            self._load(state_dict)
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: Mapping[str, Any]) -> None:
         self._pending = None
         if state and self._run:
             self._run.load_state_dict(state["run"])
-            self._stepped_batches, self._began = state["stepped_batches"], rates.Beginning(**state["began"])
+            self._n_stepped_batches = state["stepped_batches"]
+            self._last_batch = state["last_batch"]
+            self._began = rates.Beginning(**state["began"]) if state["began"] else None
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._run:

@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from lightning_muws.errors import SettingError
 from lightning_muws.training.phases import Retraining
 
-OF_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")  # what schedulers keep of rates in an optimizer's groups
+OF_GROUP = ("lr", "initial_lr", "max_lr", "min_lr")  # the rates that schedulers keep in an optimizer's groups
 
 
 def refuse(trainer: Any, retraining: Retraining) -> None:
-    """Refuse schedules of ours where Lightning would not step them, or where they would have no end to fall to.
+    """Refuse ``constant`` and ``cosine`` where Lightning steps no schedules, and ``cosine`` in a run without an end.
 
     Raises:
-        SettingError: The schedule is one of ours and the module optimizes manually, or it is a cosine without an end.
+        SettingError: The schedule is refused; the message says what to give.
     """
     if retraining.schedule == "cosine" and trainer.max_epochs in (None, -1) and trainer.max_steps in (None, -1):
         raise SettingError(
@@ -38,12 +38,12 @@ def refuse(trainer: Any, retraining: Retraining) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where in a run retraining began.
+    """Where in a fit retraining began.
 
     Args:
-        epoch: Epochs that were over.
-        step: Optimizer steps that were done.
-        length: Optimizer steps that were left.
+        epoch: Completed epochs.
+        step: Completed optimizer steps.
+        length: Remaining optimizer steps.
     """
 
     epoch: int = 0
@@ -52,7 +52,7 @@ class Beginning:
 
     @classmethod
     def now(cls, trainer: Any) -> Beginning:
-        """Return the beginning at this moment; without an end nothing asks for the length, and it is 1."""
+        """Return the beginning at this moment; the length is 1 in a run without an end, where nothing uses it."""
         epoch, step = trainer.current_epoch, trainer.global_step
         with _shortened(trainer, epoch, step):
             length = trainer.estimated_stepping_batches
@@ -60,14 +60,14 @@ class Beginning:
 
 
 def begin(trainer: Any, retraining: Retraining, began: Beginning) -> None:
-    """Set the learning rate up for the retraining phase, and again when a run is resumed in it.
+    """Set up the learning rate of the retraining phase, also when a run resumes in it.
 
-    ``restart``: the module configures its optimizers once more, and sees as the Trainer's length what was left when
-    retraining began; nothing happens where the Trainer steps no schedule. ``constant`` and ``cosine`` take the place
-    of the module's schedules, on the optimizers there are. ``module`` leaves all alone.
+    ``restart``: the module configures its optimizers again, and sees a Trainer as long as the retraining phase; if the
+    Trainer steps no schedule, nothing changes. ``constant`` and ``cosine`` replace the module's schedules and keep its
+    optimizers. ``module`` changes nothing.
 
     Args:
-        trainer: The Trainer, in fit. Its data is not looked at, as its state may still have to be restored.
+        trainer: The Trainer, in fit. Its data is not read, because its state may not be restored yet.
         retraining: The settings.
         began: Where retraining began.
     """
@@ -95,7 +95,7 @@ def _cosine(trainer: Any, optimizer: Optimizer, length: int) -> Any:
 
 
 def _scale(trainer: Any, lr: float) -> None:
-    """Scale the rates of all groups, and of their schedules, so that the first group begins at ``lr``."""
+    """Scale the rates of all groups and of their schedules so that the first group begins at ``lr``."""
     for optimizer in trainer.optimizers:
         first = optimizer.param_groups[0]
         factor = lr / (first.get("initial_lr", first["lr"]) or 1.0)
@@ -108,7 +108,7 @@ def _scale(trainer: Any, lr: float) -> None:
 
 @contextmanager
 def _shortened(trainer: Any, epoch: int, step: int) -> Iterator[None]:
-    """Take what is over off the Trainer's length, for as long as rates are set up."""
+    """Subtract the completed epochs and steps from the Trainer's length while rates are set up."""
     loop = trainer.fit_loop
     epochs, steps = loop.max_epochs, loop.epoch_loop.max_steps
     try:

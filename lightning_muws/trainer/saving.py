@@ -1,7 +1,9 @@
-"""The file at the end of fit: refused early what cannot be written, written once, by a writer that is handed in."""
+"""The file at the end of fit: tried before training, written once, by a writer that the callback hands in."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ from lightning_muws.structure.sharded import is_sharded, whole
 
 
 class Saved(Protocol):
-    """What a writer says of the file that it wrote."""
+    """What a writer reports about the file it wrote."""
 
     @property
     def n_bytes(self) -> int:
@@ -30,10 +32,10 @@ Writer = Callable[..., Saved]  # (state_dict, path, blocks={name: grid})
 
 
 def prepare(path: str | Path, module: Any, is_global_zero: bool) -> Path:
-    """Return the absolute path of the file that will be written, its folder made; in time, before any training.
+    """Return the absolute path of the file to write, after a trial on rank 0 that leaves nothing behind.
 
     Raises:
-        SettingError: Nothing can be written there, or the module's state is more than tensors.
+        SettingError: No file can be written there, or the module's state holds more than tensors.
     """
     path = Path(path).expanduser().absolute()
     if wrong := [name for name, value in module.state_dict().items() if not isinstance(value, Tensor)]:
@@ -43,23 +45,47 @@ def prepare(path: str | Path, module: Any, is_global_zero: bool) -> Path:
         )
     if is_global_zero:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise SettingError(f"save_to={str(path)!r} is a folder: give the name of a file, such as model.muws")
+            _try(path)
         except OSError as error:
-            raise SettingError(f"save_to={str(path)!r} has a folder that cannot be made: {error}") from error
-        if path.is_dir():
-            raise SettingError(f"save_to={str(path)!r} is a folder: give the name of a file, such as model.muws")
+            raise SettingError(f"save_to={str(path)!r} cannot be written: {error}") from error
     return path
 
 
+def _try(path: Path) -> None:
+    """Make the folder of ``path`` and a file in it, then remove what was made.
+
+    The file's name is as long as that of the temporary file which a writer makes beside ``path``: file systems limit
+    the length of a name.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    trial = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with trial.open("xb"):
+            pass
+        trial.unlink()
+    finally:
+        with contextlib.suppress(OSError):  # not made, or another process put something in it meanwhile
+            for folder in missing:
+                folder.rmdir()
+
+
 def save(writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bool) -> Saved | None:
-    """Write the module's state_dict with the plan's blocks, on rank 0; sharded weights are gathered on all ranks."""
+    """Write the module's state_dict with the plan's blocks, on rank 0; all ranks take part in gathering shards.
+
+    Returns:
+        The writer's report on rank 0, else None.
+    """
     state = module.state_dict()
     for name, value in state.items():
-        if is_sharded(value):  # others stay where they are, so that shared ones are known to be shared
+        if is_sharded(value):  # the other tensors keep their identity, by which the writer finds shared ones
             full = whole(value.detach())
             state[name] = full.cpu() if is_global_zero else full.new_empty(0)
     if not is_global_zero:
         return None
+    path.parent.mkdir(parents=True, exist_ok=True)
     saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()})
     rank_zero_info(
         f"muws: {path} has {saved.n_bytes:,} bytes, {saved.compression_ratio:.1f} x smaller than its tensors"

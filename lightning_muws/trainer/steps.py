@@ -1,4 +1,4 @@
-"""Optimizer steps that Lightning does not announce, and clipping by the module itself."""
+"""Optimizer steps that Lightning does not announce, and gradients that the module clips itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 class StepWatch:
-    """Calls ``after`` behind each step of the optimizers it follows, and finds what was changed past them.
+    """Call a function after each step of the followed optimizers, and detect weights that change without such a step.
 
-    A step is announced by Lightning, or not: a module may step a raw torch optimizer, or one parameter after the other
-    in its backward pass. A change through ``.data``, or by a fused optimizer that is not followed, cannot be seen.
+    Lightning announces the steps that it knows. A module may also step a raw torch optimizer, or step each parameter in
+    its backward pass. The version counters of tensors show such changes. They do not show a change through ``.data``,
+    nor a step of a fused optimizer that is not followed.
 
     Args:
-        after: What to do with an optimizer that has stepped; returns the weights it owns, by name.
+        after: Called with an optimizer that has stepped; returns the weights it owns, by name.
     """
 
     def __init__(self, after: Callable[[Optimizer], Mapping[str, Tensor]]) -> None:
@@ -29,7 +30,7 @@ class StepWatch:
         self._past: set[str] = set()
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow these optimizers, and let go of others, whose moments would be kept alive for nothing."""
+        """Follow these optimizers only: a reference to an old one would keep its moments in memory."""
         now = {id(optimizer): optimizer for optimizer in optimizers}
         for key in set(self._hooks) - set(now):
             self._hooks.pop(key)[1].remove()
@@ -37,7 +38,7 @@ class StepWatch:
             self._hook(optimizer)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        # One that never called Optimizer.__init__ calls no hooks: its weights are held when the batch ends.
+        # An optimizer that never called Optimizer.__init__ has no hooks: enforce its weights at the end of the batch.
         if id(optimizer) not in self._hooks and hasattr(optimizer, "_optimizer_step_post_hooks"):
             self._hooks[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._saw)
 
@@ -47,7 +48,7 @@ class StepWatch:
         self._versions = {name: weight._version for name, weight in weights.items()}
 
     def announce(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Expect a step of an optimizer, perhaps made within this batch, that owns the weights of these names."""
+        """Expect a step of an optimizer that owns the weights of these names; it may be new in this batch."""
         self._hook(optimizer)
         self._announced.add(id(optimizer))
         self._known.update(names)
@@ -63,38 +64,37 @@ class StepWatch:
         """End a batch.
 
         Returns:
-            The names of the weights that changed after all steps that were seen, and of those that changed in a batch
-            without an announced step of theirs.
+            The names of the weights that changed after the last step seen, and of those that changed in this batch
+            without an announced step.
         """
         changed = {name for name, version in self._versions.items() if weights[name]._version != version}
         return changed, self._past | (changed - self._known)
 
     def remove(self) -> None:
-        """Follow no optimizer any more."""
+        """Follow no optimizer."""
         self.follow(())
 
 
 def unannounced(names: Iterable[str], phase: str) -> str:
-    """Return a warning on weights that were changed past all announced steps."""
-    follows = {
-        "admm": "no penalty pulls them towards their structure",
-        "retraining": "they are held to their structure, but their gradients and moments are not",
-    }
+    """Return a warning about weights that changed without an announced step."""
+    follows = "no penalty pulls them towards their structure"
+    if phase == "retraining":
+        follows = "they stay inside their structure, but their gradients and moments are not projected"
     return (
         f"{', '.join(sorted(names)[:5])} changed in training without a step that Lightning announces, so "
-        f"{follows[phase]}; step the optimizers that self.optimizers() returns, not those inside them"
+        f"{follows}; step the optimizers that self.optimizers() returns, not those inside them"
     )
 
 
 class ClipWatch:
-    """Calls ``before`` ahead of a module's own ``clip_gradients``, and remembers for which optimizers it did.
+    """Call a function before a module's ``clip_gradients``, and remember for which optimizers.
 
-    It sits on the instance, as an attribute, and is gone after :meth:`remove`. A module that calls torch's own clipping
-    functions cannot be seen: there the penalty comes after the clip.
+    It replaces the method on the instance until :meth:`remove`. It does not see calls of torch's own clipping
+    functions: with those, the penalty is added after the clip.
 
     Args:
         module: A LightningModule in manual optimization.
-        before: What to do with the optimizer whose gradients will be clipped.
+        before: Called with the optimizer whose gradients are about to be clipped.
     """
 
     def __init__(self, module: Any, before: Callable[[Optimizer], None]) -> None:
@@ -110,11 +110,11 @@ class ClipWatch:
         return self._clip(optimizer, *args, **kwargs)
 
     def was_before(self, optimizer: Optimizer) -> bool:
-        """Return whether the gradients of this step were handled ahead of a clip, and forget it."""
+        """Return whether ``before`` was called for this step of the optimizer, and forget it."""
         found = id(optimizer) in self._done
         self._done.discard(id(optimizer))
         return found
 
     def remove(self) -> None:
-        """Give the module its own method back."""
+        """Restore the method of the module."""
         self._module.__dict__.pop("clip_gradients", None)

@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer and of its other callbacks. Reads classes by name, so it imports no Lightning."""
+"""What the callback reads from a Trainer and its other callbacks. It finds classes by name."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def is_a(thing: object, name: str) -> bool:
 
 
 def refuse(*things: object) -> None:
-    """Refuse strategies, callbacks and optimizers that the method cannot be exact with.
+    """Refuse strategies, callbacks and optimizers with which the method cannot be exact.
 
     Raises:
-        SettingError: One of them is such; says what to use instead.
+        SettingError: A thing is one of them; the message says what to use instead.
     """
     for thing in things:
         for name, why in REFUSED.items():
@@ -40,7 +40,7 @@ def refuse(*things: object) -> None:
 
 
 def length(trainer: Any, interval: str) -> int | None:
-    """Return how many epochs (or steps) the Trainer runs; None if it runs without end."""
+    """Return how many epochs (or optimizer steps) the Trainer runs; None if it runs without end."""
     if interval == "epoch":
         return None if trainer.max_epochs in (None, -1) else int(trainer.max_epochs)
     if trainer.max_steps not in (None, -1):
@@ -50,10 +50,10 @@ def length(trainer: Any, interval: str) -> int | None:
 
 
 def refuse_namespace(trainer: Any, namespace: str) -> None:
-    """Refuse a Trainer of the other namespace, in which isinstance checks would fail in silence.
+    """Refuse a Trainer of the other namespace, where each isinstance check would silently fail.
 
     Raises:
-        SettingError: It is one; says which import to change.
+        SettingError: The Trainer is of the other namespace; the message says which import to change.
     """
     found = next(kind.__module__ for kind in type(trainer).__mro__ if kind.__name__ == "Trainer")
     found = "pytorch_lightning" if found.startswith("pytorch_lightning.") else "lightning.pytorch"
@@ -69,7 +69,7 @@ def refuse_ranks_apart(trainer: Any, fingerprint: int) -> None:
     """Check that all ranks chose the same structure.
 
     Raises:
-        StateError: They did not, as their weights differ.
+        StateError: They chose different ones, because their weights differ.
     """
     if trainer.world_size == 1:
         return
@@ -84,10 +84,14 @@ def refuse_ranks_apart(trainer: Any, fingerprint: int) -> None:
 
 
 def gradient_scale(trainer: Any, optimizer: Optimizer, scaled: bool = False) -> float:
-    """Return what the gradients are multiplied with: 1, or a GradScaler's scale.
+    """Return the factor on the gradients: 1, or the scale of a GradScaler.
 
-    They bear the scale until the Trainer unscales them just before the step (``scaled``: that is still to come), and
-    into the step where the optimizer is a fused one, which unscales for itself.
+    The Trainer removes the scale just before the step; a fused optimizer removes it inside its step.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: The optimizer whose gradients are meant.
+        scaled: Whether the Trainer has not removed the scale yet.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not (scaled or getattr(optimizer, "_step_supports_amp_scaling", False)):
@@ -96,14 +100,14 @@ def gradient_scale(trainer: Any, optimizer: Optimizer, scaled: bool = False) -> 
 
 
 def forgive_early_stopping(trainer: Any) -> None:
-    """Let each EarlyStopping start counting anew."""
+    """Reset the count and the best score of each EarlyStopping."""
     for callback in trainer.callbacks:
         if is_a(callback, "EarlyStopping"):
             callback.wait_count, callback.best_score = 0, _worst(callback.mode)
 
 
 def reset_monitors(trainer: Any) -> list[str]:
-    """Let EarlyStopping and monitoring ModelCheckpoints judge from here on; return the files they leave behind."""
+    """Reset EarlyStopping and each ModelCheckpoint with a monitor; return the paths of the files they leave on disk."""
     forgive_early_stopping(trainer)
     left: list[str] = []
     for callback in trainer.callbacks:
@@ -116,14 +120,25 @@ def reset_monitors(trainer: Any) -> list[str]:
 
 
 def reshard(module: Any) -> None:
-    """Drop the gathered weights that FSDP2 may keep after a validation: it would train on with them once more."""
+    """Drop the gathered weights that FSDP2 may keep after a validation: the next training step would use them."""
     for part in module.modules():
         if is_a(part, "FSDPModule"):
             part.reshard()
 
 
+def averages(trainer: Any) -> bool:
+    """Return whether a callback of the Trainer averages weights."""
+    return any(is_a(callback, "WeightAveraging") for callback in trainer.callbacks)
+
+
+def logs_now(trainer: Any, batch_idx: int) -> bool:
+    """Return whether the Trainer logs at the end of this batch."""
+    every = trainer.log_every_n_steps
+    return bool(every) and not trainer.barebones and ((batch_idx + 1) % every == 0 or trainer.is_last_batch)
+
+
 def reset_averages(trainer: Any) -> None:
-    """Let WeightAveraging begin anew: an average over weights of no and of one structure would have none."""
+    """Restart WeightAveraging: averaging unstructured with structured weights would break the structure."""
     for callback in trainer.callbacks:
         average = getattr(callback, "_average_model", None) if is_a(callback, "WeightAveraging") else None
         if average is not None:
@@ -136,7 +151,7 @@ def _worst(mode: str) -> torch.Tensor:
 
 
 def put_back(raw: Mapping[str, Tensor], pl_module: Any, state: dict[str, Any]) -> None:
-    """Put the raw weights into a state_dict that is saved in the middle of a projected validation."""
+    """Put the raw weights into a state_dict that a checkpoint takes in the middle of a projected validation."""
     for name, _ in pl_module.named_parameters() if raw else ():
         if clean_name(name) in raw:
             state[name] = raw[clean_name(name)].clone()

@@ -1,1 +1,1 @@
-"""HOW a weight gets its structure: ADMM, retraining inside the structure, and the callback that says when."""
+"""How weights get their structure, in plain torch: a method such as ADMM, then retraining inside the structure."""

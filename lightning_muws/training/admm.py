@@ -1,8 +1,7 @@
-"""Scaled ADMM of named weights, ``min f(W) + g(Z) s.t. W = Z`` (Boyd et al. 2011, section 3.1.1). Plain torch."""
+"""ADMM of named weights in scaled form, ``min f(W) + g(Z) s.t. W = Z`` (Boyd et al. 2011, section 3.1.1)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_muws.errors import StateError
 from lightning_muws.structure.grid import CHUNK_NUMEL
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import (
@@ -25,97 +23,70 @@ from lightning_muws.structure.sharded import (
     whole,
 )
 from lightning_muws.structure.support import Support
+from lightning_muws.training.method import Method
+from lightning_muws.training.penalty import Penalty
+from lightning_muws.training.record import on_device
+from lightning_muws.training.residuals import Residuals
 
 
-@dataclass(frozen=True)
-class Residuals:
-    """How far from done, of one weight or over all: both fall towards 0 and neither has a unit.
+class Admm(Method):
+    """ADMM: the weights W follow a structured copy Z, and the scaled dual U adds up what is left between them.
 
-    Args:
-        primal: ``|W - Z| / |W|``, how far the weights are from their structure.
-        dual: ``|Z - Z_old| / |W|``, how far the structured copy moved in the update.
-    """
+    ``f`` is the loss of the network and ``g`` is 0 on the structure and infinite elsewhere. One round is::
 
-    primal: float
-    dual: float
+        W = argmin f(W) + rho / 2 * |W - Z + U|^2    some optimizer steps, with rho * (W - Z + U) added to the gradient
+        Z = project(W + U)                           the nearest point of the structure
+        U = U + W - Z
 
+    The W-step needs only ``V = Z - U``. So V is the one dense tensor kept for a weight, in float32 (float64 for float64
+    weights), beside a few bits a block. Z and U follow from V and the choice of blocks: Z is V on a dense block, 0 on a
+    pruned one, and sign times magnitude on a unified one; U is Z - V. Of a sharded weight (DTensor) each rank keeps its
+    part of V; an update gathers one weight at a time.
 
-@dataclass
-class _Split:
-    """The state of one weight: V = Z - U is all that the penalty needs, and Z and U come back from it.
-
-    On a dense block U = 0 and Z = V, on a pruned one Z = 0, on a unified one Z = sign * magnitude.
-    """
-
-    v: Tensor
-    magnitudes: Tensor
-    packed: dict[str, Tensor]  # the support of Z; as the magnitudes, this rank's part
-
-
-class _Scratch:
-    """Memory for copies of one weight after the other: fresh memory costs ten times what writing to it does."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._sizes: dict[torch.dtype, int] = {}
-        for x in tensors:
-            self._sizes[x.dtype] = max(self._sizes.get(x.dtype, 0), x.numel())
-        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def copy(self, x: Tensor, role: int) -> Tensor:
-        """Return a copy that lasts until the next one in the same role."""
-        if is_sharded(x) or x.device.type != "cpu":  # whose memory is pooled
-            return x.clone()
-        key = role, x.dtype
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(self._sizes[x.dtype], dtype=x.dtype)
-        return self._buffers[key][: x.numel()].view(x.shape).copy_(x)
-
-
-class Admm:
-    """The split W/Z/U of a set of named weights, with one penalty factor rho for all.
-
-    The caller owns the loop: :meth:`start` once, :meth:`add_penalty_gradient` before each optimizer step,
-    :meth:`update` now and then. It keeps one dense tensor a weight, V = Z - U, in float32 (float64 for float64
-    weights), and a few bits a block. Of a sharded weight (DTensor) each rank keeps its part; one at a time is gathered.
+    Where rho grows, U shrinks by the same factor, which keeps the unscaled dual ``rho * U`` (section 3.4.1).
 
     Args:
-        entries: What each weight becomes, by name: a plan's ``covered``.
-        rho: The penalty factor at the start, in units of the loss per squared weight.
-        rho_growth: Factor on rho after each update.
-        rho_max: Where rho stops growing.
+        entries: The structure of each weight, by name: a plan's ``covered``.
+        penalty: The penalty factor rho, and how it grows.
 
     Example:
         >>> from lightning_muws.structure.plan import MicroStructure, make_plan
         >>> layer = torch.nn.Linear(8, 8)
         >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
-        >>> admm = Admm(plan.covered, rho=0.1)
+        >>> admm = Admm(plan.covered, Penalty(rho=0.1))
         >>> admm.start({"weight": layer.weight})
+        >>> int((admm.z("weight") == 0).sum()), float(admm.u("weight").abs().sum())
+        (32, 0.0)
     """
 
-    def __init__(
-        self, entries: Mapping[str, PlanEntry], rho: float, rho_growth: float = 1.0, rho_max: float = math.inf
-    ) -> None:
-        self.entries, self.rho, self.rho_growth, self.rho_max = dict(entries), min(rho, rho_max), rho_growth, rho_max
+    def __init__(self, entries: Mapping[str, PlanEntry], penalty: Penalty) -> None:
+        self.entries, self.settings, self.rho = dict(entries), penalty, penalty.rho
         self._splits: dict[str, _Split] = {}
 
     @torch.no_grad()
     def start(self, weights: Mapping[str, Tensor]) -> None:
-        """Split each weight where it stands: Z its projection, U zero.
+        """Set ``Z = project(W)`` and ``U = 0``.
+
+        Args:
+            weights: The weights, by name; any floating dtype.
 
         Raises:
             StateError: A weight has NaN or Inf.
         """
         for name in self.entries:
             v = weights[name].detach().to(_exact(weights[name]), copy=True)
-            support, magnitudes = self._choose(name, v)
-            apply_(v, support, Support.place_, magnitudes)
-            self._splits[name] = _Split(v, magnitudes, support.state_dict())
+            self._splits[name] = self._project_(name, v)
 
     @torch.no_grad()
-    def add_penalty_gradient(self, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Add ``scale * rho * (W - Z + U)`` to the gradient of each of these weights, which gets one if it has none.
+    def before_step(self, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Add ``scale * rho * (W - Z + U)``, the penalty's gradient, to the gradient of each of these weights.
 
-        W - V is taken first: added one after the other, rho * W and -rho * V would cancel in half precision.
+        A weight without a gradient gets one. The difference W - V is taken first: added one after the other, rho * W
+        and -rho * V would cancel in half precision.
+
+        Args:
+            weights: Some of the weights, by name.
+            scale: Factor on what is added; negative where the optimizer maximizes.
         """
         for name, weight in weights.items():
             if weight.grad is None:
@@ -131,60 +102,63 @@ class Admm:
                     g.copy_(g.to(v.dtype).add_(w.to(v.dtype) - v, alpha=self.rho * scale))
 
     @torch.no_grad()
-    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
-        squares = [whole((w.detach() - self._splits[name].v).square().sum()) for name, w in weights.items()]
-        return self.rho / 2 * torch.stack(squares).sum()
-
-    @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], due: int = 1) -> dict[str, Residuals]:
-        """Set ``Z = project(W + U)``, ``U += W - Z``, then let rho grow, which keeps the unscaled dual rho * U.
+        """Set ``Z = project(W + U)`` and ``U = U + W - Z``, then let rho grow.
 
         Args:
             weights: The weights, by name.
-            due: How many updates this one stands for: rho grows as often.
+            due: For how many updates this one stands: rho grows as often.
 
         Returns:
             The residuals of each weight.
 
         Raises:
-            StateError: A weight has NaN or Inf; nothing is changed then for it and those after it.
+            StateError: A weight has NaN or Inf; the update changes nothing for it and those after it.
         """
-        rho = min(self.rho * self.rho_growth**due, self.rho_max)
+        rho = self.settings.grown(self.rho, due)
         scratch = _Scratch(split.v for split in self._splits.values())
         residuals = {n: self._update(n, weights[n].detach(), self.rho / rho, scratch) for n in self.entries}
         self.rho = rho
         return residuals
 
     def _update(self, name: str, weight: Tensor, shrink: float, scratch: _Scratch) -> Residuals:
-        """Update one weight's split; U is multiplied by ``shrink``, as rho is divided by it."""
-        v = self._splits[name].v
-        z_old, total = self._place(name, scratch.copy(v, 0)), scratch.copy(v, 1)
-        local(total).sub_(local(z_old)).neg_().add_(local(weight))
-        support, magnitudes = self._choose(name, total)
-        z = v  # whose memory is free now
-        local(z).copy_(local(total))
-        apply_(z, support, Support.place_, magnitudes)
+        """Update the V of one weight in place, where U is multiplied by ``shrink`` as rho is divided by it.
+
+        Each line computes what its comment says, in one of three memories: V's own, in which Z is built, and two
+        buffers. W + U stays in its buffer until U is taken from it, so that U is exactly 0 on a dense block.
+        """
+        z = self._splits[name].v
+        z_old, w_plus_u = self._place_(name, scratch.copy(z, 0)), scratch.copy(z, 1)
+        w, v, old, total = (local(x) for x in (weight, z, z_old, w_plus_u))
+
+        torch.sub(old, v, out=total).add_(w)  # W + U, where U = Z_old - V
+        choice = self._choose(name, w_plus_u)
+        v.copy_(total)
+        self._splits[name] = self._project_(name, z, choice)  # Z = project(W + U)
+
         size = max(norm(weight), torch.finfo(z.dtype).tiny)
-        local(z_old).sub_(local(z))
-        dual = norm(z_old) / size
-        local(z_old).copy_(local(z)).sub_(local(weight))
-        primal = norm(z_old) / size
-        # V = Z - shrink * (total - Z), which on a dense block is the weight, bit for bit
-        torch.lerp(local(total), local(z), 1 + shrink, out=local(v))
-        self._splits[name] = _Split(v, magnitudes, support.state_dict())
+        old.sub_(v)
+        dual = norm(z_old) / size  # |Z_old - Z| / |W|
+        torch.sub(w, v, out=old)
+        primal = norm(z_old) / size  # |W - Z| / |W|
+
+        total.sub_(v)  # U = (W + U) - Z
+        v.sub_(total, alpha=shrink)  # V = Z - shrink * U
         return Residuals(primal, dual)
 
-    def _choose(self, name: str, total: Tensor) -> tuple[Support, Tensor]:
-        """Return what becomes of a weight's blocks, this rank's: all of the weight is gathered for the moment."""
+    def _choose(self, name: str, x: Tensor) -> tuple[Support, Tensor]:
+        """Return this rank's part of the choice that gives the nearest point to ``x``; gathers all of ``x``."""
         entry = self.entries[name]
-        return part(total, *entry.structure.nearest(whole(total), entry.grid, name))
+        return part(x, *entry.structure.nearest(whole(x), entry.grid, name))
 
-    def z(self, name: str) -> Tensor:
-        """Return a weight's structured copy Z, of its shape, sharded like it."""
-        return self._place(name, self._splits[name].v.clone())
+    def _project_(self, name: str, x: Tensor, choice: tuple[Support, Tensor] | None = None) -> _Split:
+        """Move ``x`` to its nearest point, in place, and return it as V where U is 0."""
+        support, magnitudes = choice or self._choose(name, x)
+        apply_(x, support, Support.place_, magnitudes)
+        return _Split(x, magnitudes, support.state_dict())
 
-    def _place(self, name: str, v: Tensor) -> Tensor:
+    def _place_(self, name: str, v: Tensor) -> Tensor:
+        """Turn V into Z, in place: Z is V on dense blocks."""
         support, magnitudes = self._choice(name)
         apply_(v, support, Support.place_, magnitudes)
         return v
@@ -193,16 +167,30 @@ class Admm:
         split = self._splits[name]
         return Support.from_state_dict(split.packed, self.entries[name].grid), split.magnitudes
 
+    @torch.no_grad()
+    def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
+        squares = [whole((w.detach() - self._splits[name].v).square().sum()) for name, w in weights.items()]
+        return self.rho / 2 * torch.stack(squares).sum()
+
+    def z(self, name: str) -> Tensor:
+        """Return the structured copy Z of a weight: the weight's shape, float32 or float64, sharded like it."""
+        return self._place_(name, self._splits[name].v.clone())
+
     def u(self, name: str) -> Tensor:
-        """Return a weight's scaled dual U, of its shape, sharded like it."""
+        """Return the scaled dual U of a weight: the weight's shape, float32 or float64, sharded like it."""
         return self.z(name) - self._splits[name].v
 
     def choices(self) -> dict[str, tuple[Support, Tensor]]:
         """Return this rank's support of each Z, and its magnitudes, by name."""
         return {name: self._choice(name) for name in self._splits}
 
+    def metrics(self, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+        """Return the penalty over these weights."""
+        return {"penalty": self.penalty(weights)}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return rho and each weight's tensors, as plain dicts, floats and tensors."""
+        """Return rho, and V and the choice of blocks of each weight, as plain dicts, floats and tensors."""
         weights = {}
         for name, (support, magnitudes) in self.choices().items():
             v = self._splits[name].v
@@ -210,45 +198,42 @@ class Admm:
         return {"rho": self.rho, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Take up a state, on the devices of these weights.
-
-        Raises:
-            StateError: The state is of other weights.
-        """
-        for name, tensors in on_device(state["weights"], weights, self.entries).items():
+        """Load what :meth:`state_dict` returned, onto the devices and into the dtypes of these weights."""
+        for name, saved in state["weights"].items():
+            tensors = on_device(saved, weights[name], _exact(weights[name]))
             support, magnitudes = load_choice(weights[name], tensors, self.entries[name].grid)
             self._splits[name] = _Split(like(tensors["v"], weights[name]), magnitudes, support.state_dict())
-        self.rho = state["rho"]
+        self.rho = state["rho"]  # above a lower rho_max, the next update lowers it and scales U
 
 
-def total(residuals: Mapping[str, Residuals], weights: Mapping[str, Tensor]) -> Residuals:
-    """Return the residuals over all weights together, from each one's, by name."""
-    squares = {name: norm(weights[name].detach()) ** 2 for name in residuals}
-    size = max(sum(squares.values()), torch.finfo(torch.float32).tiny)
-    primal = sum(squares[name] * r.primal**2 for name, r in residuals.items())
-    dual = sum(squares[name] * r.dual**2 for name, r in residuals.items())
-    return Residuals(math.sqrt(primal / size), math.sqrt(dual / size))
+@dataclass
+class _Split:
+    """The state of one weight: V, and the choice of blocks with which Z and U follow from it."""
+
+    v: Tensor
+    magnitudes: Tensor  # (n_unified,), as the support this rank's part
+    packed: dict[str, Tensor]  # the support of Z, signs eight to a byte
 
 
-def on_device(
-    state: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]
-) -> dict[str, dict[str, Tensor]]:
-    """Return a copy of each weight's saved tensors on that weight's device.
+class _Scratch:
+    """Memory for copies of one weight after the other: on a CPU, fresh memory costs ten times a write to it."""
 
-    Raises:
-        StateError: Names or shapes are not those of the plan.
-    """
-    wrong = sorted(set(state) ^ set(entries)) or [
-        name
-        for name, saved in state.items()
-        if tuple(saved["kinds"].shape) != entries[name].grid.counts(entries[name].shape)
-    ]
-    if wrong:
-        raise StateError(
-            f"the state does not fit the plan at {', '.join(wrong[:5])}: resume with the rules it was saved with"
-        )
-    return {name: {k: x.to(weights[name].device, copy=True) for k, x in saved.items()} for name, saved in state.items()}
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._sizes: dict[torch.dtype, int] = {}
+        for x in tensors:
+            self._sizes[x.dtype] = max(self._sizes.get(x.dtype, 0), x.numel())
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def copy(self, x: Tensor, role: int) -> Tensor:
+        """Return a copy that lasts until the next one in the same role."""
+        if is_sharded(x) or x.device.type != "cpu":  # an accelerator's allocator pools its memory
+            return x.clone()
+        key = role, x.dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._sizes[x.dtype], dtype=x.dtype)
+        return self._buffers[key][: x.numel()].view(x.shape).copy_(x)
 
 
 def _exact(weight: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32 for half precision."""
     return torch.promote_types(weight.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""When: the phases of a run as settings, and their places on the Trainer's clock."""
+"""The phases of a run: when the training method and retraining start and end, as settings and as counts of epochs."""
 
 from __future__ import annotations
 
@@ -7,68 +7,68 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_muws.errors import SettingError
+from lightning_muws.training.checks import check_choice, is_number, refuse
+from lightning_muws.training.methods import METHODS
 
 
 @dataclass(frozen=True)
 class Phases:
-    """When ADMM starts, updates and ends, and how hard it pulls. The Trainer owns the length of the run.
+    """When the training method starts, updates and ends, and which method it is. The Trainer owns the run's length.
 
-    A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is written as a float:
-    ``3`` is the fourth epoch, ``0.3`` that after three tenths. Before ``admm_start`` the network trains dense, from
+    A time is a whole number of epochs (or steps), or a share of the Trainer's length if it is a float: ``3`` is the
+    fourth epoch, ``0.3`` the epoch after three tenths of the run. Before ``admm_start`` the network trains dense. From
     ``admm_end`` on it retrains inside its structure. Equal times mean one projection without ADMM.
 
     Args:
         interval: What times count: ``epoch`` or ``step`` (batches in which an optimizer stepped).
         admm_start: When ADMM starts.
         admm_end: When the weights are projected and retraining starts.
-        update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase
-            if it is written as a float; within an epoch where that is shorter.
-        rho: Penalty factor at the start, in units of the loss per squared weight.
-        rho_growth: Factor on rho after each update (and for each that was left out where batches are rare).
-        rho_max: Where rho stops growing.
+        update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase if
+            it is a float. A share may be shorter than an epoch.
+        method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
 
     Raises:
-        SettingError: A value is not allowed.
+        SettingError: A value has a wrong type or is not allowed.
+
+    Example:
+        >>> Phases(admm_start=0.2, admm_end=0.6, update_every=0.25).on(20)
+        Timeline(start=4, end=12, every=2.0)
     """
 
     interval: Literal["epoch", "step"] = "epoch"
     admm_start: int | float = 0.2
     admm_end: int | float = 0.5
     update_every: int | float = 0.04
-    rho: float = 3e-3
-    rho_growth: float = 1.15
-    rho_max: float = 1.0
+    method: str = "admm"
 
     def __post_init__(self) -> None:
-        if self.interval not in ("epoch", "step"):
-            raise SettingError(f"interval={self.interval!r} is not allowed: give 'epoch' or 'step'")
+        check_choice("interval", self.interval, ("epoch", "step"))
+        check_choice("method", self.method, tuple(METHODS))
         for name in ("admm_start", "admm_end", "update_every"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise SettingError(
-                    f"{name}={value!r} is not allowed: give a count of {self.interval}s >= 0 or a share of the run"
-                )
+            whole = "ADMM phase" if name == "update_every" else "run"
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise refuse(name, value, f"give a count of {self.interval}s >= 0 or a share of the {whole}")
             if isinstance(value, float) and value > 1:
-                raise SettingError(f"{name}={value!r} is not allowed: a float is a share of the run, from 0.0 to 1.0")
+                raise refuse(name, value, f"a float is a share of the {whole}, from 0.0 to 1.0")
         if self.update_every == 0:
-            raise SettingError(f"update_every={self.update_every!r} is not allowed: give a count >= 1 or a share > 0")
+            raise refuse("update_every", self.update_every, "give a count >= 1 or a share > 0")
         if type(self.admm_start) is type(self.admm_end) and self.admm_end < self.admm_start:
             raise SettingError(f"admm_end={self.admm_end} comes before admm_start={self.admm_start}: raise it")
-        if not 0 < self.rho <= self.rho_max < math.inf:
-            raise SettingError(f"rho={self.rho!r} is not allowed: give 0 < rho <= rho_max={self.rho_max!r}")
-        if not 1 <= self.rho_growth < math.inf:
-            raise SettingError(f"rho_growth={self.rho_growth!r} is not allowed: give a factor >= 1")
 
     def on(self, length: int | None, clip: bool = False) -> Timeline:
-        """Return the phases as counts, on a run of ``length`` epochs (or steps); None is a run without end.
+        """Return the phases as counts of epochs (or steps).
 
-        With ``clip``, times after the end of the run are moved to its end instead of refused.
+        Args:
+            length: The length of the run in epochs (or steps); None for a run without end.
+            clip: Move times after the end of the run to its end, instead of refusing them.
 
         Raises:
-            SettingError: The phases are longer than the run, or are shares of a run without end.
+            SettingError: The phases are longer than the run, or a time is a share of a run without end, or no update
+                fits between ``admm_start`` and ``admm_end``.
         """
         start, end = self._count("admm_start", length), self._count("admm_end", length)
-        if end == start and self.admm_end != self.admm_start:  # a short run still gets a taste of ADMM
+        if end == start and self.admm_end != self.admm_start:  # in a short run, ADMM still gets one epoch
             start, end = (start, end + 1) if length is None or end < length else (max(0, start - 1), end)
         if clip and length is not None:
             start, end = min(start, length), min(end, length)
@@ -83,6 +83,11 @@ class Phases:
                 f"{self.interval}s: raise admm_end or lower admm_start"
             )
         every: int | float = self.update_every
+        if isinstance(every, int) and end > start and every > end - start and not clip:
+            raise SettingError(
+                f"update_every={every} is longer than the {self.interval}s from {start} to {end} between admm_start "
+                "and admm_end, so no update would happen: lower update_every, or give a share such as 0.25"
+            )
         if isinstance(every, float):
             every = every * (end - start) or 1.0
         return Timeline(start, end, max(1, round(every)) if self.interval == "step" else every)
@@ -93,7 +98,7 @@ class Phases:
             return value
         if length is None:
             raise SettingError(
-                f"{name}={value} is a share, and this run has no end to take it of: "
+                f"{name}={value} is a share of the run's length, and this run has no end: "
                 f"give {name} as a whole number of {self.interval}s, or give the Trainer a length"
             )
         return round(value * length)
@@ -101,35 +106,47 @@ class Phases:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The phases as counts of epochs (or steps): ADMM in ``start <= now < end``, updated every ``every``."""
+    """The phases as counts of epochs (or steps).
+
+    Args:
+        start: When the method starts: it runs while ``start <= now < end``.
+        end: When retraining starts.
+        every: Time between two updates of the method.
+    """
 
     start: int
     end: int
     every: int | float
 
     def due(self, now: float, last: float) -> int:
-        """Return how many Z/U updates fell due since the time ``last``: several, where batches are rare; often none."""
+        """Return how many updates became due after ``last`` and until ``now``; several where batches are rarer.
+
+        Args:
+            now: The epoch (or step) that begins; within an epoch with its fraction.
+            last: The time of the last call that found something due.
+        """
         if not self.start < now < self.end:
             return 0
-        # rounded up a hair: an epoch's third batch of six is half an epoch
+        # 1e-9 for rounding: with six batches, the fourth begins at half an epoch
         counts = [math.floor((time - self.start) / self.every + 1e-9) for time in (last, now)]
         return counts[1] - counts[0]
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """How the network trains on inside its structure.
+    """How the network trains inside its structure.
 
     Args:
-        unified: ``tied``: the one magnitude of a unified block trains, its signs stay; ``frozen``: it stays too.
-        schedule: Of the learning rate. ``restart``: the module's own schedules begin anew over the retraining phase,
-            with fresh optimizers; where there are none, nothing changes. ``module``: all is left alone. ``constant``,
-            ``cosine``: in the place of the module's schedules, from its initial rate on.
-        lr: Learning rate at the beginning of the retraining phase, of the first parameter group, the others and the
-            schedules in proportion; 0 takes the module's.
+        unified: ``tied``: the one magnitude of a unified block trains and its signs stay. ``frozen``: both stay.
+        schedule: Learning rate schedule of retraining. ``restart``: the module configures fresh optimizers and
+            schedules for the length of the retraining phase; without schedules nothing changes. ``module``: the
+            module's schedules go on. ``constant``, ``cosine``: these replace the module's schedules and start from its
+            initial rate.
+        lr: Learning rate at the beginning of the retraining phase, for the first parameter group. The rates of other
+            groups and of schedules change by the same factor. 0 keeps the module's rate.
 
     Raises:
-        SettingError: A value is not allowed.
+        SettingError: A value has a wrong type or is not allowed.
     """
 
     unified: Literal["tied", "frozen"] = "tied"
@@ -137,12 +154,7 @@ class Retraining:
     lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.unified not in ("tied", "frozen"):
-            raise SettingError(f"unified={self.unified!r} is not allowed: give 'tied' or 'frozen'")
-        if self.schedule not in ("restart", "module", "constant", "cosine"):
-            raise SettingError(
-                f"schedule={self.schedule!r} is not allowed: give 'restart', 'module', 'constant' or 'cosine'"
-            )
-        lr: object = self.lr  # a configuration file may have put anything there
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr < math.inf:
-            raise SettingError(f"lr={self.lr!r} is not allowed: give a learning rate > 0, or 0 for the module's")
+        check_choice("unified", self.unified, ("tied", "frozen"))
+        check_choice("schedule", self.schedule, ("restart", "module", "constant", "cosine"))
+        if not is_number(self.lr) or not 0 <= self.lr < math.inf:
+            raise refuse("lr", self.lr, "give a learning rate > 0, or 0 for the module's")

@@ -1,11 +1,11 @@
-"""The life of a compression: dense, then ADMM, then retraining inside the structure. Plain torch, for any loop."""
+"""The life of a compression: dense, then a training method such as ADMM, then retraining inside the structure."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,25 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
-from lightning_muws.training.admm import Admm, Residuals, total
-from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.checks import check_type
+from lightning_muws.training.constraint import Constraint, check_finite
+from lightning_muws.training.method import Method
+from lightning_muws.training.methods import METHODS
+from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
+from lightning_muws.training.record import record, refuse_differences
+from lightning_muws.training.residuals import Residuals, total
 
-Phase = Literal["dense", "admm", "retraining"]
-PHASES: tuple[Phase, ...] = ("dense", "admm", "retraining")
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Update:
-    """One Z/U update of a run, or its hard projection, over all covered weights.
+    """One update of a run's method, or its hard projection at the end, over all covered weights.
 
     Args:
         when: The epoch (or step) at whose start it happened; within an epoch with its fraction.
-        rho: The penalty factor that led there.
+        rho: The penalty factor before the update.
         primal: ``|W - Z| / |W|``.
         dual: ``|Z - Z_old| / |W|``.
     """
@@ -42,43 +45,56 @@ class Update:
 
 
 class CompressionRun:
-    """What happens to a set of named weights over a training run; the caller owns the loop and says when.
+    """Compresses named weights over a training run, in plain torch. The caller owns the loop.
 
-    Call :meth:`tick` at the start of each epoch (or batch), :meth:`before_step` when gradients are complete, and
-    :meth:`after_step` after the optimizer's step.
+    Call :meth:`tick` at the start of each epoch (or batch), :meth:`before_step` when the gradients are complete, and
+    :meth:`after_step` after the optimizer's step. The run is first ``dense``, then it trains with its method
+    (``admm``), and then it is in ``retraining``, where every step ends inside the structure, to the bit.
 
     Args:
         weights: The covered parameters, by name.
-        entries: What each becomes: a plan's ``covered``.
-        phases: How hard ADMM pulls.
-        retraining: How to train on inside the structure.
+        entries: The structure of each: a plan's ``covered``.
+        phases: When the method starts, updates and ends, and which method it is.
+        retraining: How to train on inside the structure. Its schedule and rate are for the caller to follow.
+        penalty: How hard the method pulls.
+
+    Raises:
+        SettingError: A setting has a wrong type.
 
     Example:
-        >>> from lightning_muws.structure.plan import MicroStructure, make_plan
-        >>> layer, phases = nn.Linear(8, 8), Phases(admm_end=2)
+        >>> from lightning_muws import CompressionRun, MicroStructure, Penalty, Phases, Retraining
+        >>> from lightning_muws.structure.plan import make_plan
+        >>> layer, phases = nn.Linear(8, 8), Phases(admm_start=0, admm_end=4, update_every=1)
         >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
-        >>> run = CompressionRun(plan.weights(layer), plan.covered, phases, Retraining())
+        >>> run = CompressionRun(plan.weights(layer), plan.covered, phases, Retraining(), Penalty(rho=0.1))
         >>> optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-        >>> for epoch in range(3):
-        ...     due = run.tick(epoch, phases.on(3), [optimizer])
-        ...     optimizer.zero_grad()
-        ...     layer(torch.ones(8)).square().sum().backward()
-        ...     run.before_step(optimizer)
-        ...     optimizer.step()
-        ...     run.after_step(optimizer)
+        >>> for epoch in range(6):
+        ...     due = run.tick(epoch, phases.on(6), [optimizer])
+        ...     for batch in torch.eye(8).split(4):
+        ...         optimizer.zero_grad()
+        ...         layer(batch).square().sum().backward()
+        ...         run.before_step(optimizer)
+        ...         optimizer.step()
+        ...         run.after_step(optimizer)
         >>> run.phase, int((layer.weight == 0).sum())
         ('retraining', 32)
+        >>> run.verify()  # every weight is inside its structure, or this raises
     """
 
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
         entries: Mapping[str, PlanEntry],
-        phases: Phases,
-        retraining: Retraining,
+        phases: Phases = Phases(),
+        retraining: Retraining = Retraining(),
+        penalty: Penalty = Penalty(),
     ) -> None:
-        self.weights, self.entries, self.phases, self.retraining = dict(weights), dict(entries), phases, retraining
-        self.admm: Admm | None = None
+        check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
+        check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
+        check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        self.weights, self.entries = dict(weights), dict(entries)
+        self.phases, self.retraining, self.penalty = phases, retraining, penalty
+        self.method: Method | None = None
         self.constraint: Constraint | None = None
         self.history: list[Update] = []
         self._last_tick: float = -1
@@ -86,9 +102,11 @@ class CompressionRun:
         self._owned: dict[int, tuple[Optimizer, int, dict[str, nn.Parameter]]] = {}
 
     @property
-    def phase(self) -> Phase:
-        """``dense`` before ADMM, ``admm``, or ``retraining`` inside the structure."""
-        return "retraining" if self.constraint else "admm" if self.admm else "dense"
+    def phase(self) -> str:
+        """``dense`` at first, then the name of the method (``admm``), then ``retraining``."""
+        if self.constraint:
+            return "retraining"
+        return self.phases.method if self.method else "dense"
 
     @property
     def supports(self) -> dict[str, Support]:
@@ -96,11 +114,18 @@ class CompressionRun:
         chosen = self.constraint.choices() if self.constraint else {}
         return {name: gathered(self.weights[name], *choice)[0] for name, choice in chosen.items()}
 
+    # ---- the caller's loop
+
     def tick(self, now: float, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
-        """Do what is due at this epoch (or step), once: start ADMM, update Z and U, or freeze the structure.
+        """Do what is due at this epoch (or step), once: start the method, update it, or freeze the structure.
+
+        Args:
+            now: The epoch (or step) that begins; within an epoch with its fraction.
+            timeline: The phases as counts: ``phases.on(length)``.
+            optimizers: The optimizers whose moments are projected when the structure is frozen.
 
         Returns:
-            Whether there was something to do.
+            Whether something was due.
 
         Raises:
             StateError: A weight has NaN or Inf.
@@ -109,47 +134,63 @@ class CompressionRun:
             return False
         if now >= timeline.end:
             self.freeze(now, optimizers)
-        elif self.admm is None and now >= timeline.start:
-            self.admm = self._new_admm()
-            self.admm.start(self.weights)
-        elif self.admm and (due := timeline.due(now, self._last_tick)):
-            rho, residuals = self.admm.rho, self.admm.update(self.weights, due)
-            overall = total(residuals, self.weights)
-            self.history.append(Update(now, rho, overall.primal, overall.dual))
+        elif self.method is None and now >= timeline.start:
+            method = self._new_method()
+            method.start(self.weights)
+            self.method = method
+        elif self.method and (due := timeline.due(now, self._last_tick)):
+            rho, residuals = self.method.rho, self.method.update(self.weights, due)
+            self._remember(now, rho, residuals)
         else:
             return False
         self._last_tick = now
         return True
 
     def freeze(self, now: float, optimizers: Iterable[Optimizer]) -> None:
-        """Choose the structure, project the weights, and the moments that these optimizers keep of them.
+        """Choose the structure, project the weights onto it, and project the moments that these optimizers keep.
+
+        Args:
+            now: The epoch (or step), for :attr:`history`.
+            optimizers: The optimizers that step the weights.
 
         Raises:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
-        rho = self.admm.rho if self.admm else 0.0
+        rho = self.method.rho if self.method else 0.0
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
-        self.admm = None
-        overall = total({n: Residuals(r, 0.0) for n, r in self.constraint.primal.items()}, self.weights)
-        self.history.append(Update(now, rho, overall.primal, overall.dual))
+        self.method = None
+        self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
         for optimizer in optimizers:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
-        self._owned = {}  # retraining may make its optimizers anew: keep none of the old moments alive
+        self._owned = {}  # retraining may have new optimizers: do not keep the old moments alive
 
     def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
-        """Add the penalty's gradient, ``scale`` times, or project the gradients; of the weights of this optimizer."""
+        """Change the gradients of this optimizer's weights: the method adds to them, or retraining projects them.
+
+        A parameter group with ``maximize=True`` climbs its gradient, so the method's share has the opposite sign.
+
+        Args:
+            optimizer: The optimizer that steps next; its gradients are complete and not clipped yet.
+            scale: Factor of these gradients on those of the loss, such as that of a gradient scaler; 0 adds nothing.
+        """
         if self.constraint:
             self.constraint.project_gradients(self.owned(optimizer))
-        elif self.admm and scale:
-            self.admm.add_penalty_gradient(self.owned(optimizer), scale)
+        elif self.method and scale:
+            climbing = {id(p) for g in optimizer.param_groups if g.get("maximize") for p in g["params"]}
+            owned = self.owned(optimizer)
+            up = {name: p for name, p in owned.items() if id(p) in climbing}
+            self.method.before_step({name: p for name, p in owned.items() if name not in up}, scale)
+            self.method.before_step(up, -scale)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Hold the weights of this optimizer to their structure, to the bit."""
+        """Change this optimizer's weights: in retraining, write the structure back, to the bit."""
         if self.constraint:
-            self.constraint.enforce(self.owned(optimizer))
+            self.constraint.enforce(self.owned(optimizer), optimizer)
+        elif self.method:
+            self.method.after_step(self.owned(optimizer))
 
     def owned(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """Return the covered weights that an optimizer steps now: not those that are frozen at the moment."""
+        """Return the covered weights that an optimizer steps, by name, without those that do not require a gradient."""
         n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may join in mid-fit
         known, n_known, owned = self._owned.get(id(optimizer), (None, 0, {}))
         if known is not optimizer or n_known != n_parameters:
@@ -159,13 +200,15 @@ class CompressionRun:
         return {name: p for name, p in owned.items() if p.requires_grad}
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """Return what there is to log: phase (0, 1, 2), rho, penalty, and the residuals of the last update."""
-        metrics: dict[str, float | Tensor] = {"phase": float(PHASES.index(self.phase))}
-        if self.admm:
-            metrics |= {"rho": self.admm.rho, "penalty": self.admm.penalty(self.weights)}
+        """Return what to log: phase (0 dense, 1 method, 2 retraining), rho, penalty, the last update's residuals."""
+        metrics: dict[str, float | Tensor] = {"phase": 2.0 if self.constraint else 1.0 if self.method else 0.0}
+        if self.method:
+            metrics |= {"rho": self.method.rho, **self.method.metrics(self.weights)}
         if self.history:
             metrics |= {"primal_residual": self.history[-1].primal, "dual_residual": self.history[-1].dual}
         return metrics
+
+    # ---- the projected network, for validation
 
     @torch.no_grad()
     def show_projected(self) -> None:
@@ -186,32 +229,44 @@ class CompressionRun:
 
     @torch.no_grad()
     def show_raw(self) -> None:
-        """Bring the weights back that :meth:`show_projected` put aside, if it did."""
+        """Restore the weights that :meth:`show_projected` replaced; do nothing if it replaced none."""
         for name, value in self._raw.items():
             self.weights[name].copy_(value)
         self._raw = {}
 
     @property
     def raw(self) -> dict[str, Tensor]:
-        """The weights put aside while projected ones are shown, by name; else empty."""
+        """The original weights while their projections are shown, by name; else empty."""
         return self._raw
 
-    def fingerprint(self) -> int:
-        """Return a checksum of the choices of blocks and of the magnitudes: the same on each rank, if all is well.
+    # ---- checks
 
-        Sharded weights are left out: each rank has its own part of a choice that all made of the same gathered bits.
+    def fingerprint(self) -> int:
+        """Return a checksum of the choices of blocks and of the magnitudes; ranks in step have the same.
+
+        Sharded weights are left out: each rank has its part of a choice that all made from the same gathered bits.
         """
-        engine, checksum = self.constraint or self.admm, 0
-        for name, (support, magnitudes) in engine.choices().items() if engine else ():
+        chooser, checksum = self.constraint or self.method, 0
+        for name, (support, magnitudes) in chooser.choices().items() if chooser else ():
             for tensor in () if is_sharded(self.weights[name]) else (support.kinds, support.negative, magnitudes):
                 checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
+
+    def check_finite(self) -> None:
+        """Check that no covered weight has NaN or Inf, in any phase. Call it now and then, and before saving.
+
+        It costs one norm a weight. Where weights are sharded, every rank must call it.
+
+        Raises:
+            StateError: A weight has; the message has its name, and how many of its values are not finite.
+        """
+        check_finite(self.weights)
 
     def verify(self) -> None:
         """Check that every weight is inside its structure, with ``==``.
 
         Raises:
-            StateError: A weight is not, or the structure is not frozen yet.
+            StateError: A weight is not, or it has NaN or Inf, or the structure is not frozen yet.
         """
         if self.constraint is None:
             raise StateError(
@@ -220,32 +275,62 @@ class CompressionRun:
         self.constraint.follow(self.weights)
         self.constraint.verify(self.weights)
 
+    # ---- checkpoints
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain dicts, lists, strings, numbers and tensors."""
+        """Return the state as plain dicts, lists, strings, numbers and tensors: ``weights_only=True`` can load it."""
         state: dict[str, Any] = {"version": STATE_VERSION, "phase": self.phase, "last_tick": self._last_tick}
         state["history"] = [dict(vars(update)) for update in self.history]
+        state["settings"] = self._settings(self.phase)
         if self.constraint:
-            return state | {"engine": self.constraint.state_dict(self.weights)}
-        return state | ({"engine": self.admm.state_dict()} if self.admm else {})
+            state["constraint"] = self.constraint.state_dict(self.weights)
+        elif self.method:
+            state["method"] = self.method.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state, on the devices of the weights, which the caller restores himself.
+        """Load a state, onto the devices of the weights. The caller restores the weights.
+
+        The state must be of the same weights, with the same shapes, grids and structures. In the method's phase the
+        method and ``phases.interval`` must be the same too, in retraining ``retraining.unified``. A dense run depends
+        on none of these. All other settings may change:
+
+        - ``phases.admm_start``, ``admm_end`` and ``update_every`` hold from the next :meth:`tick` on.
+        - ``penalty.rho_growth`` and ``rho_max`` hold from the next update on. ``penalty.rho`` is where a method
+          starts; a method that has started goes on from the rho of the state.
+        - ``retraining.schedule`` and ``lr`` belong to the caller, as do a callback's ``save_to`` and
+          ``validate_projected``.
 
         Raises:
-            StateError: The state is of another version, or of other weights.
+            StateError: The state has another version, or depends on settings that differ; nothing is changed then.
         """
-        if state["version"] != STATE_VERSION:
+        if state.get("version") != STATE_VERSION:
             raise StateError(
-                f"the state has version {state['version']}, this package reads {STATE_VERSION}: install its own"
+                f"the checkpoint's state has version {state.get('version')}, and this lightning_muws reads version "
+                f"{STATE_VERSION}: resume with the release that wrote it, or begin a new fit from its weights alone"
             )
-        self.admm = self.constraint = None
-        if state["phase"] == "admm":
-            self.admm = self._new_admm()
-            self.admm.load_state_dict(state["engine"], self.weights)
-        elif state["phase"] == "retraining":
-            self.constraint = Constraint.from_state_dict(state["engine"], self.weights, self.entries)
+        refuse_differences(state["settings"], self._settings(state["phase"]))
+        self.method = self.constraint = None
+        if "constraint" in state:
+            self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
+        elif "method" in state:
+            self.method = self._new_method()
+            self.method.load_state_dict(state["method"], self.weights)
         self._last_tick = state["last_tick"]
         self.history = [Update(**update) for update in state["history"]]
 
-    def _new_admm(self) -> Admm:
-        return Admm(self.entries, self.phases.rho, self.phases.rho_growth, self.phases.rho_max)
+    def _settings(self, phase: str) -> dict[str, Any]:
+        """Return the settings that a state of this phase depends on, as plain values."""
+        if phase == "dense":
+            return {}
+        if phase == "retraining":
+            return {"retraining.unified": self.retraining.unified, **record(self.entries)}
+        times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
+        return {**times, **record(self.entries)}
+
+    def _new_method(self) -> Method:
+        return METHODS[self.phases.method](self.entries, self.penalty)
+
+    def _remember(self, now: float, rho: float, residuals: Mapping[str, Residuals]) -> None:
+        overall = total(residuals, self.weights)
+        self.history.append(Update(now, rho, overall.primal, overall.dual))

@@ -6,11 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_muws import load_compressed, save_compressed
 from lightning_muws.artifact import rans
-from lightning_muws.artifact.rans import decode, encode, entropy_bytes, inflate
+from lightning_muws.artifact.codecs import CODERS, Coder, decode, encode, inflate
+from lightning_muws.artifact.entropy import entropy_bytes
 from lightning_muws.errors import FormatError
 from tests.support import format_reader
 
@@ -22,7 +25,7 @@ def skewed(seed: int, n: int, p: float = 0.35, low: int = 127) -> np.ndarray:
 def test_a_stream_by_hand():
     # one lane; a table of the symbols 7 and 8, half each; the state holds the 3 symbols, as no word was needed yet
     data = np.array([7, 7, 8], np.uint8)
-    coded = rans._rans_encode(data, [(3, np.isin(np.arange(256), (7, 8)).astype(np.int64))])
+    coded = rans._encode(data, [(3, np.isin(np.arange(256), (7, 8)).astype(np.int64))])
     x = 65536
     for symbol in (8, 7, 7):
         x = x // 2048 * 4096 + x % 2048 + (2048 if symbol == 8 else 0)
@@ -59,13 +62,13 @@ def test_decode_undoes_encode(data):
 
 @given(streams())
 def test_rans_is_exact_whether_it_pays_or_not(data):
-    coded = rans._rans_encode(data, rans._stretches(data))
-    assert np.array_equal(rans._rans_decode(coded, len(data)), data)
+    coded = rans._encode(data, rans._stretches(data))
+    assert np.array_equal(rans.decode(coded, len(data)), data)
 
 
 @pytest.mark.parametrize("data", [skewed(0, 5000), np.concatenate([skewed(1, 9000), skewed(2, 9000, 0.9, 30)])])
 def test_another_decoder_reads_the_same(data):
-    coded = rans._rans_encode(data, rans._stretches(data))
+    coded = rans._encode(data, rans._stretches(data))
     assert format_reader.rans(coded, len(data)) == data.tolist()
 
 
@@ -101,23 +104,23 @@ def test_frequencies_sum_to_the_total_and_forget_no_symbol(counts):
 
 
 def coded_by_rans(data: np.ndarray) -> bytes:
-    return rans._rans_encode(data, rans._stretches(data))
+    return rans._encode(data, rans._stretches(data))
 
 
 @pytest.mark.parametrize(
     ("coder", "coded", "n", "says"),
     [
         ("lzma", b"", 0, "coder 'lzma' is not known"),
-        ("raw", b"abc", 4, "3 bytes was found where 4"),
+        ("raw", b"abc", 4, "holds 3 bytes, 4 are needed"),
         ("zlib", b"abc", 3, "zlib stream is broken"),
         ("zlib", zlib.compress(b"abcd"), 3, "does not hold the 3 bytes"),
         ("zlib", zlib.compress(b"abcd"), 5, "does not hold the 5 bytes"),
         ("zlib", zlib.compress(b"abcd")[:-1], 4, "does not hold the 4 bytes"),
         ("zlib", zlib.compress(b"abcd") + b"x", 4, "does not hold the 4 bytes"),
         ("rans", b"", 1, "ends within its tables"),
-        ("rans", bytes([0]), 1, "speaks of 0 tables"),
-        ("rans", bytes([2, 0, 0, 1]), 1, "speaks of 2 tables"),
-        ("rans", bytes([0x81, 8]) + bytes([1]) * 9999, 5000, "speaks of 1025 tables"),
+        ("rans", bytes([0]), 1, "declares 0 tables"),
+        ("rans", bytes([2, 0, 0, 1]), 1, "declares 2 tables"),
+        ("rans", bytes([0x81, 8]) + bytes([1]) * 9999, 5000, "declares 1025 tables"),
         ("rans", bytes([2, 9]) + bytes([5, 5, 0x80, 0x20]) * 2, 9, "are not for its 9 steps"),
         ("rans", bytes([1, 5, 5, 0x81, 0x20]), 1, "sum to 4097"),
         ("rans", bytes([1, 5, 4]), 1, "sum to 0"),
@@ -138,7 +141,7 @@ def test_a_damaged_rans_stream_is_refused_or_read_as_so_many_bytes(data, draw):
     for _ in range(draw.draw(st.integers(1, 4))):
         coded[draw.draw(st.integers(0, len(coded) - 1))] = draw.draw(st.integers(0, 255))
     with contextlib.suppress(FormatError):
-        assert len(rans._rans_decode(bytes(coded), len(data))) == len(data)
+        assert len(rans.decode(bytes(coded), len(data))) == len(data)
 
 
 def test_a_zlib_bomb_takes_no_memory():
@@ -149,3 +152,55 @@ def test_a_zlib_bomb_takes_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+# ---- a new coder is one row
+
+
+def _raw_inflate(coded: bytes, n: int) -> np.ndarray:
+    stream = zlib.decompressobj(wbits=-15)
+    try:
+        data = stream.decompress(coded, n + 1)
+    except zlib.error as error:
+        raise FormatError(f"a deflate stream is broken: {error}") from None
+    if len(data) != n or not stream.eof or stream.unused_data:
+        raise FormatError(f"a deflate stream does not hold the {n} bytes that are needed")
+    return np.frombuffer(data, np.uint8)
+
+
+DEFLATE = Coder(lambda data, size: zlib.compress(data.tobytes(), 9, wbits=-15), _raw_inflate)
+
+
+@pytest.fixture
+def deflate(monkeypatch):
+    monkeypatch.setitem(CODERS, "deflate", DEFLATE)
+
+
+@pytest.mark.usefixtures("deflate")
+@given(streams())
+def test_a_coder_added_by_one_row_round_trips(data):
+    coder, coded = encode(data)
+    assert np.array_equal(decode(coder, coded, len(data)), data)
+    assert np.array_equal(decode("deflate", DEFLATE.encode(data, 0), len(data)), data)
+
+
+@pytest.mark.usefixtures("deflate")
+@given(streams(), st.data())
+def test_a_coder_added_by_one_row_refuses_what_is_damaged(data, draw):
+    coded = bytearray(DEFLATE.encode(data, 0))
+    for _ in range(draw.draw(st.integers(1, 4))):
+        coded[draw.draw(st.integers(0, len(coded) - 1))] = draw.draw(st.integers(0, 255))
+    with contextlib.suppress(FormatError):
+        assert len(decode("deflate", bytes(coded), len(data))) == len(data)
+    with pytest.raises(FormatError, match="does not hold the 3 bytes"):
+        decode("deflate", DEFLATE.encode(np.zeros(1 << 20, np.uint8), 0), 3)
+
+
+def test_a_file_with_the_new_coder_loads_where_the_row_is_and_is_refused_elsewhere(tmp_path, monkeypatch):
+    state = {"w": torch.arange(97).repeat(9)}
+    with monkeypatch.context() as patch:
+        patch.setitem(CODERS, "deflate", DEFLATE)
+        assert save_compressed(state, tmp_path / "m.muws").streams[0].coder == "deflate"
+        assert torch.equal(load_compressed(tmp_path / "m.muws")["w"], state["w"])
+    with pytest.raises(FormatError, match="coder 'deflate' is not known"):
+        load_compressed(tmp_path / "m.muws")

@@ -289,9 +289,9 @@ def test_what_is_no_dense_tensor_is_refused(model, says, path):
 
 def test_wrong_settings_are_refused_before_anything_is_written(path, tmp_path):
     state = {"w": torch.ones(4, 4), "b": torch.ones(4)}
-    with pytest.raises(SettingError, match="blocks speaks of x, which is no tensor"):
+    with pytest.raises(SettingError, match="blocks names x, which is no tensor"):
         save_compressed(state, path, blocks={"x": BlockGrid()})
-    with pytest.raises(SettingError, match="blocks speaks of b"):
+    with pytest.raises(SettingError, match="blocks names b"):
         save_compressed(state, path, blocks={"b": BlockGrid()})
     with pytest.raises(SettingError, match="block_shape="):
         save_compressed(state, path, blocks=(0, 4))
@@ -372,12 +372,31 @@ def test_files_of_anything_else_are_refused_and_no_code_runs(thing, path, tmp_pa
         save_compressed(tmp_path / "m.safetensors", path)
 
 
-def test_more_tensors_than_a_reader_would_accept_are_refused(path):
+def test_more_tensors_than_a_reader_would_accept_are_refused_before_any_work(path, monkeypatch):
     small_model(path)
     before = path.read_bytes()
+    monkeypatch.setattr(ChunkWriter, "add", None)
     with pytest.raises(FormatError, match=r"the manifest would have .* save the model in several files"):
-        save_compressed({f"a.long.name.{i}": torch.ones(1) for i in range(12_000)}, path)
+        save_compressed({f"a.long.name.{'x' * 1500}.{i}": torch.ones(1) for i in range(12_000)}, path)
+    with pytest.raises(FormatError, match=r"the manifest would have .* save the model in several files"):
+        save_compressed({"w": torch.ones(1)}, path, extra={"a": "x" * (16 << 20)})
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"model.encoder.layers.{i}.weight" for i in range(7000)],
+        [f"{'model.transformer.encoder.' * 9}layers.{i // 8}.experts.{i % 8}.default.weight" for i in range(3000)],
+    ],
+    ids=["short", "long"],
+)
+def test_a_model_of_thousands_of_small_tensors_comes_back(names, path):
+    """The names take megabytes and the values almost nothing, so that the file is small."""
+    state = {name: torch.zeros(1) for name in names} | {"w": torch.ones(2, 2)}
+    report = save_compressed(state, path)
+    assert report.n_bytes < 64 << 10
+    assert_same(load_compressed(path), state)
 
 
 # ---- loading
@@ -460,6 +479,15 @@ def test_the_report_says_where_the_bytes_are(path):
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report, inspect_compressed(path))
     assert "magnitudes.float32.3" in console.export_text()
+
+
+def test_reports_display_multiples_of_a_step_as_steps(path):
+    report = save_compressed({"w": torch.arange(-64.0, 64.0).view(8, 16)}, path)
+    info = inspect_compressed(path)
+    assert report.tensors[0].stored == info.tensors[0].stored == "steps"
+    assert {s.name for s in report.streams} == set(info.streams) == set(info.coders)
+    assert "magnitudes.steps.0" in info.streams
+    assert b"c0.magnitudes.grid.0" in path.read_bytes()
 
 
 # ---- on the disk

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_muws import MicroStructure
-from lightning_muws.artifact import streams
-from lightning_muws.artifact.shapes import find_shape
+from lightning_muws.artifact import block_shape, streams
+from lightning_muws.artifact.block_shape import shared_shapes, smallest_shape
 from lightning_muws.artifact.streams import Parts, join, pack_kinds, pack_signs, split, unpack_kinds, unpack_signs
-from lightning_muws.artifact.values import GRID, Form, Loss, bits, choose
+from lightning_muws.artifact.values import STEPS, Form, Loss, bits, choose
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
@@ -123,7 +123,7 @@ def test_whole_multiples_of_a_step_are_found_and_exact(seed, dtype, largest, ste
     w = (steps.to(wide) * torch.tensor(step, dtype=wide)).to(dtype)
     form = choose(w, None, Loss(), 1.0)
     if dtype in (torch.float32, torch.float64):
-        assert form.stored == GRID
+        assert form.stored == STEPS
     assert same_bits(form.values(form.patterns(w), dtype), w)
 
 
@@ -208,12 +208,27 @@ def test_wrong_settings_are_refused(settings, says):
 @pytest.mark.parametrize("size", [(64, 96), (4096, 512)])
 def test_the_shape_that_was_trained_is_found(shape, size):
     w = MicroStructure(shape, 0.5, 0.3).project(normal(0, *size, dtype=torch.float32))
-    assert find_shape(w) == shape
+    assert smallest_shape(w) == shape
 
 
 def test_zeros_anywhere_are_found_and_dense_weights_left_flat():
     w = normal(0, 64, 96, dtype=torch.float32)
-    assert find_shape(w) is None
-    assert find_shape(torch.where(w.abs() > 1.5, w, 0.0)) == (1, 1)
-    assert find_shape(torch.zeros(0, 4)) is None
-    assert find_shape(torch.zeros(2, 1 << 20)) is None
+    assert smallest_shape(w) is None
+    assert smallest_shape(torch.where(w.abs() > 1.5, w, 0.0)) == (1, 1)
+    assert smallest_shape(torch.zeros(0, 4)) is None
+    assert smallest_shape(torch.zeros(2, 1 << 20)) is None
+
+
+def test_tiny_tensors_of_one_shape_share_the_work_and_the_block_shape(monkeypatch):
+    structure = MicroStructure((2, 2), 0.5, 0.25)
+    tensors = {f"s{i}": structure.project(normal(i, 8, 8, dtype=torch.float32)) for i in range(300)}
+    tensors |= {f"d{i}": normal(i, 8, 8, dtype=torch.float32) for i in range(300)}
+    tensors |= {f"c{i}": structure.project(normal(i, 8, 3, 3, 3)).half() for i in range(20)}
+    tensors |= {f"b{i}": torch.ones(8) for i in range(20)} | {f"n{i}": torch.ones(8, 8).int() for i in range(20)}
+    tensors |= {f"few{i}": torch.zeros(4, 4) for i in range(15)} | {f"big{i}": torch.zeros(64, 64) for i in range(20)}
+    calls, smallest = [], block_shape._smallest
+    monkeypatch.setattr(block_shape, "_smallest", lambda u: calls.append(u.shape) or smallest(u))
+    found = shared_shapes(tensors.items())
+    assert calls == [(300, 8, 8), (300, 8, 8), (20, 8, 27)]
+    expected = {"s": (2, 2), "d": None, "c": (2, 2)}
+    assert found == {name: expected[name[0]] for name in tensors if name[0] in expected}

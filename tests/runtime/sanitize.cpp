@@ -182,14 +182,14 @@ int main(int, char** arguments) {
     std::printf("%s\n", dlerror());
     return 1;
   }
-  auto find = function<const void* (*)(const char*)>("muws_level");
+  auto nth = function<const void* (*)(int64_t)>("muws_nth_level");
+  auto name_of = function<const char* (*)(const void*)>("muws_level_name");
   auto make = function<void* (*)(const void*, const MuwsLayer*)>("muws_plan");
   auto run = function<int (*)(const void*, void*, const float*, const float*, float*, int64_t)>("muws_run");
   auto release = function<void (*)(const void*, void*)>("muws_free_plan");
   auto gemv = function<void (*)(const void*, const MuwsLayer*, const float*, float*, int64_t)>("muws_gemv");
-  for (std::string name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
-    const void* level = find(name.c_str());
-    if (!level) continue;
+  for (int64_t n = 0; const void* level = nth(n); n++) {
+    const std::string name = name_of(level);
     const int cases = std::atoi(arguments[2]);
     for (int i = 0; i < cases; i++) {
       const bool linear = i % 4 == 0;

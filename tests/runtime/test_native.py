@@ -6,8 +6,10 @@ import io
 import mmap
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from torch import nn
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.runtime.kernels import native, signs
+from lightning_muws.runtime.kernels.base import Kernel, bias_of, matrix_of
+from lightning_muws.runtime.kernels.native import BlockSparse
 from lightning_muws.runtime.native import library
-from lightning_muws.runtime.native.modules import BlockSparse
 from lightning_muws.runtime.native.packing import choose_block, pack, pack_pairs
 from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, is_batch_last
 from tests.support.strategies import normal
@@ -72,10 +75,16 @@ def terms_of(layer: nn.Module, x: torch.Tensor) -> float:
     return float(y.max()) if y.numel() else 0.0
 
 
+def ended(kernel: Kernel, relu: bool) -> Kernel:
+    """Return the kernel, with ReLU at its end if asked for."""
+    return kernel.with_relu() if relu else kernel
+
+
 def variant(layer: nn.Module, x: torch.Tensor, relu: bool = False, halves: bool = False, **changes: int) -> BlockSparse:
     """Return the layer packed as told rather than as is fastest."""
-    geometry = native.geometry_of(layer, x, relu)
-    matrix, bias = native.matrix_of(layer)
+    assert native.is_native(layer, x)
+    geometry = native.geometry_of(layer)._replace(relu=int(relu))
+    matrix, bias = matrix_of(layer), bias_of(layer)
     rows = changes.get("rows", 4)
     packed = pack_pairs(matrix, rows) if halves else pack(matrix, rows, changes.get("cols", 1))
     geometry = geometry._replace(**{"rows": rows, **changes, "cols": packed.cols, "bfloat16": int(halves)})
@@ -111,7 +120,7 @@ def test_a_product_one_can_do_by_hand():
     layer.weight.data = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, -1.0, 0.0, 0.0]])
     layer.bias.data = torch.tensor([10.0, 0.0])
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    fast = native.build(layer, (2, 2), x, relu=True)
+    fast = native.build(layer, (2, 2), x).with_relu()
     assert fast(x).tolist() == [[15.0, 0.0]]
     assert len(fast.columns) == 2  # of the four columns of this block row two hold anything
 
@@ -124,7 +133,7 @@ def test_equals_float64_over_all_layers(name, at_level):
     def law(case, relu):
         layer, x, block_shape = case
         want, terms = reference(layer, x, relu), terms_of(layer, x)
-        fast = native.build(layer, block_shape, x, relu=relu)
+        fast = ended(native.build(layer, block_shape, x), relu)
         assert error(fast(x), want, terms) <= 1e-5
         for lanes in (0, 1, 2):
             for rows in (1, 2, 4, 8):
@@ -192,7 +201,7 @@ def test_bfloat16_equals_float64_of_rounded_numbers(case):
     rounded, x16 = copy.deepcopy(layer), x.bfloat16().float()
     rounded.weight.data = layer.weight.data.bfloat16().float()
     want = reference(rounded, x16)
-    rows, _ = choose_block(native.matrix_of(layer)[0], block_shape, len(layer.weight) // getattr(layer, "groups", 1))
+    rows, _ = choose_block(matrix_of(layer), block_shape, len(layer.weight) // getattr(layer, "groups", 1))
     for lanes in (0, 1, 2):
         assert error(variant(layer, x, halves=True, rows=rows, batch_lanes=lanes)(x), want) <= 1e-5
 
@@ -214,7 +223,9 @@ def test_bfloat16_refuses_a_cpu_without_it(at_level):
     fast = native.build_bfloat16(layer, (4, 1), x)
     at_level("avx512")
     assert native.build_bfloat16(layer, (4, 1), x) is None
-    with pytest.raises(StateError, match="needs the level avx512_bf16; here is avx512: build it again here"):
+    with pytest.raises(
+        StateError, match=r"needs the level avx512_bf16; this machine uses avx512: call accelerate\(\) again here"
+    ):
         copy.deepcopy(fast)(x)
 
 
@@ -275,7 +286,7 @@ def test_signs_equal_float64(name, block_shape, shares, at_level):
     layer = unified(48, 5 * block_shape[1], block_shape, *shares)
     x = normal(0, 1, layer.in_features, dtype=torch.float32)
     for relu in (False, True):
-        fast = signs.build(layer, block_shape, x, relu=relu)
+        fast = ended(signs.build(layer, block_shape, x), relu)
         assert (fast.rest is None) == (shares[1] == 0)
         assert error(fast(x), reference(layer, x, relu)) <= 1e-5
     many = normal(1, 2, 3, layer.in_features, dtype=torch.float32)
@@ -382,7 +393,7 @@ def test_compile_and_export_see_one_node_a_layer(batch):
     conv = pruned(nn.Conv2d(4, 8, 3, padding=1), (4, 1), 0.5)
     linear = unified(16, 64, (8, 8), 0.3, 0)
     x = normal(0, batch, 4, 3, 3, dtype=torch.float32)
-    net = nn.Sequential(native.build(conv, (4, 1), x, relu=True), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(8, 64))
+    net = nn.Sequential(native.build(conv, (4, 1), x).with_relu(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(8, 64))
     net.append(native.build(linear, (8, 8), torch.zeros(batch, 64)))
     if batch == 1:
         net.append(signs.build(unified(8, 16, (8, 8), 0, 0), (8, 8), torch.zeros(1, 16)))
@@ -495,7 +506,7 @@ def test_refusals(at_level):
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(StateError, match="has no gradient"):
         layer(torch.zeros(1, 4, requires_grad=True))
     at_level("none")
-    with pytest.raises(StateError, match="the native kernels are not there"):
+    with pytest.raises(StateError, match="needs the native kernels, which are not installed here"):
         layer(torch.zeros(2, 4))
     at_level("sse9")
     with pytest.raises(SettingError, match=r"MUWS_LEVEL='sse9' is not allowed here: choose one of .*portable, or none"):
@@ -516,6 +527,20 @@ def test_packing_keeps_every_weight(n_out, n_in, share, seed):
                     block
                 ].T
         assert torch.equal(there[:n_out], matrix)
+
+
+@pytest.mark.parametrize(("struct", "fields"), [("MuwsLayer", library.Layer), ("MuwsSigns", library.Signs)])
+def test_python_repeats_the_fields_of_api_h_in_order(struct, fields):
+    """The two agree by name, order and kind: a library of the same size could hold them otherwise."""
+    header = Path(library.__file__).parent / "src" / "api.h"
+    if not header.exists():
+        pytest.skip("an installed package has no sources")
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", re.sub("//.*", "", header.read_text()), re.S)[1]
+    declared = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
+        declared += [(name.strip(), ctypes.c_void_p if star else ctypes.c_int64) for name in names.split(",")]
+        assert star or kind == "int64_t"
+    assert declared == list(fields._fields_)
 
 
 def test_geometry_and_api_have_the_same_fields():
@@ -544,7 +569,7 @@ def test_adds_onto_another_tensor_before_relu(name, batch_last, at_level):
     @given(layers(), st.booleans())
     def law(case, relu):
         layer, x, block_shape = case
-        fast, want = native.build(layer, block_shape, x, relu=relu), reference(layer, x, False)
+        fast, want = ended(native.build(layer, block_shape, x), relu), reference(layer, x, False)
         fast = fast.with_batch_last() if batch_last and x.dim() == 4 else fast
         laid_alike = native.build(layer, block_shape, x)(x)
         for onto in (normal(1, *want.shape, dtype=torch.float32), torch.ones(()), laid_alike):

@@ -1,6 +1,7 @@
 """The runtime: kernels equal the float64 layer, choices follow the times they are given, and nothing is ever slower."""
 
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -19,14 +20,16 @@ from lightning_muws.errors import MuwsError, SettingError, StateError
 from lightning_muws.runtime import accelerate as accelerate_module
 from lightning_muws.runtime.accelerate import accelerate
 from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
+from lightning_muws.runtime.kernels.base import Kernel
 from lightning_muws.runtime.kernels.reference import reference, relative_error
 from lightning_muws.runtime.measure import network
 from lightning_muws.runtime.measure.layer import pick
 from lightning_muws.runtime.measure.network import pick_form
-from lightning_muws.runtime.measure.report import SpeedReport
+from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedReport
+from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.rewrite.graph import fold, fuse
 from lightning_muws.runtime.rewrite.observe import Example, observe
-from lightning_muws.runtime.shapes import find_block_shape
+from lightning_muws.runtime.shapes import infer_shape_for_kernels
 from lightning_muws.runtime.timing import Timing, race
 from tests.support.strategies import normal
 
@@ -89,7 +92,7 @@ def test_each_kernel_applies_where_it_should_and_equals_the_layer(name):
         pytest.skip("the native kernels are not built here")
     assert kernel is not None
     assert relative_error(kernel(x), reference(layer, x)) <= 1e-5
-    assert relative_error(KERNELS[name](layer, block_shape, x, relu=True)(x), reference(layer, x).relu()) <= 1e-5
+    assert relative_error(kernel.with_relu()(x), reference(layer, x).relu()) <= 1e-5
 
 
 # The law over all strategies
@@ -143,7 +146,8 @@ def test_every_kernel_equals_the_layer_in_float64(case, relu):
     layer, block_shape, x = case
     before, other = copy.deepcopy(layer.state_dict()), normal(4, *x.shape, dtype=torch.float32)
     for name in EXACT:
-        kernel = KERNELS[name](layer, block_shape, x, relu=relu)
+        kernel = KERNELS[name](layer, block_shape, x)
+        kernel = kernel.with_relu() if relu and kernel is not None else kernel
         for given_x in (x, other) if kernel is not None else ():
             expected = reference(layer, given_x).relu() if relu else reference(layer, given_x)
             with torch.inference_mode():
@@ -214,6 +218,42 @@ def test_a_kernel_refuses_what_it_cannot_do(case):
         assert KERNELS[name](layer.eval(), (4, 4), x) is None, name
 
 
+LAYERS = {
+    **APPLIES,
+    "signs": lambda: (fill(nn.Linear(64, 32), 0, (8, 8), 0.25, 0.75), (8, 8)),
+    "native_conv": lambda: (fill(nn.Conv2d(20, 64, 3), 0, (4, 4), 0.75), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", list(LAYERS))
+def test_every_kernel_keeps_the_contract(case):
+    layer, block_shape = LAYERS[case]()
+    shape = (2, 20, 7, 6) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
+    x = normal(7, *shape, dtype=torch.float32)
+    built = {name: build(layer, block_shape, x) for name, build in KERNELS.items()}
+    assert case.removesuffix("_conv") in {name for name, kernel in built.items() if kernel} or level() is None
+    for name, kernel in built.items():
+        if kernel is None:
+            continue
+        assert isinstance(kernel, Kernel), name
+        assert not list(kernel.parameters()) or name in ("dense", "bf16", "int8"), name
+        before, y = x.clone(), kernel(x)
+        twin, held = kernel.with_relu(), [t.data_ptr() for t in kernel.buffers()]
+        assert (kernel.relu, twin.relu) == (False, True)
+        assert [t.data_ptr() for t in twin.buffers()] == held
+        assert torch.equal(twin(x), y.relu()), name
+        assert torch.equal(copy.deepcopy(twin)(x), y.relu()), name
+        assert torch.equal(kernel(x), y), name  # as it was
+        other = kernel.with_batch_last()
+        assert other is None or torch.equal(other(x), kernel(x)) or relative_error(other(x), y.double()) <= 1e-5
+        onto = normal(8, *y.shape, dtype=torch.float32)
+        if kernel.can_add:
+            torch.testing.assert_close(twin(x, onto), (y + onto).relu())
+        y.fill_(torch.nan)  # its memory is the caller's
+        assert torch.equal(x, before)
+        assert torch.equal(twin(x), kernel(x).relu()), name
+
+
 def test_bsr_never_goes_through_linear_on_a_cpu(monkeypatch):
     layer, block_shape = APPLIES["bsr"]()
     kernel = KERNELS["bsr"](layer, block_shape, torch.zeros(2, 64))
@@ -229,19 +269,19 @@ def test_bsr_never_goes_through_linear_on_a_cpu(monkeypatch):
 def test_the_block_shape_is_found_from_zeros_and_magnitudes(block_shape, kind):
     prune, unify = {"pruned": (0.7, 0.0), "unified": (0.0, 0.6), "both": (0.5, 0.3)}[kind]
     weight = MicroStructure(block_shape, prune, unify).project(normal(5, 256, 256, dtype=torch.float32))
-    assert find_block_shape(weight) == block_shape
+    assert infer_shape_for_kernels(weight) == block_shape
 
 
 def test_a_convolution_s_blocks_are_found_on_its_matrix():
     weight = MicroStructure((32, 9), 0.7).project(normal(5, 64, 32, 3, 3, dtype=torch.float32))
-    assert find_block_shape(weight) == (32, 9)
+    assert infer_shape_for_kernels(weight) == (32, 9)
 
 
 def test_without_structure_there_is_none_to_find():
-    assert find_block_shape(normal(0, 64, 64)) == (4, 4)
-    assert find_block_shape(torch.zeros(0, 4)) == (4, 4)
+    assert infer_shape_for_kernels(normal(0, 64, 64)) == (4, 4)
+    assert infer_shape_for_kernels(torch.zeros(0, 4)) == (4, 4)
     scattered = normal(0, 64, 64) * (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.3)
-    assert find_block_shape(scattered) == (1, 1)
+    assert infer_shape_for_kernels(scattered) == (1, 1)
 
 
 # Choices follow the times they are given
@@ -311,7 +351,7 @@ def test_a_network_that_is_not_faster_comes_back_as_it_was(monkeypatch):
     assert fast[0].weight.data_ptr() != model[0].weight.data_ptr()
     assert report.chosen == "dense"
     assert report.speedup == 1.0
-    assert "came back as it was" in report.summary()
+    assert "came back unchanged" in report.summary()
     assert {layer.winner for layer in report.layers} == {"compact"}  # each won alone
 
 
@@ -352,10 +392,10 @@ def test_the_faster_form_comes_back(monkeypatch):
 
 
 def test_a_kernel_that_is_wrong_or_raises_is_not_used(monkeypatch):
-    def wrong(layer, block_shape, example, *, relu=False):
+    def wrong(layer, block_shape, example):
         return nn.Sequential(copy.deepcopy(layer), nn.Hardtanh(-1e-3, 1e-3))
 
-    def raising(layer, block_shape, example, *, relu=False):
+    def raising(layer, block_shape, example):
         raise RuntimeError("no such instruction\nat all")
 
     monkeypatch.setitem(KERNELS, "compact", wrong)
@@ -454,6 +494,31 @@ def test_batch_norms_are_folded_and_sums_and_relus_fused(monkeypatch):
     file.seek(0)
     for copied in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
         assert torch.equal(copied(x), fast(x))
+
+
+class ReluInside(nn.Module):
+    """Adds after ReLU: a kernel that adds before its own ReLU must not take the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + F.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("name", ["native", "compact", "onednn"])
+def test_a_sum_after_relu_stays_after_it(name):
+    model = randomised(nn.Sequential(ReluInside()))
+    x = normal(0, 2, 8, 6, 6, dtype=torch.float32)
+    expected = model(x)
+    kernel = KERNELS[name](model[0].conv, (4, 4), x)
+    if kernel is None:
+        pytest.skip(f"{name} does not apply here")
+    model[0].conv = kernel
+    with torch.no_grad():
+        fuse(model, Example.of(x))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_input_is_never_written_to():
@@ -561,7 +626,7 @@ def test_layers_that_may_not_be_swapped_say_why(monkeypatch):
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["model.0"] == "it has hooks"
     assert "ParametrizedLinear" in reasons["model.2"]
-    assert reasons["unused"] == "the example does not come through it"
+    assert reasons["unused"] == "the example does not reach it"
     assert reasons["model.1"] == ""
     torch.testing.assert_close(fast(torch.ones(2, 8)), wrapped(torch.ones(2, 8)))
 
@@ -650,11 +715,27 @@ def test_it_works_under_inference_mode_and_gives_ordinary_tensors(monkeypatch):
         ({"kernels": ["spars"]}, r"kernels=\['spars'\] are not in the table"),
         ({"block_shapes": {"nowhere.weight": (4, 4)}}, "block_shapes names"),
         ({"plan": {}}, "no speed report"),
+        ({"plan": 3}, "no speed report"),
+        ({"min_gain": "1.1"}, "min_gain='1.1' is not allowed"),
+        ({"kernels": "native"}, "kernels='native' is not allowed: give a list of names"),
+        ({"kernels": 3}, "kernels=3 is not allowed: give a list of names"),
+        ({"kernels": [3]}, r"kernels=\[3\] are not in the table"),
+        ({"block_shapes": [(4, 4)]}, "block_shapes is a list: give a dict"),
+        ({"block_shapes": {3: (4, 4)}}, r"block_shapes names \[3\]"),
+        ({"block_shapes": {"2.weight": 4}}, r"block_shapes\['2.weight'\]=4 is not allowed: give \(rows, columns\)"),
+        ({"block_shapes": {"2.weight": (4,)}}, r"block_shapes\['2.weight'\]=\(4,\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 0)}}, r"block_shapes\['2.weight'\]=\(4, 0\) is not allowed"),
+        ({"block_shapes": {"2.weight": (4, 2.0)}}, r"block_shapes\['2.weight'\]=\(4, 2.0\) is not allowed"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(arguments, match):
     with pytest.raises(SettingError, match=match):
         accelerate(mlp(), torch.zeros(2, 32), **arguments)
+
+
+def test_a_model_that_is_no_module_is_one_clear_error():
+    with pytest.raises(SettingError, match=r"model is a str: give a torch\.nn\.Module"):
+        accelerate("resnet18", torch.zeros(2, 32))
 
 
 def test_a_model_in_training_mode_and_an_example_without_tensors_are_refused():
@@ -670,6 +751,16 @@ def test_a_given_block_shape_is_used():
     assert report.layers[0].block_shape != (2, 2)
 
 
+def test_a_given_block_shape_is_used_for_a_layer_alone_and_inside_a_compiled_child():
+    alone = nn.Sequential(*mlp())[0]
+    _, report = accelerate(alone, torch.zeros(2, 32), block_shapes={"weight": (2, 2)})
+    assert report.layers[0].block_shape == (2, 2)
+    model = nn.Sequential(torch.compile(mlp(), backend="eager")).eval()
+    for name in ("0.2.weight", "0._orig_mod.2.weight"):
+        _, report = accelerate(model, torch.zeros(2, 32), block_shapes={name: (2, 2)})
+        assert {layer.name: layer.block_shape for layer in report.layers}["0.2"] == (2, 2)
+
+
 def test_a_report_survives_json_and_shows_its_numbers(tmp_path):
     from rich.console import Console
 
@@ -679,9 +770,84 @@ def test_a_report_survives_json_and_shows_its_numbers(tmp_path):
     assert SpeedReport.load(path) == report
     console = Console(width=200, file=io.StringIO())
     console.print(report)
-    for text in (console.file.getvalue(), report.markdown()):
+    for text in (console.file.getvalue(), report.markdown(), report._repr_html_()):
         assert "Conv2d 16x3x3x3" in text
         assert "whole network" in text
+
+
+def a_report(n_layers=3):
+    """Return a report of long names and long numbers, as a real network has them."""
+    times = dict(zip(KERNELS, (12.345678e-3 / (i + 1) for i in range(len(KERNELS))), strict=True))
+    layers = [
+        LayerSpeed(
+            name=f"features.denseblock{i}.layers.10.conv2",
+            layer="Conv2d 512x512x3x3/2 g32",
+            inputs=((32, 512, 7, 7),),
+            block_shape=(16, 16),
+            n_weights=1000,
+            n_nonzero=100,
+            times=times,
+            errors=dict.fromkeys(KERNELS, 1.234e-6),
+            winner="groups_loop",
+        )
+        for i in range(n_layers)
+    ]
+    hooked = [LayerSpeed(f"head.{i}", "Linear 8x8", reason="it has hooks") for i in range(2)]
+    machine = Machine("AMD EPYC 9V45 96-Core Processor", "AVX512", "Linux", "cpu", 2, "2.13.0+cpu", "avx512_bf16")
+    whole = {"dense": 0.0123, "onednn": 0.0101, "fast": 0.004, "fast_fused": 0.0032, "bf16": 0.006}
+    errors = dict.fromkeys(whole, 3.2e-7)
+    layers = (*layers, *hooked)
+    return SpeedReport(machine, ((1, 3, 32, 32),), 1.1, "", layers, whole, errors, "onednn", "fast_fused", 3.15)
+
+
+def printed(report, width):
+    from rich.console import Console
+
+    console = Console(width=width, file=io.StringIO())
+    console.print(report)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_report_fits_a_narrow_terminal_in_two_lines_a_layer(width):
+    report = a_report()
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    growth = len(printed(a_report(9), width).splitlines()) - len(text.splitlines())
+    assert growth <= 2 * 6  # lines, of six more layers
+    for shown in ("16x16", "90%", "groups_loop", "2.469", "2.50", "onednn (best dense)", "fast_fused (chosen)"):
+        assert shown in text, shown
+    assert "".join(text.split()).count("it has hooks: head.0, head.1".replace(" ", "")) == 1
+
+
+def test_a_wide_terminal_and_a_notebook_show_the_time_of_every_kernel():
+    report = a_report()
+    for text in (printed(report, 160), printed(report, 200), report._repr_html_(), report.markdown()):
+        assert "…" not in text
+        for name, seconds in report.layers[0].times.items():
+            assert name in text, name
+            assert f"{1e3 * seconds:.3f}" in text, name
+    assert max(map(len, printed(report, 160).splitlines())) <= 160
+
+
+def test_a_notebook_gets_html_that_escapes_names():
+    report = dataclasses.replace(a_report(), note="<b>")
+    report = dataclasses.replace(report, layers=(dataclasses.replace(report.layers[0], name="<script>"),))
+    shown = report._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert shown.count("<table>") == shown.count("</table>") == 2
+
+
+def test_print_obeys_columns(monkeypatch, capsys):
+    for columns in (80, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        a_report().print()
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+    monkeypatch.delenv("COLUMNS")
+    a_report().print()
+    assert "kernels, ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -719,7 +885,7 @@ def test_a_stored_choice_is_used_without_timing(monkeypatch, tmp_path):
         assert type(fast[7]) is type(accelerate_module.KERNELS[report.layers[-1].winner](model[7], (4, 4), x[:, 0, 0]))
 
 
-VOID = {
+STALE = {
     "cpu": lambda d: d["machine"].update(cpu="an abacus"),
     "torch_version": lambda d: d["machine"].update(torch_version="0.1"),
     "threads": lambda d: d["machine"].update(threads=99),
@@ -731,13 +897,13 @@ VOID = {
 }
 
 
-@pytest.mark.parametrize("why", list(VOID))
-def test_a_stored_choice_is_void_elsewhere_and_for_other_weights(monkeypatch, why):
+@pytest.mark.parametrize("why", list(STALE))
+def test_a_stored_choice_is_stale_elsewhere_and_for_other_weights(monkeypatch, why):
     always_fast(monkeypatch)
     _, report = accelerate(mlp(), torch.zeros(2, 32))
     values = json.loads(json.dumps(report.to_dict()))
-    VOID[why](values)
-    with pytest.warns(UserWarning, match=f"is void, as .*{why}.* measured anew"):
+    STALE[why](values)
+    with pytest.warns(UserWarning, match=f"ignoring the saved plan .*{why}.*; measuring again"):
         _, again = accelerate(mlp(), torch.zeros(2, 32), plan=SpeedReport.from_dict(values))
     assert again.note == ""
     assert again.layers == report.layers

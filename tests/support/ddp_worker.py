@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_muws import WeightUnificationCallback
 from lightning_muws.errors import StateError
-from tests.support.explicit import PHASES, Explicit, Snapshot
+from tests.support.explicit import PENALTY, PHASES, Explicit, Snapshot
 from tests.support.modules import STRUCTURE, Probe, TwoLayers, fit
 
 
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
         explicit, module = ExplicitUnused(), Unused()
         module.load_state_dict(explicit.state_dict())
         callback, last = (
-            WeightUnificationCallback(STRUCTURE, phases=PHASES, save_to=folder / f"{name}.muws"),
+            WeightUnificationCallback(STRUCTURE, phases=PHASES, penalty=PENALTY, save_to=folder / f"{name}.muws"),
             Snapshot(),
         )
         probe = Probe(callback)

@@ -3,11 +3,12 @@
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_muws import MicroStructure, Phases, WeightUnificationCallback
+from lightning_muws import MicroStructure, Penalty, Phases, WeightUnificationCallback
 from lightning_muws.trainer.hooks import CompressionHooks
 from tests.support.modules import STRUCTURE, fit
 
-PHASES = Phases(admm_start=1, admm_end=4, update_every=1, rho=0.1, rho_growth=1.5, rho_max=0.2)
+PHASES = Phases(admm_start=1, admm_end=4, update_every=1)
+PENALTY = Penalty(rho=0.1, rho_growth=1.5, rho_max=0.2)
 
 
 class Explicit:
@@ -46,17 +47,19 @@ class Snapshot(Callback):
         if trainer.current_epoch < self.until:
             self.weights = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
             runs = (callback._run for callback in trainer.callbacks if isinstance(callback, CompressionHooks))
-            self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.admm) for n in admm.entries}
+            self.v = {n: admm.z(n).cpu() - admm.u(n).cpu() for r in runs if (admm := r.method) for n in admm.entries}
 
 
-def assert_same_after_admm(module, explicit, options=dict, bound: float = 1e-12, wrap=lambda module: module) -> None:
+def assert_same_after_admm(
+    module, explicit, options=dict, bound: float = 1e-12, wrap=lambda module: module, rules=()
+) -> None:
     """Train both through the same ADMM phase and compare every parameter at its end.
 
-    ``options`` makes the Trainer's, anew for each; ``wrap`` may compile the module that gets the callback.
+    ``options`` makes the Trainer's options, once for each; ``wrap`` may compile the module that gets the callback.
     """
     module.load_state_dict(explicit.state_dict())
     start = {name: p.detach().clone() for name, p in explicit.named_parameters()}
-    last, callback = Snapshot(), WeightUnificationCallback(explicit.structure, phases=PHASES)
+    last, callback = Snapshot(), WeightUnificationCallback(explicit.structure, rules, phases=PHASES, penalty=PENALTY)
     fit(wrap(module), last, callback, max_epochs=5, **options())
     fit(explicit, max_epochs=4, **options())
     assert len(callback.history) == 3

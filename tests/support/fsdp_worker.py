@@ -53,12 +53,12 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_) -> None:
         run, weights = self.callback._run, dict(pl_module.named_parameters())
         self.errors += [support.error(whole(weights[name].detach())) for name, support in run.supports.items()]
-        if run.admm:
-            self.sharded += [isinstance(split.v, DTensor) for split in run.admm._splits.values()]
-        if os.environ["SHARDED"] == "1" and (engine := run.constraint or run.admm):
+        if run.method:
+            self.sharded += [isinstance(split.v, DTensor) for split in run.method._splits.values()]
+        if os.environ["SHARDED"] == "1" and (engine := run.constraint or run.method):
             # blocks of the first layer end where shards do: half of the choice is this rank's
             self.kinds += [support.kinds.shape[0] for support, _ in [engine.choices()["layer.0.weight"]]]
-        run.load_state_dict(run.state_dict())  # saved whole and taken up again after every step
+        run.load_state_dict(run.state_dict())  # saved whole and loaded again after every step
         for weight, state in trainer.optimizers[0].state.items():
             moments = [m for m in state.values() if isinstance(m, torch.Tensor) and m.shape == weight.shape]
             self.sharded += [isinstance(moment, DTensor) for moment in moments]

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from lightning_muws import MicroStructure
+from lightning_muws import MicroStructure, NMStructure
 from lightning_muws.structure.grid import BlockGrid
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +41,11 @@ def structures(draw: st.DrawFn) -> MicroStructure:
         st.sampled_from([(0.0, 0.5), (0.5, 0.0), (0.3, 0.3), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.4, 0.6)])
     )
     return MicroStructure(shape, prune, unify, draw(st.sampled_from(["free", "shared"])))
+
+
+def any_structures() -> st.SearchStrategy[MicroStructure | NMStructure]:
+    """Return a structure of each kind."""
+    return structures() | st.sampled_from([NMStructure(2, 4), NMStructure(1, 3), NMStructure(1, 2)])
 
 
 OTHERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64)
@@ -100,6 +105,8 @@ def raw_bytes(x: torch.Tensor) -> bytes:
 def grids(draw: st.DrawFn, weight: torch.Tensor, block_shape: tuple[int, int]) -> BlockGrid:
     """Return a grid on the weight, its outputs on either axis, grouped where they can be."""
     out_axis = draw(st.sampled_from([0, 1]))
+    if weight.ndim == 3 and weight.shape[1 + out_axis] % block_shape[0] == 0 and draw(st.booleans()):
+        return BlockGrid(block_shape, out_axis, batched=True)
     divisors = [g for g in range(1, len(weight) + 1) if len(weight) % g == 0]
     return BlockGrid(block_shape, out_axis, draw(st.sampled_from(divisors)) if out_axis else 1)
 

@@ -1,4 +1,4 @@
-"""The callback in real Trainers: exact in ADMM, exact in retraining, quiet elsewhere."""
+"""The callback in real Trainers: exact in ADMM and in retraining, without effect elsewhere."""
 
 import csv
 import math
@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_muws import LayerRule, MicroStructure, Phases, Retraining, WeightUnificationCallback
+from lightning_muws import LayerRule, MicroStructure, Penalty, Phases, Retraining, WeightUnificationCallback
 from lightning_muws.errors import PlanError, SettingError, StateError
 from lightning_muws.structure.kinds import Kind
-from tests.support.explicit import PHASES, Explicit, Snapshot, assert_same_after_admm
+from tests.support.explicit import PENALTY, PHASES, Explicit, Snapshot, assert_same_after_admm
 from tests.support.modules import OPTIMIZERS, QUIET, STRUCTURE, Probe, TwoLayers, fit
 from tests.support.strategies import same_bits
 
@@ -87,7 +87,7 @@ class Thawing(TwoLayers):
 
 
 class Joining(TwoLayers):
-    """Its first layer joins the optimizer in the third epoch."""
+    """Its first layer joins the optimizer in the third epoch: a rule must name it, so that it is covered before."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.layer[2].parameters(), 0.05, momentum=0.9)
@@ -97,14 +97,14 @@ class Joining(TwoLayers):
             self.optimizers().add_param_group({"params": list(self.layer[0].parameters())})
 
 
-@pytest.mark.parametrize("kind", [Thawing, Joining])
-def test_layers_that_begin_to_learn_in_mid_fit_get_their_penalty(kind):
+@pytest.mark.parametrize(("kind", "rules"), [(Thawing, ()), (Joining, [LayerRule(COVERED[0], structure=STRUCTURE)])])
+def test_layers_that_begin_to_learn_in_mid_fit_get_their_penalty(kind, rules):
     class ExplicitKind(ExplicitLayers, kind):
         def on_train_epoch_start(self):
             kind.on_train_epoch_start(self)
             super().on_train_epoch_start()
 
-    assert_same_after_admm(kind(), ExplicitKind(), options=lambda: {"precision": "64-true"})
+    assert_same_after_admm(kind(), ExplicitKind(), options=lambda: {"precision": "64-true"}, rules=rules)
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned.*None")
@@ -205,7 +205,7 @@ class Journal(Callback):
 
 def test_phases_change_at_the_beginning_of_epochs():
     callback = WeightUnificationCallback(
-        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1, rho=0.01, rho_growth=1.5)
+        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1), penalty=Penalty(0.01, 1.5)
     )
     journal = Journal(callback)
     fit(TwoLayers(), callback, journal, max_epochs=10)
@@ -242,7 +242,7 @@ def test_fast_dev_run_goes_the_whole_way():
     callback.verify()
 
 
-def test_a_second_model_begins_anew():
+def test_another_model_starts_again():
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     fit(TwoLayers(), callback, max_epochs=5)
     first, journal = callback.supports, Journal(callback)
@@ -319,13 +319,13 @@ def test_monitors_judge_retraining_only(tmp_path, patience):
     best, stop = ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss", patience=patience)
     callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
     trainer = fit(Scripted(), best, stop, callback, max_epochs=20, enable_checkpointing=True, num_sanity_val_steps=0)
-    assert trainer.current_epoch == 4 + 1 + patience  # not ended in ADMM, and patient anew after the switch
+    assert trainer.current_epoch == 4 + 1 + patience  # ADMM did not end it, and its patience restarted at the switch
     assert torch.load(best.best_model_path, weights_only=True)["epoch"] == 4
     assert float(best.best_model_score) == 14
 
 
 def test_what_is_logged(tmp_path):
-    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, penalty=PENALTY)
     trainer = fit(TwoLayers(), callback, max_epochs=6, logger=CSVLogger(tmp_path), log_every_n_steps=4)
     with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("muws/phase")]

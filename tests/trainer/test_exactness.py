@@ -43,7 +43,7 @@ def of_one_step(module: L.LightningModule, scaler: MixedPrecision, **options) ->
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             if callback.phase == "admm" and not seen:
                 seen["scale"] = trainer.precision_plugin.scaler.get_scale()
-                weight, admm = pl_module.layer[0].weight, callback._run.admm
+                weight, admm = pl_module.layer[0].weight, callback._run.method
                 loss = pl_module.loss(pl_module(batch["x"]))
                 difference = weight - admm.z("layer.0.weight") + admm.u("layer.0.weight")
                 loss = loss + admm.rho / 2 * difference.square().sum()
@@ -176,10 +176,10 @@ def test_bf16_penalties_are_rounded_once():
     class Look(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             if callback.phase == "admm" and callback.history and not seen:
-                weight, admm = pl_module.layer[0].weight, callback._run.admm
+                weight, admm = pl_module.layer[0].weight, callback._run.method
                 before = weight.grad.clone()
                 weight.grad = torch.zeros_like(weight)
-                admm.add_penalty_gradient({"layer.0.weight": weight})
+                admm.before_step({"layer.0.weight": weight})
                 seen["found"] = weight.grad.double()
                 z, u = admm.z("layer.0.weight").double(), admm.u("layer.0.weight").double()
                 seen["truth"] = admm.rho * (weight.detach().double() - z + u)

@@ -1,4 +1,4 @@
-"""A run's whole life: resumed from every checkpoint, in odd Trainers, beside other callbacks; nothing left behind."""
+"""Runs resumed from every checkpoint, in unusual Trainers and beside other callbacks; nothing is left behind."""
 
 import pickle
 import subprocess
@@ -46,7 +46,7 @@ class Decaying(TwoLayers):
 
 
 class Resumable:
-    """A loader that knows where it is: without that, Lightning begins the data of an epoch anew."""
+    """A loader that saves its position: otherwise Lightning restarts the data of the epoch when it resumes."""
 
     def __init__(self, n: int = 8):
         self.data, self.at = torch.randn(n, 1, 32, generator=torch.Generator().manual_seed(1)), 0
@@ -181,7 +181,7 @@ def test_checkpoints_load_without_this_package(tmp_path):
     subprocess.run([sys.executable, "-c", code, *paths], check=True)  # noqa: S603  our own code
 
 
-def test_weights_alone_are_taken_up_inside_their_structure(tmp_path):
+def test_weights_alone_continue_inside_their_structure(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_weights_only=True)
     first, module = WeightUnificationCallback(STRUCTURE, phases=PHASES), TwoLayers()
     fit(module, first, saver, max_epochs=6, enable_checkpointing=True)
@@ -204,10 +204,14 @@ def test_a_state_of_other_rules_is_refused(tmp_path):
         TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=PHASES), saver, max_epochs=6, enable_checkpointing=True
     )
     other = WeightUnificationCallback(STRUCTURE, [LayerRule(COVERED[1], skip=True)], PHASES)
-    with pytest.raises(MuwsError, match=r"does not fit the plan at layer\.2\.weight"):
+    with pytest.raises(
+        MuwsError, match=r"does not fit the settings: the checkpoint has layer\.2\.weight, the settings"
+    ):
         fit(TwoLayers(), other, ckpt_path=saver.best_model_path, max_epochs=8)
     other = WeightUnificationCallback(MicroStructure((4, 4), 0.5), phases=PHASES)
-    with pytest.raises(MuwsError, match=r"does not fit the plan at layer\.0\.weight"):
+    with pytest.raises(
+        MuwsError, match=r"does not fit.*layer\.0\.weight grid block_shape is \[2, 4\] in the checkpoint and \[4, 4\]"
+    ):
         fit(TwoLayers(), other, ckpt_path=saver.best_model_path, max_epochs=8)
 
 
@@ -235,12 +239,14 @@ def test_pretraining_on_a_stream_counts_steps(length):
 
 
 @pytest.mark.filterwarnings("ignore:.*`max_epochs` was not set")
-def test_a_run_without_end_wants_counts():
+def test_a_run_without_end_needs_whole_numbers():
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 5
 
-    with pytest.raises(SettingError, match="this run has no end to take it of"):
+    with pytest.raises(
+        SettingError, match="is a share of the run's length, and this run has no end: give admm_end as a whole number"
+    ):
         fit(TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=0.5)), max_epochs=-1)
     callback = WeightUnificationCallback(STRUCTURE, phases=Phases(admm_start=0, admm_end=4))
     fit(TwoLayers(), callback, Stop(), max_epochs=-1)

@@ -16,13 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_muws import LayerRule, MicroStructure, Phases, WeightUnificationCallback
+from lightning_muws import LayerRule, MicroStructure, Penalty, Phases, WeightUnificationCallback
 from lightning_muws.structure.kinds import Kind
 from tests.support.modules import QUIET, Probe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # configs only: nothing is fetched
 
-PHASES = Phases(admm_start=1, admm_end=3, update_every=1, rho=0.01)
+PHASES = Phases(admm_start=1, admm_end=3, update_every=1)
+PENALTY = Penalty(rho=0.01)
 STRUCTURE = MicroStructure((2, 4), prune_ratio=0.5, unify_ratio=0.25)
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 N_BATCHES, N_EPOCHS = 2, 5
@@ -59,7 +60,7 @@ def compress(
 ) -> WeightUnificationCallback:
     """Train a module through all phases and check what is promised of any."""
     torch.manual_seed(0)
-    callback = WeightUnificationCallback(structure, rules, PHASES)
+    callback = WeightUnificationCallback(structure, rules, PHASES, penalty=PENALTY)
     first, last, before = Probe(callback), Probe(callback), traces(module)
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     options = {**QUIET, "max_epochs": N_EPOCHS, "limit_train_batches": N_BATCHES, "limit_val_batches": 1, **options}
@@ -227,7 +228,7 @@ def test_weights_that_are_computed_from_others_are_left_out():
         {"input_values": batch["pixel_values"].flatten(1)[:, :400], "labels": batch["labels"]} for batch in images()
     ]
     module = Wrapped(wav2vec2())
-    module.network(**audio[0])  # the network hangs hooks of its own on itself when it first runs
+    module.network(**audio[0])  # the network hangs hooks on itself when it first runs
     callback = compress(module, DataLoader(audio, batch_size=None))
     assert set(callback.supports) == expected_names(module)
     assert len(callback.supports) == 2 + 1 + 6 + 2

@@ -1,4 +1,4 @@
-"""Steps past Lightning: said once, and the constraint holds all the same; nothing of the past is kept alive."""
+"""Steps that Lightning does not announce: one warning, and the constraint still holds; old optimizers are freed."""
 
 import gc
 import re
@@ -15,7 +15,7 @@ from tests.support.modules import STRUCTURE, Probe, TwoLayers, fit
 
 SAID = "layer.0.weight, layer.2.weight changed in training without a step that Lightning announces, so "
 IN_ADMM = re.escape(f"{SAID}no penalty pulls them")
-IN_RETRAINING = re.escape(f"{SAID}they are held to their structure, but their gradients")
+IN_RETRAINING = re.escape(f"{SAID}they stay inside their structure, but their gradients")
 
 
 class Raw(TwoLayers):
@@ -60,7 +60,7 @@ class InBackward(TwoLayers):
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
 @pytest.mark.parametrize("kind", [Raw, Overridden, InBackward])
-def test_steps_past_lightning_are_said_once_and_held_to_the_structure(kind, unified):
+def test_steps_without_lightning_are_reported_once_and_held_to_the_structure(kind, unified):
     for phases, said in ((PHASES, IN_ADMM), (Phases(admm_start=2, admm_end=2), IN_RETRAINING)):
         callback = WeightUnificationCallback(STRUCTURE, phases=phases, retraining=Retraining(unified))
         probe = Probe(callback)
@@ -100,7 +100,7 @@ def test_batches_of_unannounced_steps_are_counted():
 
 
 class Hookless:
-    """An optimizer of its own kind: Lightning takes all that can step, and torch's hooks are not there."""
+    """An optimizer without torch's hooks: Lightning accepts any object that can step."""
 
     def __init__(self, parameters) -> None:
         self.param_groups, self.state, self.defaults = [{"params": list(parameters)}], {}, {}
@@ -168,7 +168,7 @@ def test_a_restarted_schedule_lets_go_of_the_optimizer_before():
     assert alive == [1] * 6
 
 
-def test_an_optimizer_that_is_made_anew_within_a_batch_is_held_at_once():
+def test_an_optimizer_created_within_a_batch_is_held_at_once():
     class Remade(TwoLayers):
         def configure_optimizers(self):  # fused: torch counts no change of a weight that it steps
             return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.2, fused=True)

@@ -1,4 +1,4 @@
-"""The training room without Lightning: ADMM against its closed form, the constraint, the phases."""
+"""Training in plain torch: ADMM against its closed form, the constraint, the phases."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_muws import LayerRule, MicroStructure, Phases, Retraining
+from lightning_muws import LayerRule, MicroStructure, Penalty, Phases, Retraining
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import make_plan
@@ -41,7 +41,7 @@ def test_admm_solves_a_quadratic_with_a_linear_set():
     basis = torch.stack([grid.merge(unit, layer.weight.detach()).flatten() for unit in units]).T
     closed = basis @ torch.linalg.solve(basis.T @ h @ basis, basis.T @ h @ a)
 
-    admm, weights = Admm(plan.covered, rho=1.0), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(1.0, rho_growth=1.0)), {"weight": layer.weight}
     admm.start(weights)
     for _ in range(400):
         v = (admm.z("weight") - admm.u("weight")).flatten()
@@ -60,7 +60,7 @@ def test_admm_solves_a_quadratic_with_a_linear_set():
 def test_admm_moves_a_fixed_choice_to_the_projection():
     layer, plan = a_layer(MicroStructure((2, 2), prune_ratio=0.5))
     a = layer.weight.detach().clone()
-    admm, weights = Admm(plan.covered, rho=0.5, rho_growth=1.1, rho_max=5.0), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.5, 1.1, rho_max=5.0)), {"weight": layer.weight}
     admm.start(weights)
     for _ in range(300):
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_admm_moves_a_fixed_choice_to_the_projection():
 def test_keeping_v_alone_is_keeping_z_and_u(seed, signs, growth):
     layer, plan = a_layer(MicroStructure((2, 2), 0.4, 0.3, signs), seed)
     structure, rho, weights = plan.covered["weight"].structure, 0.1, {"weight": layer.weight}
-    admm = Admm(plan.covered, rho, growth, rho_max=0.3)
+    admm = Admm(plan.covered, Penalty(rho, growth, rho_max=0.3))
     admm.start(weights)
     z, u = structure.project(layer.weight.detach()), torch.zeros(8, 6, dtype=torch.float64)
     for step in range(5):
@@ -96,7 +96,7 @@ def test_growing_rho_keeps_the_unscaled_dual():
     duals = []
     for growth in (1.0, 3.0):
         layer, plan = a_layer(JOINT)
-        admm = Admm(plan.covered, 0.1, growth)
+        admm = Admm(plan.covered, Penalty(0.1, growth))
         admm.start({"weight": layer.weight})
         with torch.no_grad():
             layer.weight.add_(normal(5, 8, 6))
@@ -108,7 +108,7 @@ def test_growing_rho_keeps_the_unscaled_dual():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_penalty_gradient_is_the_gradient_of_the_penalty(dtype):
     layer, plan = a_layer(JOINT, dtype=dtype)
-    admm, weights = Admm(plan.covered, rho=0.3), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0)), {"weight": layer.weight}
     admm.start(weights)
     with torch.no_grad():
         layer.weight.add_(normal(1, 8, 6).to(dtype), alpha=1e-2)
@@ -118,7 +118,7 @@ def test_the_penalty_gradient_is_the_gradient_of_the_penalty(dtype):
     torch.testing.assert_close(admm.penalty(weights).item(), penalty.item(), rtol=1e-5, atol=0)
     layer.weight.grad = normal(2, 8, 6).to(dtype)
     expected = (layer.weight.grad.double() + 0.5 * w.grad).to(dtype)
-    admm.add_penalty_gradient(weights, scale=0.5)
+    admm.before_step(weights, scale=0.5)
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
@@ -126,11 +126,11 @@ def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
     # rho * W and rho * V are each a hundred times larger than what is left: rounded one by one they would drown it
     layer, plan = a_layer(JOINT, dtype=torch.bfloat16)
     layer.weight.data = JOINT.project(layer.weight.data)
-    admm, weights = Admm(plan.covered, rho=0.3), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0)), {"weight": layer.weight}
     admm.start(weights)
     with torch.no_grad():
         layer.weight.mul_(1 + 0.02 * normal(1, 8, 6).sign().bfloat16())
-    admm.add_penalty_gradient(weights)
+    admm.before_step(weights)
     truth = 0.3 * (layer.weight.detach().double() - admm.z("weight").double() + admm.u("weight").double())
     assert truth.norm() < 0.03 * 0.3 * layer.weight.double().norm()
     assert (layer.weight.grad.double() - truth).norm() < 4e-3 * truth.norm()
@@ -138,9 +138,9 @@ def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
 
 def test_a_weight_without_a_gradient_gets_one():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, rho=0.3)
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
     admm.start({"weight": layer.weight})
-    admm.add_penalty_gradient({"weight": layer.weight})
+    admm.before_step({"weight": layer.weight})
     expected = 0.3 * (layer.weight.detach() - JOINT.project(layer.weight.detach()))
     torch.testing.assert_close(layer.weight.grad, expected)
 
@@ -148,18 +148,18 @@ def test_a_weight_without_a_gradient_gets_one():
 def test_non_contiguous_weights_and_gradients_work():
     layer = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
     plan = make_plan(layer, JOINT)
-    admm = Admm(plan.covered, rho=0.3)
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
     admm.start({"weight": layer.weight})
     with torch.no_grad():
         layer.weight.add_(1.0)
     layer.weight.grad = torch.zeros(8, 8, 3, 3)
-    admm.add_penalty_gradient({"weight": layer.weight})
+    admm.before_step({"weight": layer.weight})
     torch.testing.assert_close(layer.weight.grad, 0.3 * (layer.weight.detach() - admm.z("weight")))
 
 
 def test_nan_is_refused_at_an_update_by_name():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, rho=0.3)
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
     admm.start({"weight": layer.weight})
     layer.weight.data[0, 0] = math.nan
     with pytest.raises(StateError, match="weight holds 1 values of 48 that are NaN"):
@@ -168,11 +168,11 @@ def test_nan_is_refused_at_an_update_by_name():
 
 def test_admm_goes_on_from_its_state():
     layer, plan = a_layer(JOINT)
-    weights, admm = {"weight": layer.weight}, Admm(plan.covered, 0.1, 1.5)
+    weights, admm = {"weight": layer.weight}, Admm(plan.covered, Penalty(0.1, 1.5))
     admm.start(weights)
     layer.weight.data.add_(normal(1, 8, 6))
     admm.update(weights)
-    again = Admm(plan.covered, 0.1, 1.5)
+    again = Admm(plan.covered, Penalty(0.1, 1.5))
     again.load_state_dict(admm.state_dict(), weights)
     layer.weight.data.add_(normal(2, 8, 6))
     assert admm.update(weights) == again.update(weights)
@@ -182,11 +182,12 @@ def test_admm_goes_on_from_its_state():
 
 def test_a_state_of_another_model_is_refused():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, 0.1)
-    admm.start({"weight": layer.weight})
-    other = make_plan(nn.Linear(8, 8), JOINT).covered
-    with pytest.raises(StateError, match="does not fit the plan at weight"):
-        Admm(other, 0.1).load_state_dict(admm.state_dict(), {"weight": torch.zeros(8, 8)})
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(admm_start=0, admm_end=2))
+    run.tick(0, Timeline(0, 2, 1), [])
+    other = nn.Linear(8, 8)
+    plan = make_plan(other, JOINT)
+    with pytest.raises(StateError, match=r"weight shape is \[8, 6\] in the checkpoint and \[8, 8\] in the settings"):
+        CompressionRun(plan.weights(other), plan.covered).load_state_dict(run.state_dict())
 
 
 # ---- the constraint
@@ -202,7 +203,7 @@ def test_every_optimizer_stays_inside_to_the_bit(unified, signs, block_shape, op
     layer, plan = a_layer(structure, dtype=dtype)
     target, opt = normal(9, 16, 8).to(dtype), OPTIMIZERS[optimizer](layer.parameters())
     run = CompressionRun(
-        plan.weights(layer), plan.covered, Phases(admm_start=2, admm_end=6, rho=0.1), Retraining(unified)
+        plan.weights(layer), plan.covered, Phases(admm_start=2, admm_end=6), Retraining(unified), Penalty(0.1)
     )
     x, frozen = normal(8, 16, 6).to(dtype), None
     for step in range(14):
@@ -243,7 +244,7 @@ def test_gradients_that_are_nan_do_not_reach_pruned_weights():
 
 
 @pytest.mark.parametrize("unified", ["tied", "frozen"])
-def test_verify_names_a_weight_that_left(unified):
+def test_verify_names_a_weight_that_left_its_structure(unified):
     layer, plan = a_layer(JOINT)
     constraint = Constraint.freeze({"weight": layer.weight}, plan.covered, unified)
     constraint.verify({"weight": layer.weight})
@@ -261,7 +262,7 @@ def test_verify_sees_frozen_blocks_that_moved_together():
         constraint.verify({"weight": layer.weight})
 
 
-def test_old_momentum_does_not_lead_out():
+def test_old_momentum_does_not_lead_out_of_the_structure():
     layer, plan = a_layer(JOINT)
     opt = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     layer.weight.grad = normal(3, 8, 6)
@@ -292,7 +293,7 @@ def test_updates_fall_on_the_beginnings_between_start_and_end():
     assert [now for now in range(12) if timeline.due(now, now - 1)] == [5, 8]
 
 
-def test_rho_grows_alike_where_batches_are_rare():
+def test_rho_grows_by_the_same_factor_where_batches_are_rare():
     timeline, last, rho = Timeline(0, 4, 0.25), 0.0, 1.0
     for now in (0.0, 0.5, 1.0, 2.0, 3.0):
         rho, last = rho * 2 ** timeline.due(now, last), now
@@ -319,10 +320,6 @@ def test_shares_of_epochs_fall_on_batches(n_batches):
         ({"admm_end": math.inf}, "admm_end=inf"),
         ({"admm_start": 5, "admm_end": 3}, "admm_end=3 comes before admm_start=5"),
         ({"update_every": 0}, "update_every=0 is not allowed"),
-        ({"rho": 0}, "rho=0 is not allowed"),
-        ({"rho": 2.0, "rho_max": 1.0}, "rho=2.0 is not allowed"),
-        ({"rho_growth": 0.5}, "rho_growth=0.5 is not allowed"),
-        ({"rho": math.nan}, "rho=nan"),
     ],
 )
 def test_wrong_phases_are_refused(given_, says):
@@ -330,12 +327,26 @@ def test_wrong_phases_are_refused(given_, says):
         Phases(**given_)
 
 
+@pytest.mark.parametrize(
+    ("given_", "says"),
+    [
+        ({"rho": 0}, "rho=0 is not allowed"),
+        ({"rho": 2.0, "rho_max": 1.0}, "rho=2.0 is not allowed"),
+        ({"rho_growth": 0.5}, "rho_growth=0.5 is not allowed"),
+        ({"rho": math.nan}, "rho=nan"),
+    ],
+)
+def test_a_wrong_penalty_is_refused(given_, says):
+    with pytest.raises(SettingError, match=says):
+        Penalty(**given_)
+
+
 def test_phases_longer_than_the_run_are_refused():
     with pytest.raises(SettingError, match=r"admm_end=8 is after the end of the run, which is 5 epochs long"):
         Phases(admm_end=8).on(5)
     with pytest.raises(SettingError, match=r"admm_start=0\.2 in a run of 20 epochs: raise admm_end or lower"):
         Phases(admm_end=2).on(20)
-    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share, and this run has no end"):
+    with pytest.raises(SettingError, match=r"admm_end=0\.6 is a share of the run's length, and this run has no end"):
         Phases(admm_start=0, admm_end=0.6).on(None)
 
 
@@ -349,7 +360,7 @@ def test_wrong_retraining_is_refused():
 
 
 def test_settings_are_frozen_and_can_be_made_without_arguments():
-    for kind in (MicroStructure, LayerRule, Phases, Retraining):
+    for kind in (MicroStructure, LayerRule, Penalty, Phases, Retraining):
         made = kind()
         assert made == kind()
         with pytest.raises(AttributeError):
@@ -379,3 +390,28 @@ def test_projected_weights_are_shown_all_or_none():
         run.show_projected()
     assert all(same_bits(weight.detach(), raw[name]) for name, weight in run.weights.items())
     assert run.raw == {}
+
+
+# ---- weights that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_verify_and_check_finite_name_a_weight_with_nan_or_inf_in_retraining(bad):
+    layer, plan = a_layer(JOINT)
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(admm_start=0, admm_end=0), Retraining())
+    run.tick(0, Timeline(0, 0, 1), [])
+    run.check_finite()
+    layer.weight.data[:2, :2] = bad
+    for check in (run.check_finite, run.verify):
+        with pytest.raises(
+            StateError, match="weight holds 4 values of 48 that are NaN or Inf: lower the learning rate"
+        ):
+            check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_finite_weights_pass_check_finite(dtype):
+    layer, plan = a_layer(JOINT, dtype=dtype)
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(), Retraining())
+    layer.weight.data.fill_(torch.finfo(dtype).max)
+    run.check_finite()

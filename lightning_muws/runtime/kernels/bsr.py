@@ -10,18 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Convolution, Kernel, Layer, bias_of, convolution_of, is_plain, matrix_of
+from lightning_muws.runtime.kernels.base import (
+    Convolution,
+    Kernel,
+    Layer,
+    TorchKernel,
+    bias_of,
+    convolution_of,
+    is_plain,
+    matrix_of,
+)
 
-WORTH = 0.6  # of the blocks left; above, it has never won (measured: break-even at 25 to 40 %)
-SIDES = {"cpu": (16, 8, 4), "cuda": (64, 32, 16)}  # Triton's products need 16
+WORTH = 0.6  # share of the blocks left; above, it does not win (break-even measured at 0.25 to 0.4)
+SIDES = {"cpu": (16, 8, 4), "cuda": (64, 32, 16)}  # Triton needs at least 16
 
 
-class Bsr(Kernel):
-    """The matrix in torch's BSR layout. Never through ``F.linear`` on a CPU, which is 4 to 12 times slower than dense.
+class Bsr(TorchKernel):
+    """The matrix in torch's BSR layout. On a CPU it avoids ``F.linear``, which is 4 to 12 times slower than dense.
 
     Args:
         layer: Linear, Conv1d or Conv2d of one group.
-        relu: Whether ReLU ends it.
         side: Rows and columns of a block.
     """
 
@@ -30,8 +38,8 @@ class Bsr(Kernel):
     values: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: Layer, relu: bool, side: int) -> None:
-        super().__init__(layer, relu)
+    def __init__(self, layer: Layer, side: int) -> None:
+        super().__init__(layer)
         self.convolution = convolution_of(layer)
         self.kernel_size = () if self.convolution is None else tuple(layer.weight.shape[2:])
         matrix = matrix_of(layer)
@@ -61,7 +69,7 @@ class Bsr(Kernel):
         """Return ``W @ columns`` for ``(in, n)``."""
         if columns.device.type == "cpu":
             return self._matrix() @ columns.contiguous()
-        return F.linear(columns.t(), self._matrix()).t()  # on CUDA this is the way to Triton's kernel
+        return F.linear(columns.t(), self._matrix()).t()  # on CUDA this reaches Triton's kernel
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
@@ -93,8 +101,8 @@ class Bsr(Kernel):
         return y.squeeze(2) if c.n_spatial == 1 else y
 
 
-def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
-    """Return the layer in BSR, or None: float32 and float64 on a CPU, blocks of 4, 8 or 16 that fill the matrix."""
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+    """Return the layer in BSR, or None: on a CPU it takes float32 and float64, and blocks of 4, 8 or 16."""
     if not is_plain(layer) or getattr(layer, "groups", 1) != 1 or isinstance(getattr(layer, "padding", ()), str):
         return None
     device = layer.weight.device.type
@@ -109,9 +117,9 @@ def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, re
             shares[side] = _share(blocks)
     if not shares or min(shares.values()) > WORTH or min(shares.values()) == 0:
         return None
-    # The largest side that keeps nearly nothing more than the finest.
+    # The largest side whose blocks keep at most 5 % more weights than those of the finest.
     side = next(side for side, share in shares.items() if share <= 1.05 * min(shares.values()))
-    return Bsr(layer, relu, side)
+    return Bsr(layer, side)
 
 
 def _share(blocks: Tensor) -> float:

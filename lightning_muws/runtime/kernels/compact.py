@@ -1,4 +1,4 @@
-"""All-zero rows, columns and channels dropped: a smaller dense layer, exact on any device and in any dtype."""
+"""Drops rows, columns and channels that are all zero: a smaller dense layer, exact on any device and in any dtype."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, convolution_of, is_plain, zero_bias
+from lightning_muws.runtime.kernels.base import Kernel, Layer, TorchKernel, bias_of, convolution_of, is_plain, zero_bias
 
-WORTH = 0.95  # of the weights left; above, nothing is won
+WORTH = 0.95  # share of the weights left; above, nothing is gained
 
 
-class Compact(Kernel):
-    """The dense layer of the inputs and outputs that are left.
+class Compact(TorchKernel):
+    """The dense layer of the inputs and outputs that have weights.
 
     Args:
         layer: Linear, or a convolution of one group.
-        relu: Whether ReLU ends it.
-        rows: Outputs with a weight that is not zero.
-        columns: Inputs with one.
+        rows: ``(n_rows)`` int64, the outputs that have a weight other than zero.
+        columns: ``(n_columns)`` int64, the inputs that have one.
     """
 
     weight: Tensor
@@ -27,8 +26,8 @@ class Compact(Kernel):
     rows: Tensor | None
     constant: Tensor
 
-    def __init__(self, layer: Layer, relu: bool, rows: Tensor, columns: Tensor) -> None:
-        super().__init__(layer, relu)
+    def __init__(self, layer: Layer, rows: Tensor, columns: Tensor) -> None:
+        super().__init__(layer)
         weight = layer.weight.detach()
         self.convolution = convolution_of(layer)
         n_out, n_in = len(weight), weight.shape[1]
@@ -40,7 +39,7 @@ class Compact(Kernel):
         self.register_buffer("constant", zero_bias(layer))
 
     def compute(self, x: Tensor) -> Tensor:
-        """Return the small layer's output, and the bias where every weight is zero."""
+        """Return the small layer's output, and the bias for outputs whose weights are all zero."""
         c = self.convolution
         axis = x.dim() - 1 if c is None else c.channel_axis(x)
         if self.columns is not None:
@@ -52,18 +51,19 @@ class Compact(Kernel):
         shape[axis] = len(self.constant)
         sizes = [*y.shape]
         sizes[axis] = len(self.constant)
-        whole = self.constant.view(shape).expand(sizes).contiguous()
+        # a copy, always: expanded to a batch of one, the buffer itself would be contiguous
+        whole = self.constant.view(shape).expand(sizes).clone(memory_format=torch.contiguous_format)
         return whole.index_copy_(axis, self.rows, y)
 
 
-def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
-    """Return the compact layer, or None where fewer than one weight in twenty would go."""
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+    """Return the compact layer, or None if it would drop fewer than one weight in twenty."""
     if not is_plain(layer) or getattr(layer, "groups", 1) != 1 or not layer.weight.numel():
         return None
     used = (layer.weight.detach() != 0).flatten(2).any(2) if layer.weight.dim() > 2 else layer.weight.detach() != 0
     rows, columns = (used.any(axis).nonzero().squeeze(1) for axis in (1, 0))
-    if not len(rows):  # a layer of zeros: keep one of each, so that every operator has something to do
+    if not len(rows):  # all weights are zero: keep one of each, as operators refuse empty tensors
         rows = columns = torch.zeros(1, dtype=torch.long, device=layer.weight.device)
     if len(rows) * len(columns) > WORTH * used.numel():
         return None
-    return Compact(layer, relu, rows, columns)
+    return Compact(layer, rows, columns)

@@ -1,4 +1,4 @@
-"""The dense layer as it is, as oneDNN prepacks it, and in bfloat16 and int8: what a kernel has to beat."""
+"""The dense layer as it is, prepacked by oneDNN, and in bfloat16 and int8: what a kernel has to beat."""
 
 from __future__ import annotations
 
@@ -10,28 +10,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, channels_last, convolution_of, is_plain
+from lightning_muws.runtime.kernels.base import (
+    Kernel,
+    Layer,
+    TorchKernel,
+    bias_of,
+    channels_last,
+    convolution_of,
+    is_plain,
+)
 
 
-def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> nn.Module | None:
-    """Return a copy of the layer, followed by ReLU where asked for."""
-    return nn.Sequential(copy.deepcopy(layer), nn.ReLU()) if relu else copy.deepcopy(layer)
+class Dense(Kernel):
+    """A copy of the layer, run as it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for any batch."""
+        y = cast("Tensor", cast("nn.Module", self._modules["layer"]).forward(x))  # quicker than an attribute and a call
+        return y.relu_() if self.relu else y
 
 
-class Prepacked(Kernel):
-    """The layer with its weight in the order that oneDNN reads, packed when it first runs on a CPU.
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel:
+    """Return a copy of the layer."""
+    return Dense(layer)
+
+
+class Prepacked(TorchKernel):
+    """The layer with its weight in the order that oneDNN reads; it is packed when the layer first runs on a CPU.
 
     Args:
         layer: A plain layer.
-        relu: Whether ReLU ends it, fused.
-        keep_layout: Give the output in the input's memory format; otherwise as oneDNN leaves it, channels last.
+        keep_layout: Return the output in the input's memory format; otherwise oneDNN's, channels last.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: Layer, relu: bool, keep_layout: bool = True) -> None:
-        super().__init__(layer, relu)
+    def __init__(self, layer: Layer, keep_layout: bool = True) -> None:
+        super().__init__(layer)
         self.convolution = convolution_of(layer)
         self.keep_layout = keep_layout
         self.register_buffer("weight", layer.weight.detach().clone())
@@ -55,7 +75,7 @@ class Prepacked(Kernel):
         return self.packed[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for any batch; on another device, in another dtype, or compiled, torch's own."""
+        """Return the layer's output; torch's own operator computes other devices and dtypes, and compiled graphs."""
         c = self.convolution
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != self.weight.dtype or not x.numel():
             y = F.linear(x, self.weight, self.bias) if c is None else c(x, self.weight, self.bias)
@@ -73,15 +93,13 @@ class Prepacked(Kernel):
         return cast("Tensor", y if x.dim() == 4 else y.squeeze(0))
 
 
-def build_prepacked(
-    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-) -> nn.Module | None:
-    """Return the layer prepacked by oneDNN: float32 on a CPU, Linear and Conv2d."""
-    return prepacked(layer, relu=relu, keep_layout=True) if example.device.type == "cpu" else None
+def build_prepacked(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+    """Return the layer prepacked by oneDNN: a Linear or Conv2d of float32 on a CPU."""
+    return prepacked(layer, keep_layout=True) if example.device.type == "cpu" else None
 
 
-def prepacked(layer: nn.Module, *, relu: bool = False, keep_layout: bool) -> Prepacked | None:
-    """Return the layer prepacked, or None where oneDNN does not have it."""
+def prepacked(layer: nn.Module, *, keep_layout: bool) -> Prepacked | None:
+    """Return the layer prepacked, or None if oneDNN does not have it."""
     if not is_plain(layer) or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return None
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch's own
@@ -90,7 +108,7 @@ def prepacked(layer: nn.Module, *, relu: bool = False, keep_layout: bool) -> Pre
         return None
     if isinstance(layer, nn.Conv2d) and isinstance(layer.padding, str):
         return None
-    kernel = Prepacked(layer, relu, keep_layout)
+    kernel = Prepacked(layer, keep_layout)
     try:
         kernel._weight()
     except (AttributeError, NotImplementedError, RuntimeError):  # a torch built without these operators
@@ -98,41 +116,50 @@ def prepacked(layer: nn.Module, *, relu: bool = False, keep_layout: bool) -> Pre
     return kernel
 
 
-class HalfPrecision(Kernel):
+class HalfPrecision(TorchKernel):
     """The layer computed in bfloat16, between float32 inputs and outputs."""
 
-    def __init__(self, layer: Layer, relu: bool) -> None:
-        super().__init__(layer, relu)
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
         rounded = copy.deepcopy(layer).to(torch.bfloat16).requires_grad_(False)
         self.rounded = channels_last(rounded) if isinstance(layer, nn.Conv2d) else rounded
 
     def compute(self, x: Tensor) -> Tensor:
-        """Return the layer's output, rounded to bfloat16 on the way."""
+        """Return the layer's output; input, weights and output are rounded to bfloat16."""
         y: Tensor = self.rounded(x.to(torch.bfloat16)).to(x.dtype)
         return y.contiguous()
 
 
-def build_bf16(
-    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-) -> nn.Module | None:
-    """Return the float32 layer computed in bfloat16."""
-    return HalfPrecision(layer, relu) if is_plain(layer) and layer.weight.dtype == torch.float32 else None
+def build_bf16(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+    """Return a float32 layer computed in bfloat16."""
+    return HalfPrecision(layer) if is_plain(layer) and layer.weight.dtype == torch.float32 else None
 
 
-def build_int8(
-    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-) -> nn.Module | None:
-    """Return a Linear on a CPU with weights in int8 and its input quantised as it comes, where torch still has it."""
+class Int8(TorchKernel):
+    """A Linear with int8 weights, which quantizes its input at every call."""
+
+    def __init__(self, layer: Layer, quantized: nn.Module) -> None:
+        super().__init__(layer)
+        self.quantized = quantized
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the layer's output; input and weights are rounded to int8."""
+        y: Tensor = self.quantized(x)
+        return y
+
+
+def build_int8(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+    """Return a float32 Linear on a CPU dynamically quantized, or None if this torch does not have that."""
     if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32 or example.device.type != "cpu":
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this module will be removed
+        warnings.simplefilter("ignore")  # torch warns that it will remove this module
         try:
             from torch.ao.quantization import quantize_dynamic
 
-            quantized: nn.Module = quantize_dynamic(  # type: ignore[no-untyped-call]  # torch's own
+            quantized: nn.Sequential = quantize_dynamic(  # type: ignore[no-untyped-call]  # torch's own
                 nn.Sequential(copy.deepcopy(layer)), {nn.Linear}
             )
         except (ImportError, RuntimeError):
             return None
-    return nn.Sequential(quantized, nn.ReLU()) if relu else quantized
+    return Int8(layer, quantized[0])  # without the Sequential, which costs a call

@@ -2,88 +2,186 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.runtime.native.library import level
-from lightning_muws.runtime.native.modules import BlockSparse
-from lightning_muws.runtime.native.packing import choose_block, pack, pack_pairs
-from lightning_muws.runtime.native.plan import Geometry
+from lightning_muws.errors import StateError
+from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, is_plain, matrix_of
+from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, level
+from lightning_muws.runtime.native.ops import block_sparse_op
+from lightning_muws.runtime.native.packing import Packed, choose_block, pack, pack_pairs
+from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan
 from lightning_muws.runtime.timing import clock_for
 
 TRIALS = 4
 MOST_COLUMNS = 1 << 16  # inputs times kernel: a column's number takes two bytes
-FEWEST_GROUP_OUTPUTS = 4  # below, as in a depthwise convolution, a loaded input is hardly used
+FEWEST_GROUP_OUTPUTS = 4  # with fewer, as in a depthwise convolution, too few products use each loaded input
+PLANS = 32  # kept by a layer: one for each shape
 
 
-def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False) -> BlockSparse | None:
-    """Return the layer by packed float32 blocks, or None where the native kernels do not apply."""
-    geometry = geometry_of(layer, example, relu)
-    if geometry is None:
+class BlockSparse(Kernel):
+    """A Linear or a convolution by packed blocks.
+
+    Args:
+        packed: The kept blocks of the weight's matrix view.
+        bias: ``(out)`` float32, or None.
+        geometry: What the layer computes.
+        n_dims: Dimensions of the input beside the batch: 1 for a Linear, 2 for a Conv1d, 3 for a Conv2d.
+    """
+
+    can_add = True
+    weights: Tensor
+    starts: Tensor
+    columns: Tensor
+    logical: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None, geometry: Geometry, n_dims: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", packed.weights)
+        self.register_buffer("starts", packed.starts)
+        self.register_buffer("columns", packed.columns)
+        self.register_buffer("logical", packed.logical)
+        if bias is not None:
+            padded = bias.new_zeros((len(packed.starts) - 1) * packed.rows)
+            padded[: len(bias)] = bias.detach()
+            bias = padded
+        self.register_buffer("bias", bias)
+        self.geometry, self.n_dims = geometry, n_dims
+        self.relu = bool(geometry.relu)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._last: Plan | None = None
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the layer's output; ``onto``, if given, is added to it before ReLU.
+
+        Raises:
+            StateError: If ``x`` needs a gradient, or is not float32 on the CPU.
+        """
+        refuse_gradient(x)
+        if self.n_dims == 3 and x.dim() == 4:
+            return self.run(x) if onto is None else self.run_onto(x, onto)
+        if onto is not None:
+            y: Tensor = self._with(relu=0)(x) + onto
+            return y.relu_() if self.relu else y
+        if self.n_dims == 3:
+            return self.run(x.unsqueeze(0)).squeeze(0)
+        if self.n_dims == 2:
+            y = self.run(x.unsqueeze(-2) if x.dim() == 3 else x.unsqueeze(0).unsqueeze(-2)).squeeze(-2)
+            return y if x.dim() == 3 else y.squeeze(0)
+        if x.dim() == 2:
+            return self.run(x[..., None, None])[..., 0, 0]
+        return self.run(x.reshape(-1, x.shape[-1], 1, 1)).view(*x.shape[:-1], self.geometry.out)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the output for ``x (n, c, h, w)``."""
+        if torch.compiler.is_compiling():
+            y: Tensor = block_sparse_op(x, *self._blocks(), list(self.geometry))
+            return y
+        return self._plan_of(x)(x)
+
+    def run_onto(self, x: Tensor, onto: Tensor) -> Tensor:
+        """Return the output for ``x (n, c, h, w)`` plus ``onto``; the kernel itself adds if the layouts agree."""
+        plain = self.geometry._replace(relu=0) if self.relu else self.geometry
+        if torch.compiler.is_compiling():
+            y: Tensor = block_sparse_op(x, *self._blocks(), list(plain)) + onto
+            return y.relu() if self.relu else y
+        plan = self._plan_of(x)
+        if plan.takes(onto):
+            return plan(x, onto)
+        y = self._plan(x, plain)(x)
+        y = y.add_(onto) if onto.shape == y.shape and onto.dtype == y.dtype else y + onto
+        return y.relu_() if self.relu else y
+
+    def _blocks(self) -> Blocks:
+        buffers = self._buffers  # quicker than attributes
+        return Blocks(*(buffers[name] for name in Blocks._fields))  # type: ignore[arg-type] # weights is a Tensor
+
+    def _plan_of(self, x: Tensor) -> Plan:
+        last = self._last
+        if last is None or not last.is_for(x, self._buffers):
+            self._last = last = self._plan(x, self.geometry)
+        return last
+
+    def _plan(self, x: Tensor, geometry: Geometry) -> Plan:
+        blocks = self._blocks()
+        key = (x.dtype, x.shape, x.stride(), geometry.relu, *map(id, blocks), blocks.weights.data_ptr())
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(x, blocks, geometry)
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_last": None}  # they hold addresses
+
+    def with_relu(self) -> BlockSparse:
+        """Return the same layer with ReLU at its end; the two share what is packed, even after a move to a device."""
+        return self._with(relu=1)
+
+    def with_batch_last(self) -> BlockSparse:
+        """Return the same layer with the images of a batch side by side in its output, for layers that read it so."""
+        return self._with(batch_lanes=1, batch_last=1)
+
+    def _with(self, **changes: int) -> BlockSparse:
+        twin = copy.copy(self)
+        twin.geometry = self.geometry._replace(**changes)
+        twin.relu = bool(twin.geometry.relu)
+        return twin
+
+    def extra_repr(self) -> str:
+        """Return the number of blocks and the geometry."""
+        return f"blocks={len(self.columns)}, {self.geometry}"
+
+
+def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> BlockSparse | None:
+    """Return the layer by packed float32 blocks, or None if the native kernels do not apply."""
+    if not is_native(layer, example):
         return None
-    matrix, bias = matrix_of(layer)
+    geometry, matrix = geometry_of(layer), matrix_of(layer)
     rows, cols = choose_block(matrix, block_shape, geometry.out // geometry.groups, most_rows())
-    packed = pack(matrix, rows, cols)
-    return _fastest(
-        lambda lanes: BlockSparse(
-            packed, bias, geometry._replace(rows=rows, cols=cols, batch_lanes=lanes), _n_dims(layer)
-        ),
-        example,
-    )
+    return _fastest(layer, pack(matrix, rows, cols), geometry, example)
 
 
-def build_bfloat16(
-    layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-) -> BlockSparse | None:
-    """Return the layer by packed bfloat16 blocks, sums in float32, or None where the CPU has no dot product of them."""
-    geometry = geometry_of(layer, example, relu)
-    if geometry is None or level() != "avx512_bf16":
+def build_bfloat16(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> BlockSparse | None:
+    """Return the layer by packed bfloat16 blocks, sums in float32, or None if the CPU has no bfloat16 dot product."""
+    if not is_native(layer, example) or level() != BFLOAT16_LEVEL:
         return None
-    matrix, bias = matrix_of(layer)
+    geometry, matrix = geometry_of(layer)._replace(bfloat16=1), matrix_of(layer)
     rows, _ = choose_block(matrix, block_shape, geometry.out // geometry.groups)
-    packed = pack_pairs(matrix, rows)
-    return _fastest(
-        lambda lanes: BlockSparse(
-            packed, bias, geometry._replace(rows=rows, cols=2, bfloat16=1, batch_lanes=lanes), _n_dims(layer)
-        ),
-        example,
-    )
+    return _fastest(layer, pack_pairs(matrix, rows), geometry, example)
 
 
-def matrix_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the weight as ``(out, in * kernel)`` and the bias, detached."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)  # noqa: S101  geometry_of saw to it
-    return weight.detach().reshape(len(weight), -1), bias.detach() if isinstance(bias, Tensor) else None
-
-
-def geometry_of(layer: nn.Module, example: Tensor, relu: bool) -> Geometry | None:
-    """Return what the layer does, or None where the native kernels cannot do it."""
+def is_native(layer: nn.Module, example: Tensor) -> TypeGuard[Layer]:
+    """Return whether the native kernels are installed and can compute the layer for this input."""
     if level() is None or example.dtype != torch.float32 or example.device.type != "cpu":
-        return None
-    if type(layer) is nn.Linear:
-        geometry = Geometry(layer.out_features, relu=int(relu))
-    elif type(layer) in (nn.Conv1d, nn.Conv2d):
-        assert isinstance(layer, (nn.Conv1d, nn.Conv2d))  # noqa: S101  for the type checker
-        pads = layer.padding
-        if pads == "same" and any(k % 2 == 0 for k in layer.kernel_size):
-            return None
-        if isinstance(pads, str):
-            pads = tuple(k // 2 if pads == "same" else 0 for k in layer.kernel_size)
-        if layer.padding_mode != "zeros" or any(d != 1 for d in layer.dilation):
-            return None
-        if layer.groups > 1 and layer.out_channels // layer.groups < FEWEST_GROUP_OUTPUTS:
-            return None
-        numbers = zip(layer.kernel_size, layer.stride, pads, strict=True)
-        (kh, sh, ph), (kw, sw, pw) = [(1, 1, 0), *numbers][-2:]
-        geometry = Geometry(layer.out_channels, kh, kw, sh, sw, ph, pw, layer.groups, relu=int(relu))
-    else:
-        return None
-    weight = layer.weight
-    fits = weight[0].numel() <= MOST_COLUMNS
-    return geometry if fits and weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+        return False
+    if not is_plain(layer) or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+        return False
+    if layer.weight.shape[1:].numel() > MOST_COLUMNS:
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    if any(d != 1 for d in layer.dilation) or (layer.padding == "same" and any(k % 2 == 0 for k in layer.kernel_size)):
+        return False
+    return layer.groups == 1 or layer.out_channels // layer.groups >= FEWEST_GROUP_OUTPUTS
+
+
+def geometry_of(layer: Layer) -> Geometry:
+    """Return what a layer computes for which :func:`is_native` holds."""
+    if isinstance(layer, nn.Linear):
+        return Geometry(layer.out_features)
+    pads = layer.padding
+    if isinstance(pads, str):
+        pads = tuple(k // 2 if pads == "same" else 0 for k in layer.kernel_size)
+    numbers = zip(layer.kernel_size, layer.stride, pads, strict=True)
+    (kh, sh, ph), (kw, sw, pw) = [(1, 1, 0), *numbers][-2:]  # a Conv1d is a Conv2d of one row
+    return Geometry(layer.out_channels, kh, kw, sh, sw, ph, pw, layer.groups)
 
 
 def most_rows() -> int:
@@ -91,14 +189,24 @@ def most_rows() -> int:
     return 8 if str(level()).startswith("avx512") else 4
 
 
-def _n_dims(layer: nn.Module) -> int:
-    return {nn.Linear: 1, nn.Conv1d: 2, nn.Conv2d: 3}[type(layer)]
+def refuse_gradient(x: Tensor) -> None:
+    """Raise if the call should record a gradient.
+
+    Raises:
+        StateError: If ``x`` requires one and gradients are enabled.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise StateError(
+            "a native layer has no gradient: run it under torch.inference_mode(), or train the dense model"
+        )
 
 
-def _fastest(make: Callable[[int], BlockSparse], example: Tensor) -> BlockSparse:
-    """Return the fastest of lanes over positions, over the batch and over unfolded positions, tried on the example."""
-    ways = [make(lanes) for lanes in (0, 1, 2)]
-    if ways[0].n_dims == 1:
+def _fastest(layer: Layer, packed: Packed, geometry: Geometry, example: Tensor) -> BlockSparse:
+    """Return the layer with the lanes (positions, batch, unfolded positions) that run fastest on the example."""
+    geometry = geometry._replace(rows=packed.rows, cols=packed.cols)
+    bias, n_dims = bias_of(layer), layer.weight.dim() - 1
+    ways = [BlockSparse(packed, bias, geometry._replace(batch_lanes=lanes), n_dims) for lanes in (0, 1, 2)]
+    if n_dims == 1:
         return ways[1]
     clock = clock_for(example.device)
     with torch.inference_mode():

@@ -1,17 +1,19 @@
-"""Unified blocks that share their sign: sum the inputs of a block, a small dense layer, repeat its outputs."""
+"""Unified blocks of one sign: sums the inputs of a block, runs a small dense layer, repeats its outputs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muws.runtime.kernels.base import (
+    Build,
     Kernel,
     Layer,
+    TorchKernel,
     convolution_of,
     is_plain,
     matrix_of,
@@ -19,30 +21,28 @@ from lightning_muws.runtime.kernels.base import (
 )
 from lightning_muws.structure.grid import BlockGrid
 
-Build = Callable[..., nn.Module | None]
-WORTH = 0.5  # of the blocks that are free; above, their own term costs what pooling saves
+WORTH = 0.5  # share of the blocks that are free; above, computing them costs what pooling saves
 
 
-class Pooled(Kernel):
+class Pooled(TorchKernel):
     """``y = repeat(small(pool(x))) + free(x) + bias``.
 
-    A unified block has one value, so the sum over its inputs times that value is the output of each of its rows. Of a
-    convolution whose block does not span whole kernels only the rows are shared.
+    A unified block has one value, so each of its rows outputs the sum of its inputs times that value. A convolution
+    whose block does not span whole kernels shares the rows only.
 
     Args:
         layer: Linear, or a convolution of one group.
-        relu: Whether ReLU ends it.
         rows: Rows of a block.
         pool: Input features or channels of a block that share a value; 1 pools none.
-        small: The weight of the small layer.
-        free: The layer of the blocks that are free, and of the edges; None where there are none.
+        small: ``(out / rows, in / pool, ...)``, the weight of the small layer.
+        free: The layer of the free blocks and of the edges; None if it has no weights.
     """
 
     small: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: Layer, relu: bool, rows: int, pool: int, small: Tensor, free: nn.Module | None) -> None:
-        super().__init__(layer, relu)
+    def __init__(self, layer: Layer, rows: int, pool: int, small: Tensor, free: Kernel | None) -> None:
+        super().__init__(layer)
         self.convolution = convolution_of(layer)
         self.rows, self.pool, self.n_out = rows, pool, len(layer.weight)
         self.free = free
@@ -70,12 +70,10 @@ class Pooled(Kernel):
 
 
 def builder(free_rows: Sequence[Build]) -> Build:
-    """Return the kernel's row, whose free blocks are left to the first of these rows that takes them."""
+    """Return the kernel's row; the first of ``free_rows`` that applies computes the free blocks."""
 
-    def build(
-        layer: nn.Module, block_shape: tuple[int, int], example: Tensor, *, relu: bool = False
-    ) -> nn.Module | None:
-        """Return the pooled layer, or None where no block is unified with shared signs, or half of them are free."""
+    def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Kernel | None:
+        """Return the pooled layer, or None if no block is unified with a shared sign, or more than half are free."""
         if not is_plain(layer) or getattr(layer, "groups", 1) != 1 or block_shape == (1, 1):
             return None
         grid, matrix = BlockGrid(block_shape), matrix_of(layer)
@@ -109,6 +107,6 @@ def builder(free_rows: Sequence[Build]) -> Build:
             free = next((k for row in free_rows if (k := row(remainder, block_shape, example)) is not None), None)
             if free is None:
                 return None
-        return Pooled(layer, relu, rows, pool, small, free)
+        return Pooled(layer, rows, pool, small, free)
 
     return build

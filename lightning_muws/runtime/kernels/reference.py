@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 def reference(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the layer's output for ``x``, computed and given in float64."""
+    """Return the layer's output for ``x``, computed and returned in float64."""
     with torch.no_grad():
         y: Tensor = copy.deepcopy(layer).double()(x.double())
     return y
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:
-    """Return ``max |y - expected| / max |expected|``; of outputs that are all zero, the largest ``|y|``.
+    """Return ``max |y - expected| / max |expected|``, or ``max |y|`` if ``expected`` is all zero.
 
-    NaN is the answer where ``y`` has one.
+    It is NaN if ``y`` has a NaN, and 0 if the tensors are empty.
     """
     if not expected.numel():
         return 0.0

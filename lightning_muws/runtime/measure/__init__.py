@@ -1,1 +1,1 @@
-"""Timing of kernels and networks, and the reports on it."""
+"""Measures kernels and networks, and reports the numbers."""

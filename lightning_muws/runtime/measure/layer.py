@@ -1,4 +1,4 @@
-"""One layer: its kernels built, checked against float64, timed in turn, and the one that stays."""
+"""Builds a layer's kernels, checks them against float64, times them in turn, and picks the one that stays."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from lightning_muws.runtime.measure.report import LayerSpeed
 from lightning_muws.runtime.rewrite.observe import Calls, has_hooks
 from lightning_muws.runtime.timing import Timing, gain, race
 
+# The relative error that a kernel may have, by the dtype of the weights.
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-ROUNDED_ERROR = 3e-2  # allowed to kernels of lower precision, where they are asked for
-CACHE_BYTES = 1 << 26  # more than this is in no cache
+ROUNDED_ERROR = 3e-2  # of kernels of lower precision, if they may win
+CACHE_BYTES = 1 << 26  # reading this much empties the caches
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a layer's kernels are judged by.
+class Criteria:
+    """How a layer's kernels are judged.
 
     Args:
         kernels: Names of the kernels to try; those of :data:`~lightning_muws.runtime.kernels.DENSE` always are.
         min_gain: How many times faster than the best dense form a kernel must be to stay.
-        rounded: Whether kernels of lower precision may stay; otherwise they are timed to compare with.
-        clock: Gives seconds.
+        rounded: Whether kernels of lower precision may win; otherwise they are timed for comparison only.
+        clock: Returns seconds.
         timing: How long the measurement may take.
-        n_bytes: Of all the network's weights: as much memory is read between two samples, up to what no cache holds.
+        n_bytes: Bytes of the network's weights. As much memory is read between two samples, up to ``CACHE_BYTES``.
     """
 
     kernels: Sequence[str]
@@ -43,22 +44,23 @@ class Choice:
 
 
 def choose(
-    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], criteria: Criteria
 ) -> tuple[LayerSpeed, nn.Module]:
-    """Return what was measured of a layer, and the module that stays: the layer itself where dense does.
+    """Measure a layer's kernels; return the measurements and the module that wins, the layer itself if dense wins.
 
     Args:
-        name: What the report calls it.
+        name: The layer's name in the report.
         layer: Linear, Conv1d or Conv2d, in eval mode.
         inputs: One input of each shape that it is called with.
-        block_shape: Of its blocks.
-        choice: What the kernels are judged by.
+        block_shape: ``(rows, columns)`` of its blocks.
+        criteria: How the kernels are judged.
     """
-    built, errors, refused = build_all(layer, inputs, block_shape, choice)
-    tasks = {kernel: _task(module, inputs) for kernel, module in built.items()}
-    times = race(tasks, choice.clock, choice.timing, keep=DENSE, between=_between(inputs, choice.n_bytes))
-    allowed = [kernel for kernel in times if choice.rounded or kernel not in ROUNDED]
-    winner = pick({kernel: times[kernel] for kernel in allowed}, choice.min_gain)
+    built, errors, refused = build_all(layer, inputs, block_shape, criteria)
+    modules: dict[str, nn.Module] = {**built, "dense": layer}  # the layer itself stays, so it is timed itself
+    tasks = {kernel: _task(module, inputs) for kernel, module in modules.items()}
+    times = race(tasks, criteria.clock, criteria.timing, keep=DENSE, between=_between(inputs, criteria.n_bytes))
+    allowed = [kernel for kernel in times if criteria.rounded or kernel not in ROUNDED]
+    winner = pick({kernel: times[kernel] for kernel in allowed}, criteria.min_gain)
     speed = LayerSpeed(
         name=name,
         layer=describe(layer),
@@ -71,13 +73,13 @@ def choose(
         winner=winner,
         refused=refused,
     )
-    return speed, layer if winner == "dense" else built[winner]
+    return speed, modules[winner]
 
 
 def pick(times: Mapping[str, Sequence[float]], min_gain: float) -> str:
-    """Return the kernel that stays: the fastest, if it beats the best dense form by ``min_gain``; else that form.
+    """Return the fastest kernel if it beats the best dense form by ``min_gain``, else that dense form.
 
-    A dense form other than ``dense`` has to beat ``dense`` by as much.
+    A dense form other than ``dense`` must itself beat ``dense`` by ``min_gain``.
 
     Example:
         >>> pick({"dense": [4.0, 4.0], "compact": [1.0, 1.1]}, min_gain=1.1)
@@ -99,14 +101,14 @@ def _middle(times: Mapping[str, Sequence[float]], one: str, other: str) -> bool:
 
 
 def build_all(
-    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], choice: Choice
+    layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], criteria: Criteria
 ) -> tuple[dict[str, nn.Module], dict[str, float], dict[str, str]]:
-    """Return the kernels that apply and are right, the error of each, and the reasons against the others."""
+    """Return the kernels that apply and are accurate, the relative error of each, and why others were refused."""
     expected = [reference(layer, x) for x in inputs]
     built: dict[str, nn.Module] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
-    for kernel in dict.fromkeys(["dense", *choice.kernels]):
+    for kernel in dict.fromkeys(["dense", *criteria.kernels]):
         try:
             module = KERNELS[kernel](layer, block_shape, inputs[0])
             if module is None:
@@ -120,7 +122,11 @@ def build_all(
         )
         errors[kernel] = wrong
         limit = ROUNDED_ERROR if kernel in ROUNDED else ERRORS[layer.weight.dtype]
-        if kernel == "dense" or wrong <= max(limit, 2 * errors["dense"]) or (kernel in ROUNDED and not choice.rounded):
+        if (
+            kernel == "dense"
+            or wrong <= max(limit, 2 * errors["dense"])
+            or (kernel in ROUNDED and not criteria.rounded)
+        ):
             built[kernel] = module
         else:
             refused[kernel] = f"its relative error is {wrong:.1e}, more than {limit:.0e}"
@@ -136,14 +142,14 @@ def left_alone(layer: Layer, seen: Calls | None) -> str:
     if layer.weight.dtype not in ERRORS:
         return f"its weights are of dtype {layer.weight.dtype}"
     if seen is None or not seen.n:
-        return "the example does not come through it"
+        return "the example does not reach it"
     if not seen.takes_one or not seen.inputs or not seen.inputs[0].numel() or not layer.weight.numel():
         return "its input is not one tensor with values"
     return ""
 
 
 def describe(layer: Layer) -> str:
-    """Return the layer's type and sizes in few letters."""
+    """Return the layer's type, weight shape, stride and groups, such as ``Conv2d 64x32x3x3/2``."""
     sizes = "x".join(map(str, layer.weight.shape))
     stride = getattr(layer, "stride", (1,))
     extra = f"/{stride[0]}" if any(s != 1 for s in stride) else ""
@@ -155,7 +161,7 @@ def _task(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
 
 
 def _between(inputs: Sequence[Tensor], n_bytes: int) -> Callable[[], object] | None:
-    """Return what happens between two samples: as the rest of the network would, push weights out of the caches."""
+    """Return a task that pushes the weights out of the caches, as the rest of the network does between two calls."""
     if inputs[0].device.type != "cpu":
         return None
     rest = torch.zeros(max(1, min(n_bytes, CACHE_BYTES) // 4))

@@ -1,4 +1,4 @@
-"""The whole network: its dense forms and the accelerated ones, timed in turn; what comes back."""
+"""Times the whole network in its dense and its accelerated forms, and picks the one to return."""
 
 from __future__ import annotations
 
@@ -15,25 +15,33 @@ from torch import Tensor, nn
 from lightning_muws.runtime.kernels import dense
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
 from lightning_muws.runtime.rewrite.graph import fuse, keep_batch_last
-from lightning_muws.runtime.rewrite.observe import FAILURES, Example, Root, has_hooks, output_error, replace, tensors_in
+from lightning_muws.runtime.rewrite.observe import (
+    FAILURES,
+    Example,
+    Root,
+    has_hooks,
+    output_error,
+    replace_module,
+    tensors_in,
+)
 from lightning_muws.runtime.timing import Timing, gain, race
 
-FASTER = 1.02  # less is noise, and the model comes back as it was
+FASTER = 1.02  # a smaller gain is noise: the model is returned unchanged
 Form = tuple[Callable[..., Any], Example]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the whole network's race said.
+    """The result of timing the whole network.
 
     Args:
         times: Median seconds of each form.
-        errors: Relative error of each.
+        errors: Relative error of each form.
         best_dense: The fastest dense form.
-        chosen: The accelerated form that won; ``dense`` where none did.
-        speedup: The best dense form's seconds over those of the chosen; 1 where that is dense.
-        tried: The speed-up of the best accelerated form, chosen or not.
-        refused: Forms that took no part, each with the reason.
+        chosen: The accelerated form that won; ``dense`` if none did.
+        speedup: Seconds of the best dense form over those of the chosen one; 1 if that is dense.
+        tried: The speedup of the best accelerated form, chosen or not.
+        refused: Why a form was not timed, by form.
     """
 
     times: dict[str, float]
@@ -46,7 +54,7 @@ class Verdict:
 
 
 def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) -> dict[str, Form]:
-    """Return the network dense in every way that torch has: as given, folded, channels last, and oneDNN-prepacked."""
+    """Return the dense forms: the network as given, folded, in channels last, and prepacked by oneDNN."""
     forms: dict[str, Form] = {"dense": (given, example), "folded": (folded, example)}
     convolves = any(isinstance(m, nn.Conv2d) for m in folded.modules())
     if convolves:
@@ -57,7 +65,7 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
     kernels = [(m, k) for m in layers if (k := dense.prepacked(m, keep_layout=False)) is not None]
     if kernels:
         for layer, kernel in kernels:
-            replace(packed, layer, kernel)
+            replace_module(packed, layer, kernel)
         fuse(packed, example)
         forms["onednn"] = packed, example
         if convolves:
@@ -66,9 +74,9 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
 
 
 def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
-    """Return the network of chosen kernels as it is, with its steps fused, and with batches side by side in between."""
+    """Return the accelerated forms: as it is, with fused steps, and with the images of a batch side by side inside."""
     forms = {"fast": (root, example)}
-    with suppress(*FAILURES):  # what a form raises takes it out of the race; of the first, the judge says why
+    with suppress(*FAILURES):  # a form that raises is left out; judge() reports why the first one does
         fused = copy.deepcopy(root)
         if fuse(fused, example):
             forms["fast_fused"] = fused, example
@@ -81,7 +89,7 @@ def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
 
 
 def bf16_form(folded: nn.Module, example: Example) -> dict[str, Form]:
-    """Return the network in bfloat16, to compare with; nothing where it is not float32."""
+    """Return the network in bfloat16, for comparison; nothing if it is not float32."""
     if any(p.dtype != torch.float32 for p in folded.parameters()):
         return {}
     half = copy.deepcopy(folded).to(torch.bfloat16)
@@ -95,7 +103,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def expected_output(model: nn.Module, example: Example) -> list[Tensor]:
-    """Return the output in float64, or in the model's own dtype where its forward does not run in float64."""
+    """Return the output in float64, or in the model's own dtype if its forward does not run in float64."""
     try:
         double = copy.deepcopy(model).double()
         return tensors_in(example.map(lambda x: x.double() if x.is_floating_point() else x)(double))
@@ -112,9 +120,9 @@ def judge(
     timing: Timing,
     limit: float,
 ) -> Verdict:
-    """Time the forms and return which one stays.
+    """Time the forms and return the winner.
 
-    A form that raises, or whose error is above ``limit`` and four times that of the model as given, takes no part.
+    A form that raises is not timed, nor is one whose error exceeds both ``limit`` and four times the given model's.
     """
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -149,7 +157,7 @@ def judge(
 
 
 def pick_form(times: Mapping[str, Sequence[float]], best_dense: str, fast: Sequence[str]) -> tuple[str, float]:
-    """Return the fastest accelerated form and its gain over the best dense one; ``dense`` where it gains nothing.
+    """Return the fastest accelerated form and its gain over the best dense one; ``dense`` if it gains nothing.
 
     Example:
         >>> pick_form({"dense": [3.0, 3.0], "onednn": [2.0, 2.0], "fast": [1.0, 1.0]}, "onednn", ["fast"])
@@ -157,10 +165,10 @@ def pick_form(times: Mapping[str, Sequence[float]], best_dense: str, fast: Seque
         >>> pick_form({"dense": [3.0, 3.0], "onednn": [1.0, 1.0], "fast": [1.0, 1.0]}, "onednn", ["fast"])
         ('dense', 1.0)
     """
-    there = [name for name in fast if times.get(name)]
-    if not there:
+    timed = [name for name in fast if times.get(name)]
+    if not timed:
         return "dense", 1.0
-    fastest = min(there, key=lambda name: median(times[name]))
+    fastest = min(timed, key=lambda name: median(times[name]))
     gained = gain(times[best_dense], times[fastest])
     return (fastest if gained >= FASTER else "dense"), gained
 

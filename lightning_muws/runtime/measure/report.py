@@ -1,4 +1,4 @@
-"""Numbers: what each kernel took, what won, and what the whole network gained. Knows nothing of how it was measured."""
+"""The speed report: times and errors of each layer's kernels and of the whole network. Measures nothing itself."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.runtime.kernels import DENSE
+from lightning_muws.runtime.measure.tables import markdown, speed_tables
 from lightning_muws.runtime.native.library import level
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from lightning_muws.tables import Table, Tabular
 
 FORMAT = 1  # of the JSON file
-MAX_BYTES = 1 << 26  # of a stored report; a larger file is no report
+MAX_BYTES = 1 << 26  # of a saved report; a larger file is none
+WIDE = 150  # characters of a line from which on the tables have the time of every kernel
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measurement is true of; times of another machine choose nothing. ``native``: its instruction set."""
+    """The machine of a measurement. Times measured on one machine choose nothing on another.
+
+    Args:
+        cpu: Its model name.
+        capability: What torch calls its instruction set.
+        system: The operating system.
+        device: ``cpu``, or the name of the GPU.
+        threads: torch's threads.
+        torch_version: The version of torch.
+        native: The instruction set of the native kernels, or ``none``.
+    """
 
     cpu: str
     capability: str
@@ -54,20 +64,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """What was measured of one layer.
+    """The measurements of one layer.
 
     Args:
         name: Its name in the model.
         layer: Its type and sizes.
-        inputs: The shapes that it was called with.
-        block_shape: ``(outputs, inputs)`` of its blocks, as planned, stored or found.
+        inputs: The input shapes that it was called with.
+        block_shape: ``(outputs, inputs)`` of its blocks, as given or inferred.
         n_weights: Weights.
         n_nonzero: Weights that are not zero.
-        times: Median seconds of each kernel, all calls of one forward together.
+        times: Median seconds of each kernel, over all calls in one forward.
         errors: ``max |y - y64| / max |y64|`` of each kernel, against float64.
-        winner: The kernel that stays.
-        refused: Kernels that were built and not used, each with the reason.
-        reason: Why the layer was left alone; empty where it was measured.
+        winner: The kernel that was chosen.
+        refused: Why a kernel was built but not timed, by kernel.
+        reason: Why the layer was not measured; empty if it was.
     """
 
     name: str
@@ -89,7 +99,7 @@ class LayerSpeed:
 
     @property
     def theory(self) -> float:
-        """Return ``1 / (1 - sparsity)``: the gain if only multiplications took time; inf where all is zero."""
+        """Return ``1 / (1 - sparsity)``: the gain if only multiplications took time; inf if all weights are zero."""
         return self.n_weights / self.n_nonzero if self.n_nonzero else float("inf")
 
     @property
@@ -100,40 +110,40 @@ class LayerSpeed:
 
 
 @dataclass(frozen=True)
-class SpeedReport:
-    """What ``accelerate`` measured and chose.
+class SpeedReport(Tabular):
+    """What ``accelerate`` measured and chose. ``print()`` shows it; a notebook shows it as a table.
 
     Args:
-        machine: Where.
+        machine: The machine.
         inputs: Shapes of the example's tensors.
-        min_gain: What a kernel had to win by.
-        dtype: The lowest precision that was allowed; empty: that of the model.
-        layers: Each Linear and convolution that the example came through, and those left alone.
-        times: Median seconds of the whole network: dense forms, the accelerated ones, and ``bf16`` to compare with.
+        min_gain: How many times faster than dense a kernel had to be.
+        dtype: The lowest precision allowed; empty: that of the model.
+        layers: Every Linear and convolution, measured or not.
+        times: Median seconds of the whole network: dense forms, accelerated forms, and ``bf16`` for comparison.
         errors: Relative error of each form against float64.
         best_dense: The fastest dense form.
-        chosen: The form that came back; ``dense`` is the model as it was.
-        speedup: The best dense form's seconds over those of what came back, median over rounds; 1 where it is dense.
+        chosen: The form that was returned; ``dense`` is the unchanged model.
+        speedup: Seconds of the best dense form over those of the chosen one, median over rounds; 1 if that is dense.
         n_folded: Batch norms folded into the layer before them.
-        note: What a reader has to know: why it stayed dense, or that a stored choice was used.
+        note: Why the model stayed dense, or that a saved plan was used.
     """
 
     machine: Machine
     inputs: tuple[tuple[int, ...], ...]
     min_gain: float
     dtype: str
-    layers: tuple[LayerSpeed, ...]
-    times: Mapping[str, float]
-    errors: Mapping[str, float]
-    best_dense: str
-    chosen: str
-    speedup: float
+    layers: tuple[LayerSpeed, ...] = ()
+    times: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    best_dense: str = "dense"
+    chosen: str = "dense"
+    speedup: float = 1.0
     n_folded: int = 0
     note: str = ""
 
     @property
     def is_faster(self) -> bool:
-        """Whether an accelerated network came back."""
+        """Whether ``accelerate`` returned an accelerated network."""
         return self.chosen != "dense"
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,16 +152,14 @@ class SpeedReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpeedReport:
-        """Return the report that :meth:`to_dict` gave.
+        """Return the report that :meth:`to_dict` made.
 
         Raises:
-            SettingError: It is none.
+            SettingError: ``values`` are no such report.
         """
         try:
             if values["format"] != FORMAT:
-                raise SettingError(
-                    f"this speed report is of format {values['format']!r}, and {FORMAT} is read here: measure again"
-                )
+                raise SettingError(f"this speed report is of format {values['format']!r}, not {FORMAT}: measure again")
             kept = {f.name: values[f.name] for f in fields(cls)}
             kept["machine"] = Machine(**values["machine"])
             kept["inputs"] = _shapes(values["inputs"])
@@ -172,7 +180,7 @@ class SpeedReport:
         """Return the report that :meth:`save` wrote.
 
         Raises:
-            SettingError: The file is none of them.
+            SettingError: The file is no speed report.
             StateError: The file cannot be read.
         """
         try:
@@ -186,9 +194,9 @@ class SpeedReport:
         return cls.from_dict(values)
 
     def summary(self) -> str:
-        """Return what came of it in one sentence."""
+        """Return the result in one sentence."""
         if not self.is_faster:
-            return f"the model came back as it was: {self.note}"
+            return f"the model came back unchanged: {self.note}"
         error = self.errors.get(self.chosen, float("nan"))
         return (
             f"{self.speedup:.2f} times faster than the best dense form ({self.best_dense}), relative error {error:.1e}"
@@ -196,55 +204,17 @@ class SpeedReport:
         )
 
     def markdown(self) -> str:
-        """Return the table of layers and the summary as markdown."""
-        lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
-        lines += ["| " + " | ".join(_cells(layer)) + " |" for layer in self.layers]
-        whole = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in self.times.items())
-        return "\n".join([*lines, "", f"whole network: {whole}; {self.summary()}", ""])
+        """Return the table of layers, the times of the whole network and the summary as Markdown."""
+        return markdown(self)
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
+    def tables(self) -> list[Table]:
+        """Return the tables with the time of every kernel."""
+        return speed_tables(self, with_kernels=True)
 
-        m = self.machine
-        whole = ", ".join(f"{name} {1e3 * s:.3f}" for name, s in self.times.items())
-        table = Table(
-            title=f"Speed on {m.cpu} ({m.capability}, native kernels: {m.native}), {m.device}, {m.threads} thread(s), "
-            f"torch {m.torch_version}",
-            caption=f"whole network, ms: {whole}; {self.summary()}. "
-            "Layers in ms; theory is 1 / (1 - zeros), gain is over the best dense form; bf16 and int8 only compare.",
-        )
-        for i, header in enumerate(HEADERS):
-            table.add_column(header, justify="right" if i > 1 else "left", overflow="fold")
-        for layer in self.layers:
-            table.add_row(*_cells(layer))
-        return table
-
-    def print(self) -> None:
-        """Print the tables to the terminal."""
-        from rich.console import Console
-
-        console = Console()
-        (console if console.is_terminal else Console(width=180)).print(self)
-
-
-HEADERS = ("layer", "type", "block", "zeros", "kernels, ms", "winner", "theory", "gain", "error")
-
-
-def _cells(layer: LayerSpeed) -> list[str]:
-    if layer.reason:
-        return [layer.name, layer.layer, "", "", layer.reason, "", "", "", ""]
-    times = ", ".join(f"{name} {1e3 * s:.3f}" for name, s in layer.times.items())
-    return [
-        layer.name,
-        layer.layer,
-        "x".join(map(str, layer.block_shape)),
-        f"{layer.sparsity:.0%}",
-        times,
-        layer.winner,
-        f"{layer.theory:.1f}",
-        f"{layer.gain:.2f}",
-        f"{layer.errors.get(layer.winner, float('nan')):.1e}",
-    ]
+    def text(self, width: int | None = None) -> str:
+        """Return the tables for this width; from ``WIDE`` characters on they have the time of every kernel."""
+        found = speed_tables(self, with_kernels=width is None or width >= WIDE)
+        return "\n\n".join(table.text(width) for table in found)
 
 
 def _shapes(values: Any) -> tuple[tuple[int, ...], ...]:

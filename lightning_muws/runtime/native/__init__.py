@@ -1,1 +1,1 @@
-"""The kernels in C++, behind a plain C interface. Everything works without them, in torch operations."""
+"""The C++ kernels, behind a plain C interface. The package works without them, with torch operations."""

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch, with shapes for tracing: torch.compile and torch.export see one node each."""
+"""The kernels as torch operators, with shapes for tracing: torch.compile and torch.export see one node each."""
 
 from __future__ import annotations
 

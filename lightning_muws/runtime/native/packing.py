@@ -1,4 +1,4 @@
-"""Packs a matrix with zeros into the blocks the kernels read. Pure functions of tensors."""
+"""Packs a matrix with zeros into the blocks that the kernels read. Pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Time of a packed column of so many rows against one of four: with fewer rows a loaded input is used less often.
+# Time of a packed column by its number of rows, relative to four rows: with fewer, each loaded input is used less.
 ROW_COSTS = {8: 2.0, 4: 1.0, 2: 0.6, 1: 0.4}
 
 
 class Packed(NamedTuple):
-    """Kept blocks, block row by block row; see :func:`~lightning_muws.runtime.native.plan.block_sparse`."""
+    """The kept blocks, block row by block row; see :func:`~lightning_muws.runtime.native.plan.block_sparse`."""
 
     weights: Tensor
     starts: Tensor
@@ -23,7 +23,7 @@ class Packed(NamedTuple):
 
 
 class PackedSigns(NamedTuple):
-    """Unified blocks; see :func:`~lightning_muws.runtime.native.plan.signed_linear`."""
+    """The unified blocks; see :func:`~lightning_muws.runtime.native.plan.signed_linear`."""
 
     magnitudes: Tensor
     minus: Tensor
@@ -34,7 +34,7 @@ class PackedSigns(NamedTuple):
 
 
 def kept(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """Return which blocks of ``rows`` by ``cols`` hold anything but zeros, ``(ceil(out / rows), in / cols)`` bool."""
+    """Return which blocks of ``rows`` by ``cols`` are not all zero, ``(ceil(out / rows), in / cols)`` bool."""
     n_out, n_in = matrix.shape
     padded = torch.zeros(-(-n_out // rows) * rows, n_in, dtype=torch.bool)
     padded[:n_out] = matrix != 0
@@ -42,20 +42,23 @@ def kept(matrix: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def choose_block(matrix: Tensor, block_shape: tuple[int, int], row_limit: int, most_rows: int = 8) -> tuple[int, int]:
-    """Return the ``(rows, cols)`` the kernels would run fastest over the zeros of ``matrix``.
+    """Return the ``(rows, cols)`` with which the kernels should run fastest, given the zeros of ``matrix``.
 
-    ``row_limit`` is the number of outputs that belong together: those of a group of a convolution. ``most_rows`` is
-    what the registers hold.
+    Args:
+        matrix: ``(out, in)``.
+        block_shape: Shape of the weight's blocks.
+        row_limit: Outputs of a group of the convolution: a block must not cross groups.
+        most_rows: Rows that fit into the registers.
     """
-    there = [rows for rows in ROW_COSTS if rows <= most_rows]
-    allowed = [rows for rows in there if row_limit % rows == 0 or row_limit == len(matrix)]
+    fitting = [rows for rows in ROW_COSTS if rows <= most_rows]
+    allowed = [rows for rows in fitting if row_limit % rows == 0 or row_limit == len(matrix)]
     costs = {rows: ROW_COSTS[rows] * float(kept(matrix, rows, 1).sum()) for rows in allowed}
     rows = min(costs, key=lambda r: (costs[r], -r))
     return rows, 4 if block_shape[1] % 4 == 0 and matrix.shape[1] % 4 == 0 else 1
 
 
 def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
-    """Return the kept blocks of ``matrix``, each column by column."""
+    """Return the kept blocks of ``matrix``; the weights of a block are stored column by column."""
     n_out, n_in = matrix.shape
     mask = kept(matrix, rows, cols)
     padded = matrix.new_zeros(len(mask) * rows, n_in)
@@ -65,7 +68,7 @@ def pack(matrix: Tensor, rows: int, cols: int) -> Packed:
 
 
 def pack_pairs(matrix: Tensor, rows: int) -> Packed:
-    """Return the kept columns of each block row as bfloat16, two and two, an odd one beside itself times zero."""
+    """Return the kept columns of each block row as bfloat16, in pairs; an odd one is paired with zero weights."""
     mask = kept(matrix, rows, 1)
     padded = matrix.new_zeros(len(mask) * rows, matrix.shape[1])
     padded[: len(matrix)] = matrix
@@ -109,7 +112,7 @@ def pack_signs(matrix: Tensor, rows: int, cols: int) -> tuple[PackedSigns, Tenso
 
 
 def _short(columns: Tensor) -> Tensor:
-    """Return whole numbers below 2 ** 16 as the bits of int16: half the traffic of int32."""
+    """Return whole numbers below 2 ** 16 as int16 bits: half the memory traffic of int32."""
     return columns.int().to(torch.int16)
 
 

@@ -1,4 +1,4 @@
-"""Hands tensors to the compiled kernels. A plan is made once for a layer and a shape, then a call is a few numbers."""
+"""Passes tensors to the compiled kernels. A plan is made once per layer and input shape; then a call is cheap."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import StateError
-from lightning_muws.runtime.native.library import Layer, Signs, handle, level
+from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, Layer, Signs, handle, level
 
 PLANS = 512  # kept for the operators; a plan is some kilobytes
-GEMV_SAMPLES = 3  # up to which a Linear reads its weights once for each sample rather than lays samples side by side
+GEMV_SAMPLES = 3  # up to so many samples, a Linear runs one by one instead of laying samples side by side
 
 
 class Geometry(NamedTuple):
-    """What a layer does, as whole numbers: they cross torch's operators as one list."""
+    """What a layer computes, as whole numbers, which torch's operators take as one list."""
 
     out: int
     kernel_h: int = 1
@@ -67,12 +67,12 @@ def batch_last_strides(shape: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def is_batch_last(x: Tensor) -> bool:
-    """Say whether the images of ``(n, c, h, w)`` lie side by side."""
+    """Return whether the images of ``(n, c, h, w)`` lie side by side."""
     return x.shape[0] > 1 and x.stride() == batch_last_strides(x.shape)
 
 
 class Plan:
-    """A layer and the shape and strides of its input, ready to run."""
+    """A layer prepared for inputs of one shape and strides."""
 
     def __init__(self, x: Tensor, blocks: Blocks, g: Geometry) -> None:
         self.blocks = blocks  # the plan in C++ points into them
@@ -97,14 +97,17 @@ class Plan:
         self.is_gemv = is_linear and n <= GEMV_SAMPLES and not g.bfloat16 and not last_out  # it knows no other layout
         if self.is_gemv or 0 in self.shape:
             return
-        if g.bfloat16 and level() != "avx512_bf16":
-            raise StateError(f"a bfloat16 layer needs the level avx512_bf16; here is {level()}: build it again here")
+        if g.bfloat16 and level() != BFLOAT16_LEVEL:
+            raise StateError(
+                f"a bfloat16 layer needs the level {BFLOAT16_LEVEL}; this machine uses {level()}: call accelerate() "
+                "again here"
+            )
         self.address = self.found.muws_plan(self.level, ctypes.addressof(layer))
         if not self.address:
             raise StateError(f"an input of shape {tuple(x.shape)} is too large for the native kernels: lower the batch")
 
     def is_for(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> bool:
-        """Say whether the plan is one for this input and these tensors of a layer, quicker than a look into a table."""
+        """Return whether the plan fits this input and these buffers; quicker than a look-up in a table."""
         blocks = self.blocks
         return (
             x.shape == self.x_shape
@@ -119,14 +122,14 @@ class Plan:
         )
 
     def takes(self, onto: Tensor) -> bool:
-        """Say whether the output can be added to this tensor on the way."""
+        """Return whether the kernel can add this tensor to the output as it writes it."""
         strides = batch_last_strides(self.shape) if self.strides else None
         laid = onto.stride() == strides if strides else onto.is_contiguous()
         plain = onto.dtype == torch.float32 and onto.device.type == "cpu"
         return bool(self.address and self.adds and laid and plain and onto.shape == self.shape)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return the output for an ``x`` of this plan's shape and strides, added to ``onto`` where given."""
+        """Return the output for an ``x`` of this plan's shape and strides, plus ``onto`` if given."""
         if not self.is_ready:
             x = x.contiguous()
         y = torch.empty(self.shape) if self.strides is None else torch.empty_strided(self.shape, self.strides)
@@ -157,7 +160,7 @@ def block_sparse(
 ) -> Tensor:
     """Return the convolution of ``x (n, c, h, w)`` with :class:`Blocks`, ``(n, out, oh, ow)`` float32.
 
-    It is contiguous, unless the :class:`Geometry` says ``batch_last`` or ``x`` has its images side by side.
+    It is contiguous, unless the geometry has ``batch_last`` or the images of ``x`` lie side by side.
     """
     blocks = Blocks(weights, starts, columns, logical, bias)
     pointers = tuple(0 if t is None else t.data_ptr() for t in blocks)
@@ -179,15 +182,15 @@ def signed_linear(
     onto: Tensor | None,
     geometry: list[int],
 ) -> Tensor:
-    """Return ``onto + W x`` for one sample, the weights of W one bit each and one magnitude a block.
+    """Return ``onto + W x`` for one sample; W has one bit per weight and one magnitude per block.
 
     Args:
         x: ``(in)`` float32 on the CPU.
         magnitudes: ``(blocks)`` float32.
-        minus: uint8, a bit for each weight that is below zero; signs.h says in which order.
+        minus: uint8, a bit for each weight, set if it is negative; signs.h gives the order.
         starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
         columns: ``(blocks)`` int16, read as unsigned: the first column of each.
-        onto: ``(out)`` to add to, a bias or what other blocks gave; None for zero.
+        onto: ``(out)``, a bias or the output of other blocks; None for zero.
         geometry: ``[out, rows, cols, relu]``.
     """
     n_out, rows, cols, relu = geometry
@@ -208,5 +211,7 @@ def _level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:
         )
     name = level()
     if name is None:
-        raise StateError("the native kernels are not there: this layer was built where they are; build it again here")
+        raise StateError(
+            "this layer needs the native kernels, which are not installed here: call accelerate() again on this machine"
+        )
     return handle(name)

@@ -1,1 +1,1 @@
-"""Changes to a network's graph: observe its layers, fold and fuse them."""
+"""Observes a network's layers, and folds and fuses the steps of its graph."""

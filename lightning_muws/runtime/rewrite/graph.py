@@ -1,7 +1,9 @@
-"""Looks into the forward of small modules: folds batch norm into the layer before it, and ReLU and sums into kernels.
+"""Folds batch norm into the layer before it, and fuses ReLU and sums into kernels, in every forward that can be traced.
 
-Only a module whose forward takes one tensor and can be traced is changed. Its class, attributes and children stay; its
-``forward`` runs the traced steps while the input is shaped as the example was, and is the old one for any other.
+It changes only modules whose forward takes one tensor and can be traced. Such a module keeps its class, attributes and
+children. Its new ``forward`` runs the traced steps for inputs of the example's shape, and the original for any other.
+
+Fusion asks of a kernel only what :class:`~lightning_muws.runtime.kernels.base.Kernel` lists.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel
-from lightning_muws.runtime.rewrite.observe import Calls, Example, has_hooks, observe, replace
+from lightning_muws.runtime.rewrite.observe import Calls, Example, has_hooks, observe, replace_module
 
 NORMS = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
 ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -25,17 +27,17 @@ RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 class _OneLevel(fx.Tracer):
-    """Traces a forward down to its children; plain Sequentials are looked through."""
+    """Traces a forward down to its children; the layers of a plain Sequential count as children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) is not nn.Sequential or has_hooks(m)
 
 
 def trace(module: nn.Module) -> fx.Graph | None:
-    """Return the steps of the module's forward, or None where they depend on values or use tensors of its own."""
+    """Return the steps of the module's forward, or None if they depend on values or use the module's own tensors."""
     try:
         graph = _OneLevel().trace(module)
-    except Exception:  # a forward is anybody's code; whatever it raises, it is not traced
+    except Exception:  # a forward is arbitrary code: whatever it raises, it cannot be traced
         return None
     if any(node.op == "get_attr" for node in graph.nodes) or sum(n.op == "placeholder" for n in graph.nodes) != 1:
         return None
@@ -43,9 +45,9 @@ def trace(module: nn.Module) -> fx.Graph | None:
 
 
 def fold(model: nn.Module, example: Example) -> int:
-    """Fold each batch norm in eval mode into the Linear or convolution whose only reader it is; return how many.
+    """Fold each batch norm in eval mode into the Linear or convolution that only it reads; return how many.
 
-    The model is changed in place. Both must have run once in the example.
+    It changes the model in place. Both must run exactly once in the example.
     """
     calls, n_folded = observe(model, example), 0
     for module in _traceable(calls):
@@ -58,14 +60,14 @@ def fold(model: nn.Module, example: Example) -> int:
                 continue
             layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
             if _folds(layer, norm, calls):
-                replace(model, layer, _folded(layer, norm))
-                replace(model, norm, nn.Identity())
+                replace_module(model, layer, _folded(layer, norm))
+                replace_module(model, norm, nn.Identity())
                 n_folded += 1
     return n_folded
 
 
 def _folds(layer: nn.Module, norm: nn.Module, calls: Mapping[nn.Module, Calls]) -> bool:
-    """Return whether the norm only scales and shifts the layer's outputs, on the one path that the example took."""
+    """Return whether the norm only scales and shifts the layer's outputs, and both ran once in the example."""
     if type(layer) not in LAYER_TYPES or type(norm) is not NORMS[type(layer)]:
         return False
     if norm.training or norm.running_mean is None or has_hooks(layer) or has_hooks(norm):
@@ -83,27 +85,27 @@ def _folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _traceable(calls: Mapping[nn.Module, Calls]) -> list[nn.Module]:
-    """Return the modules with children whose forward takes one tensor, and did."""
+    """Return the modules with children whose forward takes one tensor and got one."""
     return [m for m, seen in calls.items() if seen.takes_one and len(m._modules) and not isinstance(m, Kernel)]
 
 
 class FusedForward(nn.Module):
-    """The forward of a module as traced steps, for inputs of the shape that was traced.
+    """The forward of a module as traced steps, for inputs of the traced shape.
 
     Args:
-        module: Whose forward it is; it keeps its own.
+        module: The module, which keeps its own forward.
         graph: The traced steps.
-        children: The modules that they call.
-        shape: Of the example without its batch; other shapes go the old way.
+        children: The modules that the steps call.
+        shape: Shape of the example without its batch; other shapes use the original forward.
     """
 
     def __init__(
         self, module: nn.Module, graph: fx.Graph, children: Mapping[str, nn.Module], shape: torch.Size
     ) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # not a child of its own part
+        self.__dict__["module"] = module  # no child: it contains this one
         self.shape = shape
-        names = {name: f"m{i}" for i, name in enumerate(children)}  # without dots: one look-up a call, not three
+        names = {name: f"m{i}" for i, name in enumerate(children)}  # no dots: one look-up per call, not three
         for node in graph.nodes:
             if node.op == "call_module":
                 node.target = names[str(node.target)]
@@ -117,9 +119,9 @@ class FusedForward(nn.Module):
 
 
 def fuse(model: nn.Module, example: Example) -> int:
-    """Let kernels apply the ReLU that follows them, and sums and ReLUs work in place; return how many steps went.
+    """Let kernels apply the ReLU that follows them, and sums and ReLUs work in place; return the number of changes.
 
-    The model is changed in place. What a kernel packed is shared with its twin that applies ReLU.
+    It changes the model in place. A kernel and its twin with ReLU share their buffers.
     """
     n_fused = 0
     for module, seen in observe(model, example).items():
@@ -136,15 +138,15 @@ def fuse(model: nn.Module, example: Example) -> int:
 
 
 def keep_batch_last(model: nn.Module) -> int:
-    """Let native layers hand their batch on with its images side by side; return how many do. Changes the model."""
-    kernels = [m for m in model.modules() if hasattr(m, "with_batch_last")]
-    for kernel in kernels:
-        replace(model, kernel, cast("Any", kernel).with_batch_last())
-    return len(kernels)
+    """Let kernels pass a batch on with its images side by side; return how many do. Changes the model in place."""
+    twins = [(m, twin) for m in model.modules() if isinstance(m, Kernel) and (twin := m.with_batch_last()) is not None]
+    for kernel, twin in twins:
+        replace_module(model, kernel, twin)
+    return len(twins)
 
 
 class AddInto(nn.Module):
-    """Adds in the first one's memory, where that has the sum's shape and dtype."""
+    """Adds into the first tensor if it has the sum's shape and dtype."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a + b``."""
@@ -152,7 +154,7 @@ class AddInto(nn.Module):
 
 
 def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
-    """Rewrite the graph in place, and return how many steps were saved or work in place."""
+    """Rewrite the graph in place, and return how many steps were removed or work in place."""
     n_fused = 0
     for node in list(graph.nodes):
         if node.op == "call_module" and type(children[str(node.target)]) is nn.Identity:
@@ -167,13 +169,13 @@ def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
 
 
 def _fuse_relu(graph: fx.Graph, node: fx.Node, children: dict[str, nn.Module]) -> bool:
-    """Let the kernel before a ReLU apply it, or the ReLU work in place; return whether it can."""
+    """Let the kernel before a ReLU apply it, or the ReLU work in place; return whether either is possible."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or len(source.users) > 1:
         return False
     kernel = children.get(str(source.target)) if source.op == "call_module" else None
-    if _is_kernel(kernel):
-        children[f"{source.target}_relu"] = cast("Any", kernel).with_relu()
+    if isinstance(kernel, Kernel):
+        children[f"{source.target}_relu"] = kernel.with_relu()
         source.target = f"{source.target}_relu"
         node.replace_all_uses_with(source)
         graph.erase_node(node)
@@ -185,7 +187,7 @@ def _fuse_relu(graph: fx.Graph, node: fx.Node, children: dict[str, nn.Module]) -
 
 
 def _add_in_place(node: fx.Node, children: dict[str, nn.Module]) -> bool:
-    """Let a sum use the memory of an addend that nothing else reads; return whether there is one."""
+    """Let a sum overwrite an addend that nothing else reads; return whether there is one."""
     a, b = node.args
     if not (_is_fresh(a, children) and len(cast("fx.Node", a).users) == 1):
         a, b = b, a
@@ -197,14 +199,16 @@ def _add_in_place(node: fx.Node, children: dict[str, nn.Module]) -> bool:
 
 
 def _add_onto(graph: fx.Graph, node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
-    """Let the last kernel before a sum add its outputs to the other addend; return whether it can."""
+    """Let the kernel that runs last before a sum add the other addend; return whether it can."""
     order = {step: i for i, step in enumerate(graph.nodes)}
     addends = [a for a in node.args if isinstance(a, fx.Node)]
     if len(addends) != 2 or addends[0] is addends[1]:
         return False
     other, last = sorted(addends, key=order.__getitem__)
     kernel = children.get(str(last.target)) if last.op == "call_module" else None
-    if not hasattr(kernel, "run_onto") or len(last.users) != 1 or len(last.args) != 1 or last.kwargs:
+    if not isinstance(kernel, Kernel) or not kernel.can_add or kernel.relu:  # it would add before its ReLU
+        return False
+    if len(last.users) != 1 or len(last.args) != 1 or last.kwargs:
         return False
     last.args = (*last.args, other)
     node.replace_all_uses_with(last)
@@ -220,16 +224,11 @@ def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _is_kernel(module: nn.Module | None) -> bool:
-    """Return whether the module computes a layer and can end it with ReLU."""
-    return hasattr(module, "with_relu")
-
-
 def _is_fresh(value: object, children: Mapping[str, nn.Module]) -> bool:
-    """Return whether the step's output is in memory that nothing else looks at."""
+    """Return whether nothing else holds the memory of the step's output."""
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_module":
         child = children[str(value.target)]
-        return _is_kernel(child) or isinstance(child, AddInto) or (type(child) in LAYER_TYPES and not has_hooks(child))
+        return isinstance(child, (Kernel, AddInto)) or (type(child) in LAYER_TYPES and not has_hooks(child))
     return value.op == "call_function" and value.target in (*ADDITIONS, torch.relu_)

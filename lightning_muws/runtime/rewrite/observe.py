@@ -1,4 +1,4 @@
-"""Runs a model on the example: inputs and outputs whatever they are packed in, and what came through each module."""
+"""Runs a model on the example, and records the inputs of each module. Takes any nesting of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FAILURES = (
     RuntimeError,
     TypeError,
     ValueError,
-)  # of modules put where others were
-MAX_SHAPES = 4  # of a layer that is called with several: more are not timed
+)  # what a module may raise that stands in another's place
+MAX_SHAPES = 4  # input shapes of a layer that are timed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Example:
         """Return a tensor as one argument, a tuple or list as several, a mapping as keyword arguments.
 
         Raises:
-            SettingError: No tensor is in it.
+            SettingError: It has no tensor.
         """
         if isinstance(example_input, Mapping):
             example = cls((), dict(example_input))
@@ -53,7 +53,7 @@ class Example:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors in it."""
+        """All its tensors."""
         return tensors_in((self.args, dict(self.kwargs)))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
@@ -67,7 +67,7 @@ class Example:
 
 
 class Root(nn.Module):
-    """Holds the model, so that one which is a single layer can be swapped like any other."""
+    """Holds the model, so that a model that is a single layer can be swapped like any other."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,12 +80,12 @@ class Root(nn.Module):
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Return the floating tensors of nested tuples, lists and dicts, and the others as well, in order."""
+    """Return all tensors of nested tuples, lists and dicts, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def output_error(output: object, expected: list[Tensor]) -> float:
-    """Return the largest relative error of the output's tensors; inf where their number or shapes differ."""
+    """Return the largest relative error of the output's tensors; inf if their number or shapes differ."""
     found = tensors_in(output)
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")
@@ -95,7 +95,13 @@ def output_error(output: object, expected: list[Tensor]) -> float:
 
 @dataclass
 class Calls:
-    """How a module was called in one forward of the example."""
+    """How one forward of the example called a module.
+
+    Attributes:
+        n: The number of calls.
+        inputs: One input of each shape, :data:`MAX_SHAPES` at most.
+        takes_one: Whether it takes one tensor, and was called with nothing else.
+    """
 
     n: int = 0
     inputs: list[Tensor] = field(default_factory=list)
@@ -103,9 +109,9 @@ class Calls:
 
 
 def observe(model: nn.Module, example: Example) -> dict[nn.Module, Calls]:
-    """Return the calls of each module, and of each the inputs of different shapes.
+    """Run the example, and return the calls of each module.
 
-    Global hooks are used, as modules with hooks of their own may go another way.
+    It uses global hooks, because a hook on a module changes the way that the module is called.
     """
     inside = set(model.modules())
     calls: dict[nn.Module, Calls] = {}
@@ -131,19 +137,19 @@ def observe(model: nn.Module, example: Example) -> dict[nn.Module, Calls]:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    """Return whether ``forward`` has one argument and no other, not even one with a default."""
+    """Return whether ``forward`` has exactly one argument; one with a default counts too."""
     parameters = inspect.signature(module.forward).parameters.values()
     return [p.kind for p in parameters] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything else happens when the module is called: hooks, parametrizations, a replaced forward."""
+    """Return whether a call runs more than the class's forward: hooks, or a replaced ``forward``."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name, None) for name in names) or "forward" in vars(module)
 
 
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is registered, also where it is shared."""
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in every place where ``old`` is registered."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -152,6 +158,6 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """Run without gradients, in ordinary tensors: what is made here may be used and saved anywhere."""
+    """Run without gradients but with ordinary tensors, which can be used and saved anywhere."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,42 +1,62 @@
-// Knows which levels this CPU has, and hands each call to one. Compiled for any CPU.
+// Knows the levels that are compiled in and those this CPU can run, and passes each call to one. Compiled for any CPU.
 #include "api.h"
 
-#include <string.h>
-
 extern "C" {
-
 extern const MuwsLevel muws_level_portable;
-extern const MuwsLevel muws_level_avx2, muws_level_avx512, muws_level_avx512_bf16;  // where they were compiled
+extern const MuwsLevel muws_level_avx2, muws_level_avx512, muws_level_avx512_bf16;  // if they were compiled
+}
+
+namespace {
+
+struct Candidate {
+  const MuwsLevel* level;
+  bool (*runs_here)();
+};
+
+[[maybe_unused]] bool any_cpu() { return true; }
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#if defined(MUWS_HAVE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
+
+// The best first. setup.py names the levels and defines MUWS_HAVE_* for those that the compiler could build.
+const Candidate candidates[] = {
+#if defined(MUWS_HAVE_AVX512_BF16)
+    {&muws_level_avx512_bf16, has_avx512_bf16},
+#endif
+#if defined(MUWS_HAVE_AVX512)
+    {&muws_level_avx512, has_avx512},
+#endif
+#if defined(MUWS_HAVE_AVX2)
+    {&muws_level_avx2, has_avx2},
+#endif
+    {&muws_level_portable, any_cpu},
+};
+
+}  // namespace
 
 #define MUWS_PUBLIC __attribute__((visibility("default")))
 
-// The level of this name, the best of this CPU where the name is empty; null where this CPU or this build has it not.
-static const MuwsLevel* find(const char* name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool any = !*name;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  (void)any, (void)avx512;
-#if defined(MUWS_HAVE_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && (any || !strcmp(name, "avx512_bf16")))
-    return &muws_level_avx512_bf16;
-#endif
-#if defined(MUWS_HAVE_AVX512)
-  if (avx512 && (any || !strcmp(name, "avx512"))) return &muws_level_avx512;
-#endif
-#if defined(MUWS_HAVE_AVX2)
-  if (avx2 && (any || !strcmp(name, "avx2"))) return &muws_level_avx2;
-#endif
-#endif
-  return !*name || !strcmp(name, "portable") ? &muws_level_portable : nullptr;
-}
+extern "C" {
 
-// Two numbers that must be those of the Python side: a library left over from another version is not used.
+// The sizes of MuwsLayer (0) and MuwsSigns (1). Python compares them with its own and ignores a library that differs.
 MUWS_PUBLIC int64_t muws_layout(int64_t which) { return which ? sizeof(MuwsSigns) : sizeof(MuwsLayer); }
 
-MUWS_PUBLIC const void* muws_level(const char* name) { return find(name); }
+// Level number n of those that this CPU can run, the best first; null past the last.
+MUWS_PUBLIC const void* muws_nth_level(int64_t n) {
+  for (const Candidate& candidate : candidates)
+    if (candidate.runs_here() && n-- == 0) return candidate.level;
+  return nullptr;
+}
 MUWS_PUBLIC const char* muws_level_name(const void* level) { return ((const MuwsLevel*)level)->name; }
 
 MUWS_PUBLIC void* muws_plan(const void* level, const MuwsLayer* layer) {

@@ -1,12 +1,12 @@
-// Knows what crosses the borders: from Python (plain C, raw pointers) and from the dispatcher to a level.
+// The C interface: what Python passes (plain C, raw pointers), and what the dispatcher calls in a level.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 extern "C" {
 
-// A layer and the shape of its input. Python fills it in; runtime/native/library.py repeats the fields in this order.
-// The weights stay where they are and must outlive the plan.
+// A layer and the shape of its input. Python fills it in; library.py repeats the fields in this order, which a test
+// checks. The plan points to the weights, which must outlive it.
 struct MuwsLayer {
   int64_t n, c, h, w;        // input (n, c, h, w); a Linear has h = w = 1
   int64_t o, oh, ow;         // output (n, o, oh, ow)
@@ -15,15 +15,15 @@ struct MuwsLayer {
   int64_t row_blocks;        // ceil(o / rows); blocks of block row r are starts[r] .. starts[r + 1]
   int64_t n_logical;         // 2 * blocks for bfloat16, else 0
   const int32_t* starts;     // (row_blocks + 1)
-  const uint16_t* columns;   // (blocks): the first column of each; not read for bfloat16
+  const uint16_t* columns;   // (blocks): the first column of each; unused for bfloat16
   const int32_t* logical;    // bfloat16: (2 * blocks) the two columns of each
   const float* weights;      // (blocks, cols, rows); bfloat16: (blocks, cols / 2, rows, 2) halves
   const float* bias;         // (row_blocks * rows) or null
   int64_t relu, bfloat16;
   int64_t batch_last_in, batch_last_out;  // strides (1, h*w*n, w*n, n) instead of contiguous
-  int64_t batch_lanes;       // 1: lanes run over the images of a batch, 0: over the positions of an image, 2: over
-                             // those of every tap of the kernel, unfolded
-  int64_t threads;           // it will run on: an image is cut into as many bands where it is large enough
+  int64_t batch_lanes;       // lanes run over 0: the positions of an image, 1: the images of a batch, 2: the positions
+                             // of every tap of the kernel, unfolded
+  int64_t threads;           // that will run it: a large image is cut into so many bands
 };
 
 // Unified blocks of a Linear, for one sample: y += sum of magnitude * sign * x.
@@ -32,18 +32,18 @@ struct MuwsSigns {
   const int32_t* starts;
   const uint16_t* columns;   // (blocks): the first column of each
   const float* magnitudes;   // (blocks)
-  const uint8_t* minus;      // a bit where a weight is below zero; see signs.h
+  const uint8_t* minus;      // a bit per weight, set if it is negative; signs.h gives the order
   int64_t relu;
 };
 
 typedef void (*MuwsTask)(void* context, int64_t item);
 void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
-float* muws_scratch(int slot, size_t n_floats);  // this thread's, 64-byte aligned
+float* muws_scratch(int slot, size_t n_floats);  // of this thread, 64-byte aligned
 
 struct MuwsLevel {
   const char* name;
   void* (*plan)(const MuwsLayer*);
-  int (*run)(void* plan, const float* x, const float* onto, float* y, int64_t threads);  // onto: null, or laid as y
+  int (*run)(void* plan, const float* x, const float* onto, float* y, int64_t threads);  // onto: null, or with the layout of y
   void (*free_plan)(void* plan);
   void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
   void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);

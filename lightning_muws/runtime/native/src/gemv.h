@@ -1,10 +1,10 @@
-// Knows a Linear for one sample or a few: every weight is read once, lanes run over the rows of a block.
+// A Linear for one sample or a few: every weight is read once, and lanes run over the rows of a block.
 #pragma once
 #include "tile.h"
 
 namespace {
 
-constexpr int64_t TASK_ROWS = 64;  // outputs of a task when several threads share a Linear
+constexpr int64_t TASK_ROWS = 64;  // outputs per task, if several threads share a Linear
 
 struct Gemv {
   const MuwsLayer* layer;

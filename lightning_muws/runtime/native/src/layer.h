@@ -1,4 +1,4 @@
-// Knows how a whole layer runs: items of a few units and rows, each packed as it is read, computed tile by tile.
+// Runs a whole layer: items of a few units and rows, each packed as it is read, and computed tile by tile.
 #pragma once
 #include "pack.h"
 
@@ -7,7 +7,7 @@ namespace {
 struct Run {
   const Plan* plan;
   const float* x;
-  const float* onto;  // added to what is stored at the same place of y; null for nothing
+  const float* onto;  // added to the output at the same place; or null
   float* y;
   int64_t row_splits;
 };
@@ -16,15 +16,15 @@ struct Run {
 struct Target {
   float* y;
   int64_t output, unit, row, column;
-  bool far;  // the output itself, not scratch
+  bool far;  // y is the output, not scratch
 };
 
-// A position of the scratch: its unit, its place in it, the row of that.
+// A position of the scratch: its unit, its place in the unit, and the row of that place.
 struct Place {
   int64_t unit, place, row;
 };
 
-// Fill the tile with vectors start .. stop of the rows of a span; return the last output row they read for.
+// Fill the tile with vectors start .. stop of the rows of a span; return the last output row among them.
 static int64_t fill(const Plan& p, Span s, const Target& to, int64_t start, int64_t stop, Tile& tile) {
   const MuwsLayer& l = p.layer;
   const int64_t per_row = p.lanes == 1 ? ceil_div(l.ow, V) : l.ow, per_unit = per_row * s.n_rows;
@@ -89,7 +89,7 @@ static int64_t count_vectors(const Plan& p, Span s) {
   return ceil_div((s.n_units - 1) * p.unit_stride + (s.n_rows - 1) * p.pitch + l.ow, V);
 }
 
-// Pack as far as some scratch row, some rows ahead. The zeros right of the last row read are those left of the next.
+// Pack up to a scratch row, and some rows ahead: the zeros right of the last row are those left of the next.
 static void pack_to(const Plan& p, const float* x, float* scratch, Span s, int64_t row, int64_t& packed) {
   if (row <= packed) return;
   if (p.taps) {
@@ -140,7 +140,7 @@ static void run_span(const Plan& p, const float* x, const float* onto, float* y,
     const int64_t vectors = count_vectors(p, now), tiles = ceil_div(vectors, most_vectors(l.rows));
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t last_row = fill(p, now, to, i * vectors / tiles, (i + 1) * vectors / tiles, tile);
-      if (!in_place) tile.whole = true;  // the lanes past the batch too: they stay behind in the scratch
+      if (!in_place) tile.whole = true;  // lanes past the batch too: they stay in the scratch
       if (!p.direct) pack_to(p, x, scratch, s, least(p.rows, last_row + (l.kh - 1) / l.sh + 2), packed);
       run_tile(p, from, tile, to, onto ? onto + (to.y - y) : nullptr, first, last);
     }

@@ -1,4 +1,4 @@
-// Compiled once for every set of instructions, with MUWS_LEVEL the name of that set.
+// Compiled once for every instruction set, whose name is MUWS_LEVEL.
 #include "gemv.h"
 #include "layer.h"
 #include "signs.h"

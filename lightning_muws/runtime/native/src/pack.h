@@ -1,4 +1,4 @@
-// Knows how an input becomes padded scratch, and how finished positions become the output.
+// Packs an input into the padded scratch, and unpacks finished positions into the output.
 #pragma once
 #include "taps.h"
 
@@ -41,7 +41,7 @@ static void clear_border(const Plan& p, float* plane, int64_t row, Rows rows) {
     }
 }
 
-// Lanes over positions: rows are copied, strided rows gathered.
+// Lanes over positions: copy rows, gather strided rows.
 template <bool HALF> static void pack_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
   if (pack_short_rows<HALF>(p, x, scratch, s, rows)) return;
@@ -83,7 +83,7 @@ template <bool HALF> static void pack_rows(const Plan& p, const float* x, float*
   }
 }
 
-// Lanes over images: V positions of V images are transposed at a time and put to their places.
+// Lanes over images: transpose V positions of V images at a time, and store them at their places.
 template <bool HALF> static void pack_plane(const Plan& p, const float* image, float* to, int64_t shift, int64_t images,
                                             int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
@@ -132,7 +132,7 @@ template <bool HALF> static void pack_images(const Plan& p, const float* x, floa
       float* to = unit + c * p.channel_stride;
       if (bordered) clear_border(p, to, s.row, rows);
       if (!l.batch_last_in) {
-        if (c + 1 < l.c && plane > V)  // the next channel lies far from this one
+        if (c + 1 < l.c && plane > V)  // the next channel is far from this one
           for (int64_t i = 0; i < images; i++)
             for (int64_t j = first; j < last; j += 16) __builtin_prefetch(x + ((start + i) * l.c + c + 1) * plane + j);
         pack_plane<HALF>(p, x + (start * l.c + c) * plane, to, shift, images, first, last);
@@ -153,7 +153,7 @@ template <bool HALF> static void pack_images(const Plan& p, const float* x, floa
   }
 }
 
-// Lanes over images, the other way: done holds (output, unit, position) times V for outputs first .. last.
+// Lanes over images, back to the output: done holds (output, unit, position) times V for outputs first .. last.
 static void unpack_images(const Plan& p, const float* done, float* y, Span s, int64_t first, int64_t last) {
   const MuwsLayer& l = p.layer;
   const int64_t plane = l.oh * l.ow, count = s.n_rows * l.ow, pitch = s.n_units * count * V;

@@ -1,11 +1,11 @@
-// Knows where the sums of a tile go: its vectors, cut into pieces of neighbouring outputs.
+// Stores the sums of a tile: its vectors are cut into pieces of neighbouring outputs.
 #pragma once
 #include "api.h"
 #include "vectors.h"
 
 namespace {
 
-// The lanes of `mask`, `count` of them, are outputs: they go to y + row * pitch + to, side by side.
+// The `count` lanes of `mask` are outputs. They go to y + row * pitch + to, side by side.
 struct Piece {
   int64_t to;
   uint32_t mask;
@@ -16,8 +16,8 @@ constexpr uint32_t ALL_LANES = (1u << V) - 1;
 // Vector t reads at x + from[t] + the column's offset; its pieces are pieces[start[t]] .. pieces[start[t + 1]].
 struct Tile {
   int count;
-  bool whole;  // every vector is one piece of all its lanes
-  bool joined;  // every vector is one piece, which goes on where the one before ended, none but the last near the end
+  bool whole;   // every vector is one piece of all its lanes
+  bool joined;  // every vector is one piece that continues the one before, and a whole vector fits before the end
   int32_t from[8];
   int start[9];
   Piece pieces[8 * V];
@@ -26,13 +26,13 @@ struct Tile {
 // Block rows first .. last of a layer; output r of block row b goes to y + (b * rows + r) * pitch.
 struct Work {
   const MuwsLayer* layer;
-  const int32_t* offsets;  // of every column of the matrix, or of each block's two, from the tile's corner
+  const int32_t* offsets;  // from the tile's corner, of every column of the matrix, or of the two of each block
   int64_t first, last;
   float* y;
-  const float* onto;  // laid as y: added to the sums; or null
+  const float* onto;  // with the layout of y, added to the sums; or null
   int64_t pitch;
-  bool far;  // y is the output itself, not scratch
-  int64_t spacing;  // of columns that lie evenly; else 0
+  bool far;  // y is the output, not scratch
+  int64_t spacing;  // of evenly spaced columns; else 0
 };
 
 #if MUWS_LANES == 16
@@ -62,7 +62,7 @@ MUWS_INLINE vf load_piece(const float* from, const Piece& piece) {
 #endif
 }
 
-// Ask for the lines of the output early, so that no store waits for them. Asking past the end does no harm.
+// Prefetch the lines of the output, so that no store waits for them. Prefetching past the end is harmless.
 template <int ROWS, int N> MUWS_INLINE void expect(const Tile& tile, const float* y, int64_t pitch) {
 #pragma GCC unroll 8
   for (int t = 0; t < N; t++) {
@@ -111,7 +111,7 @@ MUWS_INLINE void put(vf (&sum)[ROWS][N], const Tile& tile, const Work& work, int
       continue;
     }
 #if MUWS_LANES == 16
-    if (tile.joined && t + 1 < N) {  // what this writes too much the next vectors write over
+    if (tile.joined && t + 1 < N) {  // the next vectors overwrite what this writes too much
       const Piece& piece = tile.pieces[t];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++)

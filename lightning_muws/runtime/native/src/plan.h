@@ -1,4 +1,4 @@
-// Knows where everything lies while a layer runs: the padded scratch, its offsets, the bands of rows it is cut into.
+// The memory layout while a layer runs: the padded scratch, its offsets, the bands of rows.
 #pragma once
 #include "tile.h"
 
@@ -9,24 +9,24 @@ namespace {
 
 // The scratch holds (channel, phase, unit, row, column) times `lanes` numbers. A unit is one image, or V images side by
 // side in the lanes. A stride is undone by splitting rows and columns into phases, so that outputs that are neighbours
-// read neighbours. Without lanes over images, the zeros right of a row are also those left of the next one.
+// read neighbours. If lanes run over positions, the zeros right of a row are also those left of the next.
 struct Plan {
   MuwsLayer layer;
   int64_t lanes, units, item_units, band, bands;
   int64_t phases_h, phases_w, rows, pitch, unit_stride, phase_stride, channel_stride;
   int64_t scratch_size;
-  bool direct;         // 1x1, no border: the input is read where it lies
-  bool taps;           // small images: every tap of the kernel is a channel of its own, and the layer is 1x1
-  MuwsLayer source;    // the layer as it was asked for
-  bool by_rows;        // no lanes over images: vectors do not cross rows, the last of a row moves back instead
+  bool direct;         // 1x1, no border: the input is read in place
+  bool taps;           // small images: every tap of the kernel is a channel, and the layer is 1x1
+  MuwsLayer source;    // the layer as given
+  bool by_rows;        // lanes over positions: no vector crosses rows, the last of a row overlaps the one before
   int64_t chunk, step;  // rows packed at a time, output rows finished at a time
   int32_t* offsets;    // of each logical column
-  void* windows;       // taps: where each vector of a plane comes from, or null
-  int32_t* places;     // of each input position in its unit, band 0; -1 where no output reads it
+  void* windows;       // taps: the source of each vector of a plane, or null
+  int32_t* places;     // of each input position in its unit, band 0; -1 if no output reads it
 };
 
-constexpr int64_t SCRATCH_BYTES = 8 << 20;  // of a band: it is packed row by row, just before it is read
-constexpr int64_t TAPS_BYTES = 768 << 10;  // of all taps: they are read once a block row, from the second-level cache
+constexpr int64_t SCRATCH_BYTES = 8 << 20;  // of a band, which is packed row by row, just before it is read
+constexpr int64_t TAPS_BYTES = 768 << 10;  // of all taps, which every block row reads from the second-level cache
 constexpr int64_t CACHED_BYTES = 512 << 10;  // what stays in a core's second-level cache beside the weights
 
 static int64_t phase_rows(const MuwsLayer& l, int64_t band) { return band - 1 + (l.kh - 1) / l.sh + 1; }
@@ -113,12 +113,12 @@ static Plan* plan_of(const MuwsLayer* layer) {
     lay_out(*p, band, 1);
     const int64_t limit = p->lanes == 1 ? CACHED_BYTES : SCRATCH_BYTES;
     while (band > 1 && 4 * p->scratch_size > limit) lay_out(*p, band = ceil_div(band, 2), 1);
-    // else all threads would pack the whole image, each for outputs of its own
+    // one band per thread: else every thread would pack the whole image
     const int64_t shared = ceil_div(l.oh, most<int64_t>(1, l.threads));
     if (p->units * p->bands < l.threads && shared * p->pitch * p->lanes >= V * most_vectors(l.rows))
       lay_out(*p, band = shared, 1);
     if (band == l.oh) {
-      // small images: several to an item, so that tiles are full
+      // small images: several per item, so that tiles are full
       const int64_t full = 2 * most_vectors(l.rows);
       const int64_t vectors = p->lanes == 1 ? ceil_div(p->unit_stride, V) : l.oh * l.ow;
       units = least(p->units, most<int64_t>(1, full / vectors));
@@ -126,7 +126,7 @@ static Plan* plan_of(const MuwsLayer* layer) {
     }
     lay_out(*p, band, units);
   }
-  // a row's worth of waste is worth it where it is less than what stores in pieces cost
+  // computing a few outputs twice is cheaper than storing in pieces
   const int64_t row_vectors = ceil_div(l.ow, V);
   p->by_rows = p->lanes == 1 && (p->direct || (l.ow >= V && 16 * row_vectors * V <= 17 * l.ow));
   const int64_t row_bytes = most<int64_t>(1, 4 * p->scratch_size / p->rows);

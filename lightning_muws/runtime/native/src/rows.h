@@ -1,10 +1,10 @@
-// Knows how short rows of one image become rows of the padded scratch, in whole vectors.
+// Packs short rows of one image into the padded scratch, in whole vectors.
 #pragma once
 #include "plan.h"
 
 namespace {
 
-// bfloat16: the nearest (ties to even), in both halves of the lane. NaN stays NaN: the hidden bits could carry out.
+// HALF: the nearest bfloat16 (ties to even), in both halves of the lane. NaN stays NaN: its low bits could carry out.
 template <bool HALF> MUWS_INLINE vf rounded(vf v) {
   if constexpr (!HALF) return v;
   const vi i = (vi)v;
@@ -21,14 +21,13 @@ struct Rows {
   int64_t first, last;  // of the scratch
 };
 
-// Rows of a channel lie far from those of the next: ask for them while earlier ones are copied.
+// The rows of the next channels are far away: prefetch them while earlier ones are copied.
 constexpr int64_t FETCH_CHANNELS = 4;
 
 #if MUWS_LANES == 16
 MUWS_INLINE __mmask16 below(int64_t n) { return (__mmask16)(n <= 0 ? 0 : n >= V ? 0xffff : (1 << n) - 1); }
 
-// Rows of at most N vectors, without a stride between columns or every second one: a row is loaded with the zeros
-// around it, parted into its phases, and stored.
+// Rows of at most N vectors, column stride 1 or 2: load a row with the zeros around it, split its phases, store.
 template <bool HALF, int STRIDE, int N>
 static void pack_rows_of(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
   const MuwsLayer& l = p.layer;
@@ -89,7 +88,7 @@ static void pack_rows_by(const Plan& p, const float* x, float* scratch, Span s, 
 }
 #endif
 
-// Say whether these rows were short enough, and packed.
+// Pack the rows if they are short enough; return whether they were.
 template <bool HALF> static bool pack_short_rows(const Plan& p, const float* x, float* scratch, Span s, Rows rows) {
 #if MUWS_LANES == 16
   if (p.layer.sw > 2 || p.pitch > 4 * V) return false;

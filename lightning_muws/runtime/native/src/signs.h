@@ -1,5 +1,5 @@
-// Knows a Linear for one sample whose weights are one bit each. The bits of a block lie in chunks of 8 columns
-// (4x4: one chunk of 4), row by row: a byte a row of 8, half a byte a row of 4, the lowest bit first.
+// A Linear for one sample whose weights are one bit each. The bits of a block are stored in chunks of 8 columns
+// (4x4: one chunk of 4), row by row: a byte per row of 8, half a byte per row of 4, the lowest bit first.
 #pragma once
 #include "gemv.h"
 
@@ -16,7 +16,7 @@ typedef float vf8 __attribute__((vector_size(32)));
 typedef int32_t vi8 __attribute__((vector_size(32)));
 
 #if MUWS_LANES == 16
-// y = total - 2 * (what stands under a minus): one masked addition for 16 weights.
+// y = total - 2 * (sum of the inputs with a minus): one masked addition for 16 weights.
 template <int ROWS> static void signed_row_block(const Signs& s, int32_t first, int32_t last, float* y) {
   const MuwsSigns& l = *s.layer;
   __m512 sum[ROWS / 2], total = _mm512_setzero_ps();
@@ -70,13 +70,13 @@ static void signed_4x4(const Signs& s, int32_t first, int32_t last, float* y) {
     y[r] = (value[4 * r] + value[4 * r + 1]) + (value[4 * r + 2] + value[4 * r + 3]);
 }
 #else
-// The sign bits of every byte, so that a sign is one exclusive or.
+// The sign masks of every byte: applying a sign is one exclusive or.
 struct Flips {
   vi8 of[256];
 };
 static const Flips& flips() {
   static Flips table;
-  static bool ready = false;  // two threads at most write the same values
+  static bool ready = false;  // if two threads fill it, they write the same values
   if (!ready) {
     for (int byte = 0; byte < 256; byte++)
       for (int j = 0; j < 8; j++) table.of[byte][j] = (byte >> j & 1) ? (int32_t)0x80000000 : 0;

@@ -1,20 +1,20 @@
-// Knows how small images become one plane for every tap of the kernel.
+// Unfolds small images: one plane for every tap of the kernel.
 #pragma once
 #include "rows.h"
 
 namespace {
 
 #if MUWS_LANES == 16
-// Where V outputs of a tap come from: lane l from place lane[l] of the numbers at `from` of an image's plane.
+// The sources of V outputs of a tap: lane l reads number lane[l] from `from` on in an image's plane.
 struct Window {
   int32_t lane[V];
   int32_t from;
-  __mmask16 there[4];  // of each vector from there, which numbers are of the plane
-  __mmask16 filled, upper;  // lanes that come from anywhere, those from the third and the fourth vector
+  __mmask16 there[4];  // of each vector from there on, which numbers are inside the plane
+  __mmask16 filled, upper;  // lanes that have a source; lanes whose source is in the third or fourth vector
   int16_t vectors;  // 1, 2 or 4
 };
 
-// The windows of all taps and vectors, or null where one reads further than four vectors.
+// The windows of all taps and vectors, or null if one spans more than four vectors.
 static Window* make_windows(const MuwsLayer& l) {
   const int64_t vectors = ceil_div(l.oh * l.ow, V);
   Window* windows = (Window*)malloc(sizeof(Window) * (size_t)(l.kh * l.kw * vectors));
@@ -46,7 +46,7 @@ static Window* make_windows(const MuwsLayer& l) {
   return windows;
 }
 
-// A window of every channel.
+// Packs one window of every channel.
 template <int VECTORS>
 static void pack_window(const Window& w, const MuwsLayer& l, const float* x, float* to, int64_t stride) {
   const __m512i lane = _mm512_loadu_si512(w.lane);
@@ -75,8 +75,8 @@ static void pack_windows(const Plan& p, const float* x, float* scratch, Span s) 
 }
 #endif
 
-// Every tap of the kernel as a plane of the outputs' size: what the outputs read there. Rows are stored in whole vectors,
-// and what they write too much the next row writes over.
+// Packs every tap of the kernel as a plane of the output's size: what the outputs read through that tap. Rows are
+// stored in whole vectors; the next row overwrites what is too much.
 static void pack_taps(const Plan& p, const float* x, float* scratch, Span s) {
 #if MUWS_LANES == 16
   if (p.windows) return pack_windows(p, x, scratch, s);

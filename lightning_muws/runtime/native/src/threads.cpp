@@ -1,5 +1,5 @@
-// Knows threads and their scratch memory. Nothing is started while one thread is asked for.
-// Where torch runs on OpenMP its own team works for us too: two pools would keep each other from the cores.
+// Threads and their scratch memory. A call for one thread starts none.
+// If torch uses OpenMP, its threads run our tasks too: two pools would compete for the cores.
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -41,7 +41,7 @@ class Pool {
     wake_.notify_all();
     take();
     std::unique_lock<std::mutex> lock(mutex_);
-    helpers_ = 0;  // who has not come by now is not needed
+    helpers_ = 0;  // a worker that has not started by now is not needed
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -80,8 +80,8 @@ std::mutex one_job;  // two Python threads may call at once; the second runs on 
 Pool* pool = nullptr;
 long pool_process = 0;
 
-// Of the OpenMP that torch is linked with: GOMP_parallel runs a function on so many threads and waits for all, the
-// others are omp_get_thread_num and omp_get_num_threads.
+// The OpenMP of torch: GOMP_parallel runs a function on several threads and waits for all of them; the others are
+// omp_get_thread_num and omp_get_num_threads.
 struct Team {
   void (*run)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
   int (*number)();
@@ -97,7 +97,7 @@ struct Job {
   std::atomic<int64_t> next{0};
 };
 
-// Every thread begins with the item of its number, call after call: what it left in its caches is likely what it reads.
+// Every thread starts with the item of its own number in every call: its caches likely still hold what it reads.
 void work_on(void* data) {
   Job& job = *(Job*)data;
   const int64_t size = team.size();
@@ -149,7 +149,7 @@ extern "C" void muws_parallel(int64_t threads, int64_t items, MuwsTask task, voi
 extern "C" float* muws_scratch(int slot, size_t n_floats) {
   static thread_local Scratch scratch;
 #if defined(__SANITIZE_ADDRESS__)
-  const bool fits = n_floats == scratch.size[slot];  // exactly, so that a read past the end is seen
+  const bool fits = n_floats == scratch.size[slot];  // exactly, so that the sanitizer sees a read past the end
 #else
   const bool fits = n_floats <= scratch.size[slot];
 #endif

@@ -1,4 +1,4 @@
-// Knows the innermost loop: a few output rows times a few vectors of positions, held in registers.
+// The innermost loop: a few output rows times a few vectors of positions, held in registers.
 #pragma once
 #include "pieces.h"
 
@@ -12,15 +12,15 @@ template <int ROWS> constexpr int max_vectors() {
 #endif
 }
 
-// The barrier keeps p in a register of its own, so that a load is one instruction: base and index.
+// The barrier keeps p in its own register, so that a load is one instruction with base and index.
 #define MUWS_OWN(p) __asm__("" : "+r"(p))
 
-// How many blocks ahead to ask for their columns; 0 where a block is too quick for it to be worth its instructions.
+// How many blocks ahead to prefetch columns; 0 if a block is too short to pay for the instructions.
 constexpr int columns_ahead(int rows, int vectors, int cols) {
   return MUWS_LANES < 16 ? 0 : cols > 1 ? (rows * vectors >= 12 ? 2 : 0) : rows * vectors >= 16 ? 8 : 0;
 }
 
-// Columns lie all over the input, which the second-level cache holds: ask for every line that their vectors touch.
+// Columns are scattered over the input, which the second-level cache holds: prefetch every line their vectors touch.
 template <int N, int COLS>
 MUWS_INLINE void fetch_columns(const float* x, const int32_t* offset, const int64_t (&from)[N]) {
 #pragma GCC unroll 2
@@ -37,8 +37,8 @@ template <int COLS> MUWS_INLINE void fetch_even(const float* p, int64_t spacing)
   for (int c = 0; c < COLS; c++) __builtin_prefetch(p + c * spacing);
 }
 
-// The weights of a column, one by one in all lanes of a vector. Where loads are short, four come by one load and are
-// permuted, which the multiplications leave room for.
+// The weights of a column, each broadcast to all lanes of a vector. If load slots are short, one load fetches four, and
+// permutations spread them, for which the multiplications leave room.
 template <int ROWS, int N, int COLS> struct Column {
   const float* w;
 #if MUWS_LANES == 16
@@ -78,14 +78,14 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Work& wor
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
       for (int t = 0; t < N; t++) sum[r][t] = splat(l.bias ? l.bias[b * ROWS + r] : 0.0f);
-    // Few sums would wait for each other: every other column gets sums of its own.
+    // With few sums, one addition would wait for the last: every second column has separate sums.
     constexpr bool TWICE = COLS > 1 && ROWS * N <= 4;
     vf other[TWICE ? ROWS : 1][N] = {};
     if (work.far) expect<ROWS, N>(tile, y, work.pitch);
     for (; column != end; column++, w += COLS * ROWS) {
       const int32_t* offset = offsets + *column;
       const float* even = x + *column * work.spacing;
-      // a line once, where columns are narrow; where loads are short, the hardware foresees the weights
+      // once per line if columns are narrow; if load slots are short, the hardware prefetcher does it
       if constexpr (COLS > 1 || ROWS * N < 24)
         if (((size_t)w & 63) < 4 * COLS * ROWS) fetch<COLS * ROWS>(w);
       if constexpr (EVEN)
@@ -116,7 +116,7 @@ static void tile_of(const float* __restrict x, const Tile& tile, const Work& wor
 }
 
 #if defined(__AVX512BF16__)
-// x holds every number twice, as the two halves of a 32-bit lane: a pair of any two columns is one blend of two loads.
+// x holds every number twice, in both halves of a 32-bit lane: one blend of two loads pairs any two columns.
 template <int ROWS, int N> static void pair_tile_of(const float* __restrict x, const Tile& tile, const Work& work) {
   const MuwsLayer& l = *work.layer;
   int64_t from[N];
@@ -163,7 +163,7 @@ template <int ROWS, int N> static TileFn pick(int64_t n, int64_t cols, bool pair
   if (pairs) return pair_tile_of<ROWS, N>;
 #endif
   if (pairs) return nullptr;
-  if constexpr (N <= 2)  // no offset to look up: there is little else to do
+  if constexpr (N <= 2)  // saves the offset look-up, which matters only here
     if (cols == 4 && even) return tile_of<ROWS, N, 4, true>;
   return cols == 4 ? tile_of<ROWS, N, 4> : tile_of<ROWS, N, 1>;
 }

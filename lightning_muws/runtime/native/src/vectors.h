@@ -1,6 +1,6 @@
-// Knows vectors of the width this level was compiled for: GCC's vector extensions, which GCC and clang both read.
-// No header of the C++ library may be included by a level: its inline functions would be compiled with this level's
-// instructions, and the linker may keep that copy for every machine.
+// Vectors of this level's width, by the vector extensions of GCC and clang.
+// A level must not include a header of the C++ library: its inline functions would be compiled with this level's
+// instructions, and the linker may keep that copy for all machines.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -29,7 +29,7 @@ MUWS_INLINE vf load(const float* p) {
   return v;
 }
 MUWS_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
-// Written out: as `vf{} + s` it costs an addition.
+// Written out, because `vf{} + s` costs an addition.
 #if MUWS_LANES == 16
 MUWS_INLINE vf splat(float s) { return vf{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s}; }
 #elif MUWS_LANES == 8
@@ -40,8 +40,8 @@ MUWS_INLINE vf splat(float s) { return vf{s, s, s, s}; }
 MUWS_INLINE vf bits(vi v) { return (vf)v; }
 MUWS_INLINE vf relu(vf v) { return bits((vi)v & ~(v < 0.0f)); }  // keeps NaN, as torch does
 
-// Weights are read in order and come from far: ask for those of some microseconds later. ONCE: they will not be needed
-// again, and need push nothing else out of the caches.
+// Prefetch the weights that are needed some microseconds later: they are read in order, from far away. ONCE: they are
+// not needed again, so they should not push anything else out of the caches.
 constexpr int64_t FETCH_BYTES = 4096;
 template <int WORDS, bool ONCE = false> MUWS_INLINE void fetch(const void* weights) {
 #pragma GCC unroll 8
@@ -59,7 +59,7 @@ MUWS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #define MUWS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
 
-// The lower and the upper halves of a and b, lane by lane in turn.
+// Interleave the lower or the upper halves of a and b.
 #if MUWS_LANES == 16
 MUWS_INLINE vf zip_low(vf a, vf b) { return MUWS_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
 MUWS_INLINE vf zip_high(vf a, vf b) {
@@ -73,7 +73,7 @@ MUWS_INLINE vf zip_low(vf a, vf b) { return MUWS_SHUFFLE(a, b, 0, 4, 1, 5); }
 MUWS_INLINE vf zip_high(vf a, vf b) { return MUWS_SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 
-// Numbers 0, 2, 4, .. of 2 V - 1 that start at p; nothing behind the last is read.
+// Every second of the 2 V - 1 numbers at p; reads nothing past the last.
 #if MUWS_LANES == 16
 MUWS_INLINE vf every_second(const float* p) {
   return MUWS_SHUFFLE(load(p), load(p + V - 1), 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -117,7 +117,7 @@ MUWS_INLINE void transpose(vf (&m)[V]) {
   }
 }
 
-// Move a block of up to V x V numbers, transposed; rows and columns that are not there read as zero.
+// Transpose a block of up to V x V numbers; missing rows and columns count as zero.
 inline void transpose_block(const float* from, int64_t pitch, int rows, int cols, float* to, int64_t to_pitch,
                             int to_rows, int to_cols) {
   vf m[V];

@@ -1,0 +1,61 @@
+"""Compress a network in a training loop of plain PyTorch, without Lightning. Run: python examples/03_plain_torch.py
+
+CompressionRun needs three calls in the loop: tick when a step begins, before_step when the gradients are complete, and
+after_step when the optimizer has stepped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_muws import CompressionRun, MicroStructure, Penalty, Phases, load_compressed, save_compressed
+from lightning_muws.report import make_report
+from lightning_muws.structure.plan import make_plan
+
+STEPS, BATCH_SIZE = 600, 64
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--output", type=Path, default=Path("output"), help="folder of the file")
+    folder = options.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))  # it makes the labels
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+
+    phases = Phases(interval="step")  # ADMM starts and ends at its default shares of the steps
+    plan = make_plan(model, MicroStructure(block_shape=(4, 4), prune_ratio=0.5, unify_ratio=0.25))
+    penalty = Penalty(rho=0.03)  # so few steps need a stronger pull than the default
+    run = CompressionRun(plan.weights(model), plan.covered, phases, penalty=penalty)
+    timeline = phases.on(STEPS)
+    for step in range(STEPS):
+        inputs = torch.randn(BATCH_SIZE, 16)
+        run.tick(step, timeline, [optimizer])
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), teacher(inputs).argmax(1)).backward()
+        run.before_step(optimizer)
+        optimizer.step()
+        run.after_step(optimizer)
+    run.verify()  # raises if a weight is outside its structure
+
+    make_report(model, plan, run.supports, run.constraint.primal, run.history).print()
+    grids = {name: entry.grid for name, entry in plan.covered.items()}
+    saved = save_compressed(model, folder / "plain.muws", blocks=grids)
+
+    model.load_state_dict(load_compressed(folder / "plain.muws"))
+    with torch.no_grad():
+        inputs = torch.randn(10_000, 16)
+        accuracy = (model(inputs).argmax(1) == teacher(inputs).argmax(1)).float().mean()
+    print(f"accuracy {accuracy:.3f} bytes {saved.n_bytes} of {saved.dense_bytes}")
+
+
+if __name__ == "__main__":
+    main()

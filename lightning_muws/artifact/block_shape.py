@@ -1,0 +1,117 @@
+"""The block shape that makes the file smallest, for a weight that comes without a plan.
+
+It prices the streams of each candidate. runtime/shapes.py answers another question, the shape that a kernel should use:
+it takes the largest blocks that explain the structure, among other candidates, and no byte counts there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.streams import (
+    DENSE,
+    MIXED,
+    N_KINDS,
+    PRUNED,
+    Patterns,
+    block_bits,
+    kinds_of,
+    pack_kinds,
+    plane,
+    rotate,
+    sign_bit,
+)
+from lightning_muws.artifact.values import bits
+from lightning_muws.structure.grid import BlockGrid
+
+Shape = tuple[int, int]
+
+SHAPES = tuple((r, c) for r in (1, 2, 4, 8, 16) for c in (1, 2, 4, 8, 16))  # (1, 1) is for zeros that lie anywhere
+BAND = 16  # rows that are looked at together, so that each shape fits
+SAMPLE_NUMEL = 1 << 17
+WORTH = 0.99  # blocks have to be smaller than this share of the flat weight
+TINY = 1024  # weights; such tensors of one shape share a block shape ...
+MANY = 16  # ... where there are so many of them
+
+
+def smallest_shape(x: Tensor) -> Shape | None:
+    """Return the block shape whose streams would be smallest; None if blocks do not help.
+
+    Args:
+        x: Contiguous floating, on the CPU, two or more axes. Of a large one only bands of 16 rows are looked at.
+    """
+    matrix = BlockGrid().matrix(x)
+    if not matrix.numel() or matrix.shape[1] > SAMPLE_NUMEL:
+        return None
+    n_bands = -(-len(matrix) // BAND)
+    every = max(1, n_bands // max(1, SAMPLE_NUMEL // (BAND * matrix.shape[1])))
+    bands = [bits(matrix[i * BAND : (i + 1) * BAND].contiguous()) for i in range(0, n_bands, every)]
+    return _smallest(np.concatenate(bands)[None])
+
+
+def shared_shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape | None]:
+    """Return one block shape for all tiny tensors of a shape and dtype, where there are many; others are left out.
+
+    To look at each one would take more time than all other work on it. Tensors without zeros and without equal
+    neighbours have no blocks, and are looked at apart from the rest.
+
+    Args:
+        tensors: Names, and tensors on any device.
+    """
+    alike: dict[tuple[object, ...], list[tuple[str, Tensor]]] = {}
+    for name, x in tensors:
+        if x.ndim >= 2 and 0 < x.numel() <= TINY and x.is_floating_point() and x.element_size() > 1:
+            alike.setdefault((x.shape, x.dtype, x.device), []).append((name, x))
+    found: dict[str, Shape | None] = {}
+    for group in alike.values():
+        if len(group) < MANY:
+            continue
+        u = bits(torch.stack([BlockGrid().matrix(x.detach()) for _, x in group]).cpu())
+        is_plain = (u != 0).all((1, 2)) & ~_pairs(u, 1).any((1, 2)) & ~_pairs(u, 2).any((1, 2))
+        for members in (is_plain, ~is_plain):
+            if members.any():
+                shape = _smallest(u[members])
+                found |= {name: shape for (name, _), is_member in zip(group, members, strict=True) if is_member}
+    return found
+
+
+def _smallest(u: Patterns) -> Shape | None:
+    """Return the block shape whose streams over all matrices ``(n, rows, cols)`` would be smallest."""
+    nonzero = u[u != 0]
+    value_bytes = _value_bytes(nonzero) / max(1, len(nonzero))
+    most = [n if _pairs(u, axis).any() else 1 for axis, n in ((1, u.shape[1]), (2, u.shape[2]))]
+    shapes = [(rows, cols) for rows, cols in SHAPES if rows <= most[0] and cols <= most[1]]
+    costs = {shape: _cost(u, shape, value_bytes) for shape in shapes}
+    best = min(costs, key=lambda shape: costs[shape])
+    return best if costs[best] < WORTH * _value_bytes(u.reshape(-1)) else None
+
+
+def _pairs(u: Patterns, axis: int) -> NDArray[np.bool_]:
+    """Return where two neighbours along an axis have one magnitude; without any, no block along it is unified."""
+    magnitudes = np.moveaxis(u & ~sign_bit(u.dtype), axis, 0)
+    equal: NDArray[np.bool_] = np.moveaxis(magnitudes[1:] == magnitudes[:-1], 0, axis)
+    return equal
+
+
+def _value_bytes(u: Patterns) -> float:
+    """Return the order-0 entropy of the byte planes of values."""
+    turned = rotate(u)
+    return sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+
+
+def _cost(u: Patterns, shape: Shape, value_bytes: float) -> float:
+    """Return about how many bytes the streams would take."""
+    (rows, cols), numel = shape, shape[0] * shape[1]
+    covered = u[:, : u.shape[1] // rows * rows, : u.shape[2] // cols * cols]
+    kinds = kinds_of(*block_bits(covered.reshape(-1, covered.shape[2]), shape)).reshape(-1)
+    counts = np.bincount(kinds, minlength=N_KINDS)
+    n_unified = len(kinds) - counts[DENSE] - counts[PRUNED]
+    n_free = counts[DENSE] * numel + u.size - covered.size
+    coded = entropy_bytes(np.bincount(pack_kinds(kinds)))
+    return float(coded + counts[MIXED] * numel / 8 + n_unified * (value_bytes - 1 / 8) + n_free * value_bytes)
