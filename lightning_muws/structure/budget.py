@@ -177,7 +177,7 @@ def allocate(
     check_compression(compression)
     given, layers = importance or {}, {}
     for name, x in tensors.items():
-        layer = measure(name, whole(x.detach()), bounds.get(name), given.get(name), name in buffers)
+        layer = measure(name, x.detach(), bounds.get(name), given.get(name), name in buffers)
         layers[name] = replace(layer, recovery=recovery)
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
 
@@ -196,7 +196,7 @@ def allocate(
 def measure(
     name: str, x: Tensor, bounds: Bounds | None = None, importance: float | None = None, is_buffer: bool = False
 ) -> Layer:
-    """Return what an allocation needs to know of a tensor: far less than the tensor.
+    """Return what an allocation needs to know of a tensor: far less than the tensor. A collective if it is sharded.
 
     Raises:
         StateError: The tensor has NaN or Inf.
@@ -204,14 +204,15 @@ def measure(
     dense_bytes = x.numel() * x.element_size()
     if not x.numel() or not x.is_floating_point() or x.element_size() == 1:
         return Layer(dense_bytes, plain_bits=8.0 * dense_bytes)
+    if is_buffer:  # by its shape alone: ranks may hold other values
+        return Layer(dense_bytes, plain_bits=float(HALF_BITS * x.numel()))
+    x = whole(x)
     low, high = (float(value) for value in torch.aminmax(x))
     top = max(-low, high)
     if not math.isfinite(top):
         raise StateError(f"{name} has NaN or Inf: a budget needs finite weights, so lower the learning rate")
     if top == 0:
         return Layer(dense_bytes)
-    if is_buffer:
-        return Layer(dense_bytes, plain_bits=float(HALF_BITS * x.numel()))
     unit = 2.0 ** math.frexp(top)[1]  # a power of two: dividing by it is exact, and no square overflows
     flat = x.reshape(-1)
     parts = (flat[start : start + CHUNK_NUMEL].to(torch.float32) / unit for start in range(0, len(flat), CHUNK_NUMEL))
