@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
+    from lightning_muws.training.budget import Budget
     from lightning_muws.training.penalty import Penalty
     from lightning_muws.training.phases import Phases, Retraining
     from lightning_muws.training.run import CompressionRun
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
     "CompressionRun",
     "FormatError",
     "LayerRule",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Budget": "lightning_muws.training.budget",
     "CompressionRun": "lightning_muws.training.run",
     "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",

@@ -80,6 +80,21 @@ def test_pack_takes_the_settings(capsys, tmp_path):
     assert report["tensors"][0]["block_shape"] == [2, 4]
 
 
+def test_pack_makes_a_file_that_is_as_much_smaller_as_requested(capsys, tmp_path):
+    state = {"weight": normal(0, 64, 64, dtype=torch.float32), "bias": normal(1, 64, dtype=torch.float32)}
+    torch.save(state, tmp_path / "m.pt")
+    words = ("pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", "5", "--json")
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert json.loads(out)["compression_ratio"] >= 5
+    assert 5 * (tmp_path / "m.muws").stat().st_size <= sum(x.nbytes for x in state.values())
+    for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
+        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong)
+        assert code == 2
+        assert reason in err
+    assert "different ways" in run(capsys, *words[:-1], "--max-error", "0.1")[2]
+
+
 def test_pack_takes_the_weights_of_a_lightning_checkpoint(capsys, tmp_path):
     from tests.support.modules import TwoLayers, fit
 

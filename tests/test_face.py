@@ -30,8 +30,8 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "NMStructure", "Penalty", "Phases",
-        "Retraining", "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
+        "Budget", "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "NMStructure", "Penalty",
+        "Phases", "Retraining", "WeightUnificationCallback", "accelerate", "inspect_compressed", "load_compressed",
         "save_compressed", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
@@ -40,7 +40,7 @@ def test_the_public_names():
 
 
 def test_a_wrong_name_lists_the_right_ones():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has CompressionRun, FormatError"):
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has Budget, CompressionRun, FormatError"):
         _ = lightning_muws.accelerat
 
 

@@ -159,25 +159,15 @@ def pack_manifest(raw: bytes) -> bytes:
     return packed if len(packed) < len(raw) <= largest_manifest(0, len(packed)) else raw
 
 
-def write(
-    path: Path,
-    manifest: Mapping[str, Any],
-    lengths: Mapping[str, int],
-    body: IO[bytes],
-    check: Callable[[IO[bytes]], None],
-) -> int:
-    """Write a file and return how many bytes its header and manifest take.
+def head(manifest: Mapping[str, Any], lengths: Mapping[str, int]) -> tuple[bytes, bytes]:
+    """Return the header of a file, and its manifest as it is stored.
 
     Args:
-        path: Where the file will be.
         manifest: Its manifest.
         lengths: The bytes of each stream, by name.
-        body: The bytes of the streams, in the order of ``lengths``.
-        check: Called with the complete file before it replaces an earlier one; raises to prevent that.
 
     Raises:
         FormatError: The manifest is larger than a reader would accept.
-        OSError: The file cannot be written; an earlier file at that place is unchanged.
     """
     raw = dump(manifest)
     packed = pack_manifest(raw)
@@ -199,6 +189,30 @@ def write(
             f"the manifest would have {len(raw)} bytes and the header {len(header)}, at most {MOST} and {allowed} are "
             f"allowed for {len(lengths)} streams: save the model in several files"
         )
+    return header, packed
+
+
+def write(
+    path: Path,
+    manifest: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    body: IO[bytes],
+    check: Callable[[IO[bytes]], None],
+) -> int:
+    """Write a file and return how many bytes its header and manifest take.
+
+    Args:
+        path: Where the file will be.
+        manifest: Its manifest.
+        lengths: The bytes of each stream, by name.
+        body: The bytes of the streams, in the order of ``lengths``.
+        check: Called with the complete file before it replaces an earlier one; raises to prevent that.
+
+    Raises:
+        FormatError: The manifest is larger than a reader would accept.
+        OSError: The file cannot be written; an earlier file at that place is unchanged.
+    """
+    header, packed = head(manifest, lengths)
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(header)) + header)
         body.seek(0)

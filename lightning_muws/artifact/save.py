@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,23 @@ from torch import Tensor
 from lightning_muws.artifact.block_shape import shared_shapes, smallest_shape
 from lightning_muws.artifact.chunk import ChunkWriter
 from lightning_muws.artifact.codecs import encode
-from lightning_muws.artifact.container import MOST, write
+from lightning_muws.artifact.container import MOST, head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.json_text import dump, why_unstorable
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
+from lightning_muws.artifact.precision import allowed_forms, candidate, fit
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import Source, State, identity, plain, read_state
 from lightning_muws.artifact.values import STEPS, Form, Loss, choose, displayed
 from lightning_muws.errors import FormatError, SettingError
+from lightning_muws.structure.cost import TENSOR_BYTES, check_compression
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
 CHUNK_ENTRY_BYTES = 2 << 10  # that a manifest has at most on a chunk: 40 streams of 45
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
+ChooseGrid = Callable[[str, Tensor], BlockGrid | None]
 
 
 def save_compressed(
@@ -43,7 +47,9 @@ def save_compressed(
     max_error: float = 0.0,
     relative_to: Literal["tensor_max", "model_max", "absolute"] = "tensor_max",
     value_dtype: Literal["float16", "bfloat16"] | None = None,
-    lossy: Literal["weights", "all"] = "weights",
+    lossy: Literal["weights", "all"] | None = None,
+    compression: float | None = None,
+    parameters: Collection[str] | None = None,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
@@ -63,13 +69,20 @@ def save_compressed(
             ``absolute``.
         value_dtype: Round values to this dtype instead; they come back in their own.
         lossy: ``weights``: only parameters of two or more axes lose anything, biases, norms and buffers stay exact; or
-            ``all`` floating tensors.
+            ``all`` floating tensors. By default ``weights``, and ``all`` with ``compression``.
+        compression: How many times smaller than its tensors the file is at least, above 1; instead of ``max_error``.
+            The network loses as little of the energy of its tensors as that allows: each weight gets a step, other
+            parameters a step where it pays, and buffers at most float16. The file is at most 5 % smaller than needed
+            wherever such a file exists. Several files are coded until one fits, and ``progress`` begins again for each.
+        parameters: Names of the model's parameters, for ``compression`` of a state_dict, which does not tell parameters
+            from buffers. By default those of the module; without a module, tensors of one axis get at most float16.
         extra: Your own values to keep in the manifest: what JSON can hold, keys being strings, nested at most 64 deep.
             Tuples come back as lists.
         progress: Called with the bytes done and all bytes.
 
     Raises:
-        SettingError: A setting is not allowed, or the model holds anything that a file cannot.
+        SettingError: A setting is not allowed, no file is as small as requested, or the model holds anything that a
+            file cannot.
         FormatError: The model has so many tensors, or ``extra`` is so large, that no reader would accept the manifest.
         OSError: The file cannot be written; an earlier file at that place is unchanged.
 
@@ -83,18 +96,40 @@ def save_compressed(
         >>> layer.load_state_dict(load_compressed(path))
         <All keys matched successfully>
     """
-    loss, path = Loss(max_error, relative_to, value_dtype, lossy), Path(path)
+    loss, path = Loss(max_error, relative_to, value_dtype, "weights" if lossy is None else lossy), Path(path)
+    if compression is not None:
+        check_compression(compression)
+        if loss:
+            raise SettingError(
+                f"compression={compression}, max_error={max_error} and value_dtype={value_dtype!r} are different ways "
+                "to lose precision: give one of them"
+            )
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(f"{path} cannot be written: it is a folder, or is in none")
     state = read_state(model)
     _check_blocks(blocks, state)
     own = _check_json(extra, state.modules)
     _check_manifest(state, blocks, own)
-    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)) as body:
-        writer = _Writer(state, loss, body, progress or (lambda done, total: None))
-        manifest = writer.run(blocks, own)
-        check = _checker(state, manifest) if loss else lambda file: None
-        header_bytes = write(path, manifest.to_dict(), writer.lengths, body, check)
+    shared = shared_shapes(state.tensors.items()) if not isinstance(blocks, tuple) else {}
+    choose_grid: ChooseGrid = partial(_grid, blocks=blocks, shared=shared)
+    with contextlib.ExitStack() as bodies:
+
+        def encoded(forms: Mapping[str, Form]) -> tuple[int, tuple[_Writer, Manifest]]:
+            body = bodies.enter_context(tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=str(path.parent)))
+            writer = _Writer(state, loss, body, progress or (lambda done, total: None), forms)
+            manifest = writer.run(choose_grid, own)
+            n_bytes = sum(map(len, head(manifest.to_dict(), writer.lengths))) + sum(writer.lengths.values())
+            return 8 + n_bytes, (writer, manifest)
+
+        if compression is None:
+            _, (writer, manifest) = encoded({})
+        else:
+            grids = _grids(state, choose_grid)
+            choose_grid = lambda name, x: grids[name]  # noqa: E731  one search for block shapes, for all files tried
+            allowed = allowed_forms(model, state, lossy or "all", parameters)
+            writer, manifest = _fit(state, grids, allowed, compression, encoded)
+        check = _checker(state, manifest) if loss or compression else lambda file: None
+        header_bytes = write(path, manifest.to_dict(), writer.lengths, writer.body, check)
     tensors = (tensor_report(e, manifest.tensors, writer.shares[e.name]) for e in manifest.tensors)
     n_bytes = header_bytes + sum(writer.lengths.values())
     return SaveReport(str(path), n_bytes, header_bytes, manifest.n_bytes, writer.reports(), tuple(tensors))
@@ -108,6 +143,7 @@ class _Writer:
     loss: Loss
     body: IO[bytes]
     progress: Progress
+    forms: Mapping[str, Form]  # chosen before, by name
     chunk: ChunkWriter = field(default_factory=ChunkWriter)
     chunks: list[ChunkEntry] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)
@@ -116,15 +152,13 @@ class _Writer:
     symbols: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     done: int = 0
 
-    def run(self, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, extra: Mapping[str, Any]) -> Manifest:
+    def run(self, choose_grid: ChooseGrid, extra: Mapping[str, Any]) -> Manifest:
         """Write all streams, and return the manifest."""
         entries: list[TensorEntry] = []
         seen: dict[tuple[Any, ...], int] = {}
         stored = {identity(x): x.numel() * x.element_size() for x in self.state.tensors.values()}
         total = sum(stored.values())
         largest = self._largest()
-        shared = shared_shapes(self.state.tensors.items()) if not isinstance(blocks, tuple) else {}
-        choose_grid = partial(_grid, blocks=blocks, shared=shared)
         for i, (name, tensor) in enumerate(self.state.tensors.items()):
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             first = seen.setdefault(identity(tensor), i)
@@ -146,13 +180,13 @@ class _Writer:
         found = (self.state.tensors[name] for name in names)
         return max((_top(x) for x in found if x.is_floating_point() and x.numel()), default=0.0)
 
-    def _decide(
-        self, entry: TensorEntry, x: Tensor, choose_grid: Callable[[str, Tensor], BlockGrid | None], largest: float
-    ) -> TensorEntry:
+    def _decide(self, entry: TensorEntry, x: Tensor, choose_grid: ChooseGrid, largest: float) -> TensorEntry:
         """Return the entry with its form, and its blocks."""
         if not x.is_floating_point() or x.element_size() == 1:
             return entry
         grid = choose_grid(entry.name, x)
+        if entry.name in self.forms:
+            return replace(entry, grid=grid, form=self.forms[entry.name])
         loses = self.loss.lossy == "all" or entry.name in self.state.weights
         if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = _top(x)
@@ -210,6 +244,31 @@ class _Writer:
                 StreamReport(displayed(name), "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies))
             )
         return tuple(found)
+
+
+def _fit(
+    state: State,
+    grids: Mapping[str, BlockGrid | None],
+    allowed: Mapping[str, tuple[str, ...]],
+    compression: float,
+    encoded: Callable[[Mapping[str, Form]], tuple[int, tuple[_Writer, Manifest]]],
+) -> tuple[_Writer, Manifest]:
+    """Return the largest file that is so many times smaller than its tensors."""
+    owned = {identity(x): name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
+    dense_bytes = sum(state.tensors[name].nbytes for name in owned.values())
+    found, others = {}, 0
+    for name in owned.values():
+        if name in grids:
+            found[name] = candidate(plain(state.tensors[name]), grids[name], allowed.get(name, ()))
+        else:
+            others += state.tensors[name].nbytes
+    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encoded)
+
+
+def _grids(state: State, choose_grid: ChooseGrid) -> dict[str, BlockGrid | None]:
+    """Return how each floating tensor is cut."""
+    floating = {name: x for name, x in state.tensors.items() if x.is_floating_point() and x.element_size() > 1}
+    return {name: choose_grid(name, plain(x)) for name, x in floating.items()}
 
 
 def _grid(

@@ -152,7 +152,7 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
         return exact
     if loss.value_dtype:
         rounded = Form(loss.value_dtype)
-        return rounded if _keeps_blocks(x, grid, rounded) else exact
+        return rounded if keeps_blocks(x, grid, rounded) else exact
     step = _exact_step(x.view(-1), top) if top else 0.0
     if loss.max_error:
         # Half a step, and what the step, the product and the tensor's own dtype round off.
@@ -239,7 +239,7 @@ def _smallest_magnitude(x: Tensor, grid: BlockGrid | None) -> float:
     return smallest
 
 
-def _keeps_blocks(x: Tensor, grid: BlockGrid | None, form: Form) -> bool:
+def keeps_blocks(x: Tensor, grid: BlockGrid | None, form: Form) -> bool:
     """Return whether in this form no finite value overflows, and no unified block becomes zero."""
     flat = x.view(-1)
     if not all(torch.isfinite(form.values(form.patterns(flat[s]), x.dtype)).all() for s in slabs(len(flat), 1)):

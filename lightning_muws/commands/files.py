@@ -86,8 +86,14 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lossy",
         choices=("weights", "all"),
-        default="weights",
-        help="which tensors may lose precision: those of two or more axes, or all (default: weights)",
+        help="which tensors may lose precision: those of two or more axes, or all "
+        "(default: weights; with --compression all)",
+    )
+    parser.add_argument(
+        "--compression",
+        type=float,
+        metavar="N",
+        help="make the file at least N times smaller than its tensors, such as 20; instead of --max-error",
     )
 
 
@@ -120,6 +126,7 @@ def pack(options: argparse.Namespace) -> int:
             relative_to=options.relative_to,
             value_dtype=options.value_dtype,
             lossy=options.lossy,
+            compression=options.compression,
             progress=update,
         )
     say_json(report.to_dict()) if options.json else say(report)

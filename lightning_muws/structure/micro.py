@@ -64,6 +64,11 @@ class MicroStructure:
         """The grid of its blocks on a weight whose outputs are on axis 0."""
         return BlockGrid(self.block_shape)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether both ratios are 0, which leaves them to a budget."""
+        return self.prune_ratio == self.unify_ratio == 0
+
     def quotas(self, n_blocks: int) -> tuple[int, int]:
         """Return how many of ``n_blocks`` blocks are pruned, and unified."""
         n_pruned = round(self.prune_ratio * n_blocks)
@@ -77,7 +82,7 @@ class MicroStructure:
 
     def objection(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> str:
         """Return why the structure leaves a weight of this shape as it is; empty if it changes the weight."""
-        if self.prune_ratio == self.unify_ratio == 0:
+        if self.is_open:
             return "prune_ratio and unify_ratio are 0"
         n_blocks = math.prod(grid.counts(shape))
         if n_blocks == 0:
@@ -116,14 +121,14 @@ class MicroStructure:
         """
         matrix = grid.matrix(weight.detach())
         covered = grid.covered(matrix)
-        unify_cost, gain = self._costs(covered, grid, 1.0)
+        unify_cost, gain = self.costs(covered, grid, 1.0)
         largest = float((unify_cost + gain).max()) if gain.numel() else 1.0
         info = torch.finfo(gain.dtype)
         if not info.tiny / info.eps < largest < torch.inf or not all(
             torch.isfinite(e).all() for e in grid.edges(matrix)
         ):
             refuse_non_finite(matrix, name)
-            unify_cost, gain = self._costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
+            unify_cost, gain = self.costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
         kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
@@ -139,7 +144,7 @@ class MicroStructure:
             support, blocks = Support(support.grid, support.kinds, signs), [x.abs_() for x in blocks]
         return Choice(support, torch.cat([mean(x.clone) for x in blocks]))
 
-    def _costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
+    def costs(self, covered: Tensor, grid: BlockGrid, scale: float) -> tuple[Tensor, Tensor]:
         """Return the squared distance of unifying each block, and what pruning it adds to that."""
         tall, n = grid.tall(covered), grid.block_numel
         dtype = torch.promote_types(covered.dtype, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -136,6 +136,10 @@ class Plan(Tabular):
         """The entries that stay dense, by name."""
         return {entry.name: entry for entry in self.entries if entry.reason}
 
+    def updated(self, entries: Mapping[str, PlanEntry]) -> Plan:
+        """Return the plan with these entries in the place of those that have the same name."""
+        return Plan(tuple(entries.get(entry.name, entry) for entry in self.entries))
+
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the covered parameters of the module, by name."""
         covered = self.covered
@@ -152,8 +156,11 @@ class Plan(Tabular):
         if entry.reason:
             return *row, f"left out: {entry.reason}"
         counts = entry.structure.counts(entry.grid, entry.shape)
-        numbers = counts[Kind.PRUNED], counts[Kind.UNIFIED], entry.n_blocks, entry.n_edge
-        return *row, "x".join(map(str, entry.structure.block_shape)), *(f"{n:,}" for n in numbers)
+        kinds = [f"{counts[kind]:,}" for kind in (Kind.PRUNED, Kind.UNIFIED)]
+        if _is_open(entry.structure):
+            kinds = ["open", "open"]
+        block = "x".join(map(str, entry.structure.block_shape))
+        return *row, block, *kinds, f"{entry.n_blocks:,}", f"{entry.n_edge:,}"
 
 
 def make_plan(
@@ -161,6 +168,7 @@ def make_plan(
     structure: Structure,
     rules: Sequence[LayerRule] = (),
     optimized: Iterable[nn.Parameter] | None = None,
+    open_ratios: bool = False,
 ) -> Plan:
     """Return the plan of a model: for each parameter its structure, or why it is left out.
 
@@ -175,6 +183,7 @@ def make_plan(
         rules: Exceptions, the last matching one wins.
         optimized: The parameters that the optimizers hold. Other weights are left out, unless the rule that decides
             about them has a ``name``. None covers weights whether an optimizer holds them or not.
+        open_ratios: Cover weights whose ratios are both 0: a budget chooses their ratios later.
 
     Raises:
         SettingError: ``structure`` is no structure, or ``rules`` is no list of rules.
@@ -197,6 +206,7 @@ def make_plan(
         entry = PlanEntry(name, tuple(parameter.shape), type(owner).__name__, rule.structure, grid)
         is_held = held is None or id(parameter) in held or rule.name != "*"
         reason = _reason(entry, parameter, [owner for _, owner in here], rule, is_held)
+        reason = reason or _objection(entry, open_ratios)
         entries.append(replace(entry, reason=reason))
         for i in matching:
             matched[i].append(entries[-1])
@@ -260,7 +270,7 @@ def _grid(parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> BlockGr
 def _reason(
     entry: PlanEntry, parameter: nn.Parameter, owners: Sequence[nn.Module], rule: LayerRule, is_held: bool
 ) -> str:
-    """Return why a parameter stays dense; empty if it does not."""
+    """Return why no structure fits a parameter; empty if one may."""
     kinds, attribute = [kind for owner in owners for kind in _kinds(owner)], entry.name.rpartition(".")[2]
     # torch's older weight_norm, spectral_norm and prune compute the weight from such parameters, as a plain attribute
     stem, _, mark = attribute.rpartition("_")
@@ -279,8 +289,19 @@ def _reason(
     if not entry.grid.fits(entry.shape):
         n_out, rows = entry.shape[1 + entry.grid.out_axis], entry.grid.block_shape[0]
         checks[f"each of its matrices has {n_out} outputs, which blocks of {rows} rows do not fill"] = True
-    found = next((reason for reason, holds in checks.items() if holds), "")
-    return found or entry.structure.objection(entry.grid, entry.shape)
+    return next((reason for reason, holds in checks.items() if holds), "")
+
+
+def _objection(entry: PlanEntry, open_ratios: bool) -> str:
+    """Return why the structure leaves the weight as it is; empty if it does not, or if its ratios are still open."""
+    structure = entry.structure
+    if open_ratios and isinstance(structure, MicroStructure) and structure.is_open:
+        structure = replace(structure, unify_ratio=1.0)  # the largest change that a budget may choose
+    return structure.objection(entry.grid, entry.shape)
+
+
+def _is_open(structure: Structure) -> bool:
+    return isinstance(structure, MicroStructure) and structure.is_open
 
 
 def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:

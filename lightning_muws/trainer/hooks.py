@@ -17,6 +17,7 @@ from lightning_muws.structure.structure import check_structure
 from lightning_muws.structure.support import Support
 from lightning_muws.trainer import coverage, rates, saving, settings, trainers
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
+from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.penalty import Penalty
@@ -45,6 +46,7 @@ class CompressionHooks:
         penalty: Penalty = Penalty(),
         validate_projected: bool = True,
         save_to: str | Path = "",
+        compression: float | None = None,
     ) -> None:
         """Check the arguments.
 
@@ -57,10 +59,14 @@ class CompressionHooks:
             validate_projected: In the ADMM phase, validate the network with projected weights.
             save_to: File to write at the end of fit, such as ``model.muws``: the compressed ``state_dict`` of the
                 module, see :func:`lightning_muws.load_compressed`. An existing file is replaced. Empty for no file.
+            compression: How many times smaller than its tensors the file is at least, such as 20. When the method
+                starts, the ratios of each weight are chosen for that size; leave those of ``structure`` at 0. A rule
+                may still skip weights, or give them ratios. The file is lossy then. None to set ratios yourself.
 
         Raises:
-            SettingError: An argument has a wrong type, or ``save_to`` does not end in ``.muws``. At the start of fit,
-                a setting does not fit the model or the Trainer, or the file cannot be written.
+            SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or ``compression`` is not
+                above 1 or comes with ratios in ``structure``. At the start of fit, a setting does not fit the model or
+                the Trainer, the compression cannot be reached, or the file cannot be written.
         """
         check_structure(structure)
         check_rules(rules)
@@ -69,6 +75,7 @@ class CompressionHooks:
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
+        settings.check_open(compression, structure)
         self.structure = structure
         self.rules = tuple(rules)
         self.phases = phases
@@ -76,6 +83,7 @@ class CompressionHooks:
         self.penalty = penalty
         self.validate_projected = validate_projected
         self.save_to = save_to
+        self.compression = compression
         # what a user reads after fit
         self.plan: Plan | None = None
         self.report: Any = None
@@ -150,6 +158,8 @@ class CompressionHooks:
             if self._began and self.phase == "retraining":
                 # The states of the schedules are restored after this hook, so the schedules must exist by then.
                 rates.begin(trainer, self.retraining, self._began)
+        if self._run:
+            self._run.check_budget()
         if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):
             self._set_timeline(trainer)  # refuses times that do not fit, before any data is loaded
 
@@ -173,9 +183,10 @@ class CompressionHooks:
         self._reset_clock()
         self._known_late = set()
         optimized = coverage.held(trainer, pl_module)
-        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized)
-        weights = self.plan.weights(pl_module)
-        self._run = CompressionRun(weights, self.plan.covered, self.phases, self.retraining, self.penalty)
+        budget = None if self.compression is None else Budget(self.compression)
+        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized, open_ratios=bool(budget))
+        weights, times = self.plan.weights(pl_module), (self.phases, self.retraining)
+        self._run = CompressionRun(weights, self.plan.covered, *times, self.penalty, budget, pl_module)
         rank_zero_info(f"muws: {coverage.summary(pl_module, self.plan)}")
 
     def _reset_clock(self) -> None:
@@ -228,8 +239,16 @@ class CompressionHooks:
         if run.tick(now, self._timeline, trainer.optimizers):
             trainers.reshard(trainer.lightning_module)
             trainers.refuse_ranks_apart(trainer, run.fingerprint())
+            self._follow_budget(trainer.lightning_module, run)
         if run.constraint:
             self._begin_retraining(trainer)
+
+    def _follow_budget(self, pl_module: Any, run: CompressionRun) -> None:
+        """Put the structures that the budget chose into the plan; say so if they are new."""
+        if run.budget is None or self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
+            return
+        self.plan = plan
+        rank_zero_info(f"muws: for compression={run.budget.compression:g}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)
@@ -322,6 +341,7 @@ class CompressionHooks:
                 "lower phases.admm_end or train longer"
             )
             run.freeze(self._now(trainer), trainer.optimizers)
+            self._follow_budget(pl_module, run)
             trainers.reset_averages(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -332,7 +352,8 @@ class CompressionHooks:
             if trainer.is_global_zero:
                 self.report.print()
             if self.save_to and not trainer.fast_dev_run:
-                self.saved = saving.save(self.writer, self._file, pl_module, self.plan, trainer.is_global_zero)
+                to = self._file, pl_module, self.plan, trainer.is_global_zero
+                self.saved = saving.save(self.writer, *to, self.compression)
 
     def _check_weights(self, trainer: Any, run: CompressionRun, constraint: Constraint) -> None:
         """Refuse NaN and Inf; project weights back that another callback moved out of the structure at the end."""
@@ -382,6 +403,8 @@ class CompressionHooks:
         self._pending = None
         if state and self._run:
             self._run.load_state_dict(state["run"])
+            if self.plan:
+                self.plan = self.plan.updated(self._run.planned)
             self._n_stepped_batches = state["stepped_batches"]
             self._last_batch = state["last_batch"]
             self._began = rates.Beginning(**state["began"]) if state["began"] else None

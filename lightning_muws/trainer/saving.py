@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.plan import Plan
+from lightning_muws.structure.plan import Plan, named_weights
 from lightning_muws.structure.sharded import is_sharded, whole
 
 
@@ -28,7 +28,7 @@ class Saved(Protocol):
         """Dense bytes over the bytes of the file."""
 
 
-Writer = Callable[..., Saved]  # (state_dict, path, blocks={name: grid})
+Writer = Callable[..., Saved]  # (state_dict, path, blocks={name: grid}, **lossy)
 
 
 def prepare(path: str | Path, module: Any, is_global_zero: bool) -> Path:
@@ -72,8 +72,18 @@ def _try(path: Path) -> None:
                 folder.rmdir()
 
 
-def save(writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bool) -> Saved | None:
+def save(
+    writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bool, compression: float | None = None
+) -> Saved | None:
     """Write the module's state_dict with the plan's blocks, on rank 0; all ranks take part in gathering shards.
+
+    Args:
+        writer: Writes the file.
+        path: The file, from :func:`prepare`.
+        module: The module; its state_dict is written.
+        plan: Its covered entries tell how weights are cut.
+        is_global_zero: Whether this is rank 0.
+        compression: How many times smaller than its tensors the file is at least; None for a lossless file.
 
     Returns:
         The writer's report on rank 0, else None.
@@ -86,7 +96,10 @@ def save(writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bo
     if not is_global_zero:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()})
+    lossy: dict[str, Any] = {}
+    if compression is not None:
+        lossy = {"compression": compression, "parameters": [name for name, _, _ in named_weights(module)]}
+    saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()}, **lossy)
     rank_zero_info(
         f"muws: {path} has {saved.n_bytes:,} bytes, {saved.compression_ratio:.1f} x smaller than its tensors"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from lightning_muws.errors import SettingError
+from lightning_muws.structure.cost import check_compression
+from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule
 from lightning_muws.training.checks import refuse
 
@@ -61,6 +63,22 @@ def check_switch(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise refuse(name, value, "give True or False")
+
+
+def check_open(compression: object, structure: object) -> None:
+    """Check that a compression, if there is one, is above 1 and finds a structure whose ratios are open.
+
+    Raises:
+        SettingError: It is not, or the structure has ratios.
+    """
+    if compression is None:
+        return
+    check_compression(compression)
+    if not isinstance(structure, MicroStructure) or not structure.is_open:
+        raise SettingError(
+            f"compression={compression} chooses the ratios of each weight, and structure={structure!r} sets them: "
+            "give MicroStructure(block_shape=...) without ratios, or leave compression out"
+        )
 
 
 def check_file(name: str, value: object) -> None:

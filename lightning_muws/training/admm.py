@@ -171,7 +171,7 @@ class Admm(Method):
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
         squares = [whole((w.detach() - self._splits[name].v).square().sum()) for name, w in weights.items()]
-        return self.rho / 2 * torch.stack(squares).sum()
+        return self.rho / 2 * torch.stack(squares or [torch.zeros(())]).sum()  # a budget may keep all weights dense
 
     def z(self, name: str) -> Tensor:
         """Return the structured copy Z of a weight: the weight's shape, float32 or float64, sharded like it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
+from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
+from lightning_muws.training.budget import Budget, open_structures, settled
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint, check_finite
 from lightning_muws.training.method import Method
 from lightning_muws.training.methods import METHODS
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.record import record, refuse_differences
+from lightning_muws.training.record import plain, record, refuse_differences
 from lightning_muws.training.residuals import Residuals, total
 
 STATE_VERSION = 2
@@ -57,12 +59,15 @@ class CompressionRun:
         phases: When the method starts, updates and ends, and which method it is.
         retraining: How to train on inside the structure. Its schedule and rate are for the caller to follow.
         penalty: How hard the method pulls.
+        budget: A size of the file, for which the structures of open entries are chosen once: when the method starts, or
+            at the freeze without a method. Make the plan with ``open_ratios=True``.
+        module: The module whose state_dict the file will hold; needed with a budget.
 
     Raises:
-        SettingError: A setting has a wrong type.
+        SettingError: A setting has a wrong type, or a budget has no module.
 
     Example:
-        >>> from lightning_muws import CompressionRun, MicroStructure, Penalty, Phases, Retraining
+        >>> from lightning_muws import Budget, CompressionRun, MicroStructure, Penalty, Phases, Retraining
         >>> from lightning_muws.structure.plan import make_plan
         >>> layer, phases = nn.Linear(8, 8), Phases(admm_start=0, admm_end=4, update_every=1)
         >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
@@ -79,6 +84,20 @@ class CompressionRun:
         >>> run.phase, int((layer.weight == 0).sum())
         ('retraining', 32)
         >>> run.verify()  # every weight is inside its structure, or this raises
+
+        With a budget, a size takes the place of the ratios:
+
+        >>> layer = nn.Linear(64, 64)
+        >>> plan = make_plan(layer, MicroStructure(), open_ratios=True)
+        >>> budget = Budget(compression=6)
+        >>> run = CompressionRun(plan.weights(layer), plan.covered, phases, budget=budget, module=layer)
+        >>> run.tick(0, phases.on(6), [])  # ADMM starts, with the structures that the budget chose
+        True
+        >>> structure = run.planned["weight"].structure
+        >>> structure.prune_ratio + structure.unify_ratio > 0.1
+        True
+
+        After training, ``save_compressed(layer, "layer.muws", compression=6)`` writes a file of this size.
     """
 
     def __init__(
@@ -88,11 +107,19 @@ class CompressionRun:
         phases: Phases = Phases(),
         retraining: Retraining = Retraining(),
         penalty: Penalty = Penalty(),
+        budget: Budget | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        if budget is not None:
+            check_type("budget", budget, Budget, "Budget(compression=20)")
+            check_type("module", module, nn.Module, "the network whose file the budget is for")
         self.weights, self.entries = dict(weights), dict(entries)
+        self.budget, self._module = budget, module
+        self._given = self.weights, self.entries  # before the budget chose
+        self._chosen: dict[str, MicroStructure] | None = None
         self.phases, self.retraining, self.penalty = phases, retraining, penalty
         self.method: Method | None = None
         self.constraint: Constraint | None = None
@@ -113,6 +140,23 @@ class CompressionRun:
         """The frozen structure of each weight, by name; else empty. A collective where weights are sharded."""
         chosen = self.constraint.choices() if self.constraint else {}
         return {name: gathered(self.weights[name], *choice)[0] for name, choice in chosen.items()}
+
+    @property
+    def planned(self) -> dict[str, PlanEntry]:
+        """The entries that were given, by name; with the structures that the budget chose, once it has."""
+        return settled(self._given[1], self._chosen or {})
+
+    def check_budget(self) -> None:
+        """Check that the budget can be met with the present values of the module; do nothing once it has been spent.
+
+        A collective where tensors are sharded.
+
+        Raises:
+            SettingError: It cannot; the message has the range that can be reached.
+            StateError: A parameter has NaN or Inf.
+        """
+        if self.budget and self._module and self._chosen is None:
+            self.budget.allocate(self._module, self._given[1])
 
     # ---- the caller's loop
 
@@ -135,6 +179,7 @@ class CompressionRun:
         if now >= timeline.end:
             self.freeze(now, optimizers)
         elif self.method is None and now >= timeline.start:
+            self._spend_budget()
             method = self._new_method()
             method.start(self.weights)
             self.method = method
@@ -157,12 +202,26 @@ class CompressionRun:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
         rho = self.method.rho if self.method else 0.0
+        self._spend_budget()
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None
         self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
         for optimizer in optimizers:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
         self._owned = {}  # retraining may have new optimizers: do not keep the old moments alive
+
+    def _spend_budget(self) -> None:
+        """Choose the structures for the budget, if there is one and it has not been done."""
+        if self.budget and self._module and self._chosen is None:
+            self._adopt(self.budget.choose(self._module, self._given[1]))
+
+    def _adopt(self, chosen: dict[str, MicroStructure] | None) -> None:
+        """Give the weights the structures that a budget chose; None for those that were given."""
+        weights, _ = self._given
+        self._chosen = chosen
+        self.entries = {name: entry for name, entry in self.planned.items() if not entry.reason}
+        self.weights = {name: weights[name] for name in self.entries}
+        self._owned = {}
 
     def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Change the gradients of this optimizer's weights: the method adds to them, or retraining projects them.
@@ -242,11 +301,11 @@ class CompressionRun:
     # ---- checks
 
     def fingerprint(self) -> int:
-        """Return a checksum of the choices of blocks and of the magnitudes; ranks in step have the same.
+        """Return a checksum of the structures, the choices of blocks and the magnitudes; ranks in step have the same.
 
         Sharded weights are left out: each rank has its part of a choice that all made from the same gathered bits.
         """
-        chooser, checksum = self.constraint or self.method, 0
+        chooser, checksum = self.constraint or self.method, zlib.crc32(repr(record(self.entries)).encode())
         for name, (support, magnitudes) in chooser.choices().items() if chooser else ():
             for tensor in () if is_sharded(self.weights[name]) else (support.kinds, support.negative, magnitudes):
                 checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
@@ -286,14 +345,16 @@ class CompressionRun:
             state["constraint"] = self.constraint.state_dict(self.weights)
         elif self.method:
             state["method"] = self.method.state_dict()
+        if self._chosen is not None:
+            state["budget"] = {name: [s.prune_ratio, s.unify_ratio] for name, s in self._chosen.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a state, onto the devices of the weights. The caller restores the weights.
 
         The state must be of the same weights, with the same shapes, grids and structures. In the method's phase the
-        method and ``phases.interval`` must be the same too, in retraining ``retraining.unified``. A dense run depends
-        on none of these. All other settings may change:
+        method and ``phases.interval`` must be the same too, in retraining ``retraining.unified``; in both phases the
+        budget, whose choice comes from the state. A dense run depends on none of these. All other settings may change:
 
         - ``phases.admm_start``, ``admm_end`` and ``update_every`` hold from the next :meth:`tick` on.
         - ``penalty.rho_growth`` and ``rho_max`` hold from the next update on. ``penalty.rho`` is where a method
@@ -311,6 +372,7 @@ class CompressionRun:
             )
         refuse_differences(state["settings"], self._settings(state["phase"]))
         self.method = self.constraint = None
+        self._adopt(self._restored(state["budget"]) if "budget" in state else None)
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
         elif "method" in state:
@@ -323,10 +385,21 @@ class CompressionRun:
         """Return the settings that a state of this phase depends on, as plain values."""
         if phase == "dense":
             return {}
+        given = record(self._given[1])
+        if self.budget:
+            given = {"budget": plain(self.budget), **given}
         if phase == "retraining":
-            return {"retraining.unified": self.retraining.unified, **record(self.entries)}
+            return {"retraining.unified": self.retraining.unified, **given}
         times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
-        return {**times, **record(self.entries)}
+        return {**times, **given}
+
+    def _restored(self, chosen: Mapping[str, Sequence[float]]) -> dict[str, MicroStructure]:
+        """Return the structures whose ratios a state has."""
+        given = open_structures(self._given[1])
+        return {
+            name: replace(given[name], prune_ratio=pruned, unify_ratio=unified)
+            for name, (pruned, unified) in chosen.items()
+        }
 
     def _new_method(self) -> Method:
         return METHODS[self.phases.method](self.entries, self.penalty)

@@ -1,0 +1,239 @@
+"""Precision: the step of each tensor for one file size; measured on estimates, and settled by files really coded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.source import State
+from lightning_muws.artifact.streams import N_KINDS, Patterns, plane, rotate, slabs, split
+from lightning_muws.artifact.values import MAX_STEPS, STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
+from lightning_muws.structure.cost import (
+    SEARCH,
+    best_step,
+    coarsest_step,
+    file_bytes,
+    sample,
+    search,
+    unreachable,
+    value_cost,
+)
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.plan import clean_name
+
+ROOM = 1.05  # a file may be this much smaller than what was requested
+AIM = 1.012  # what is tried, so that most first tries are within
+TRIALS = 12  # files that are coded at the most
+HALF_BITS = 14  # that a value takes in float16
+Coded = TypeVar("Coded")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a budget knows of a floating tensor whose kinds of blocks are settled; lengths are in units of ``unit``.
+
+    Args:
+        exact: The form that loses nothing, or the only one that is allowed.
+        exact_bits: About what it takes in that form.
+        fixed_bits: About what its kinds of blocks and signs take in any form.
+        half: The error of float16, if the tensor may be stored so; infinity if not.
+        unit: A power of two near the largest ``|w|``; 0 if the tensor may not be stored in steps.
+        top: The largest ``|w|``.
+        finest: The smallest step.
+        importance: What a squared distance of 1 costs.
+        free: ``(n,)`` float32, a sample of the values in no unified block.
+        magnitudes: ``(n,)`` float32, a sample of the magnitudes of unified blocks.
+        n_free: How many values are in no unified block.
+        n_magnitudes: How many magnitudes there are.
+        block_numel: Weights of a unified block.
+    """
+
+    exact: Form
+    exact_bits: float
+    fixed_bits: float = 0.0
+    half: float = math.inf
+    unit: float = 0.0
+    top: float = 0.0
+    finest: float = 0.0
+    importance: float = 0.0
+    free: Tensor = field(default_factory=lambda: torch.empty(0))
+    magnitudes: Tensor = field(default_factory=lambda: torch.empty(0))
+    n_free: int = 0
+    n_magnitudes: int = 0
+    block_numel: int = 1
+
+    def choose(self, multiplier: float) -> tuple[Form, float]:
+        """Return the cheapest form if a bit costs ``multiplier``, and about how many bits the tensor takes in it."""
+        found = [(self.exact_bits, self.exact_bits, self.exact)]
+        if self.half < math.inf:
+            n_bits = HALF_BITS * (self.n_free + self.n_magnitudes) + self.fixed_bits
+            found.append((n_bits + self.importance * self.half / multiplier, n_bits, Form("float16")))
+        if self.unit:
+            n_weights = self.n_free + self.n_magnitudes * self.block_numel
+            step = best_step(multiplier, self.importance, self.n_free + self.n_magnitudes, n_weights)
+            step = min(max(step, self.finest), coarsest_step(self.top, self.n_magnitudes))
+            free, one = value_cost(self.free, step), value_cost(self.magnitudes, step, least=1)
+            n_bits = self.n_free * free.bits + self.n_magnitudes * one.bits + self.fixed_bits
+            error = self.n_free * free.error + self.n_magnitudes * self.block_numel * one.error
+            form = Form(STEPS, float(np.float32(step * self.unit)), is_lossy=True)
+            found.append((n_bits + self.importance * error / multiplier, n_bits, form))
+        _, n_bits, form = min(found, key=lambda choice: choice[0])
+        return form, n_bits
+
+
+def allowed_forms(
+    model: object, state: State, lossy: str, parameters: Collection[str] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Return what each tensor may be stored in besides its exact form, by name.
+
+    ``parameters`` are the names of the model's parameters; by default those that a module has. Other tensors keep their
+    relative precision: a running variance that becomes zero is far worse than its distance says.
+    """
+    allowed: dict[str, tuple[str, ...]] = dict.fromkeys(state.weights, ("steps",))
+    if lossy == "weights":
+        return allowed
+    if parameters is None:
+        named = model.named_parameters() if isinstance(model, nn.Module) else ()
+        parameters = {clean_name(name) for name, _ in named}
+    allowed |= dict.fromkeys(state.tensors.keys() & set(parameters), ("steps",))
+    return dict.fromkeys(state.tensors, ("float16",)) | allowed
+
+
+def candidate(
+    x: Tensor, grid: BlockGrid | None, allowed: Collection[str], importance: float | None = None
+) -> Candidate:
+    """Return what a budget needs to know of a floating tensor.
+
+    Args:
+        x: Contiguous, on the CPU.
+        grid: How it is cut; None if it is flat.
+        allowed: What the tensor may be stored in besides its exact form: ``float16``, ``steps``.
+        importance: What a squared distance of 1 costs; by default ``1 / |x|^2``.
+    """
+    exact = choose(x, grid, Loss(), 1.0)
+    free, magnitudes, fixed_bits = _values(x, grid)
+    exact_bits = _exact_bits(exact, free, magnitudes) + fixed_bits
+    low, high = (float(value) for value in torch.aminmax(x.view(-1))) if x.numel() else (0.0, 0.0)
+    top = max(-low, high)
+    if not math.isfinite(top) or top == 0 or not allowed:
+        return Candidate(exact, exact_bits, fixed_bits)
+    unit = 2.0 ** math.frexp(top)[1]  # dividing by a power of two is exact, and no square overflows
+    flat, energy, half = x.view(-1), 0.0, 0.0
+    for part in (flat[rows] for rows in slabs(len(flat), 1)):
+        energy += float((part.to(torch.float64) / unit).square().sum())
+        half += float(((part.to(torch.float16).to(torch.float64) - part.to(torch.float64)) / unit).square().sum())
+    # a step is a float32, and neither one step nor the largest value may get lost in the tensor's own dtype
+    infos = torch.finfo(x.dtype), torch.finfo(torch.float32)
+    finest = max(top / (MAX_STEPS - 1), *(info.tiny for info in infos))
+    fits = 4 * finest < top < min(info.max for info in infos) / 4
+    kept = "float16" in allowed and x.element_size() > 2 and keeps_blocks(x, grid, Form("float16"))
+    return Candidate(
+        exact,
+        exact_bits,
+        fixed_bits,
+        half if kept else math.inf,
+        unit if "steps" in allowed and fits else 0.0,
+        top / unit,
+        finest / unit,
+        1 / energy if importance is None else importance * unit**2,
+        (sample(from_bits(free, x.dtype)).to(torch.float64) / unit).to(torch.float32),
+        (sample(from_bits(magnitudes, x.dtype)).to(torch.float64) / unit).to(torch.float32),
+        len(free),
+        len(magnitudes),
+        grid.block_numel if grid else 1,
+    )
+
+
+def fit(
+    candidates: Mapping[str, Candidate],
+    other_bytes: float,
+    dense_bytes: int,
+    compression: float,
+    encode: Callable[[Mapping[str, Form]], tuple[int, Coded]],
+) -> Coded:
+    """Return the largest file coded whose size is at most ``dense_bytes / compression``.
+
+    The estimate of the entropies gives a multiplier, the file really coded with it a correction of the estimate, until
+    a file is within ``ROOM`` of the limit. If none can be, as where no form lies between two sizes, the best one is
+    returned.
+
+    Args:
+        candidates: Each floating tensor, by name.
+        other_bytes: About what the file takes for all else.
+        dense_bytes: Bytes of all tensors in memory.
+        compression: The least ``dense_bytes`` over the bytes of the file.
+        encode: Codes a file in these forms; returns its bytes, and itself.
+
+    Raises:
+        SettingError: No file is as small as that.
+    """
+    limit = dense_bytes / compression
+
+    def size(multiplier: float) -> float:
+        bits = math.fsum(one.choose(multiplier)[1] for one in candidates.values())
+        return file_bytes([other_bytes, bits / 8])
+
+    def trial(multiplier: float) -> tuple[int, Coded]:
+        return encode({name: one.choose(multiplier)[0] for name, one in candidates.items()})
+
+    largest = _largest(trial, size, limit)
+    if largest is None:
+        (exact, _), (smallest, largest) = trial(SEARCH[0]), trial(SEARCH[1])
+        if smallest > limit:
+            raise unreachable(compression, (dense_bytes / exact, dense_bytes / smallest))
+    return largest
+
+
+def _largest(trial: Callable[[float], tuple[int, Coded]], size: Callable[[float], float], limit: float) -> Coded | None:
+    """Return the largest file of at most ``limit`` bytes that was found; None if there was none."""
+    low, high = SEARCH[0], SEARCH[1]
+    tried: set[float] = set()
+    best: tuple[float, Coded | None] = (0.0, None)
+    # where perhaps nothing need be lost, that is tried first
+    multiplier = low if size(low) <= limit * ROOM else search(size, limit / AIM)
+    while multiplier not in tried and len(tried) < TRIALS:
+        tried.add(multiplier)
+        n_bytes, coded = trial(multiplier)
+        if n_bytes <= limit:
+            high, best = multiplier, max(best, (n_bytes, coded), key=lambda found: found[0])
+            if n_bytes >= limit / ROOM:
+                break
+        else:
+            low = multiplier
+        multiplier = search(size, limit / AIM * size(multiplier) / n_bytes, low, high)
+        if multiplier in tried and SEARCH[0] < low and high < SEARCH[1]:  # the estimate's slope is wrong here
+            multiplier = math.sqrt(low * high)
+    return best[1]
+
+
+def _values(x: Tensor, grid: BlockGrid | None) -> tuple[Patterns, Patterns, float]:
+    """Return the patterns of free values and of magnitudes, and the bits of kinds and signs."""
+    if grid is None:
+        return bits(x.view(-1)), bits(x.new_empty(0)), 0.0
+    matrix = grid.matrix(x)
+    covered = grid.covered(matrix)
+    free = [bits(edge.reshape(-1).contiguous()) for edge in grid.edges(matrix)]
+    magnitudes, n_signs, counts = [bits(x.new_empty(0))], 0, np.zeros(N_KINDS, np.int64)
+    for rows in slabs(len(covered), covered.shape[1], grid.block_shape[0]):
+        parts = split(bits(covered[rows].contiguous()), grid.block_shape)
+        free.append(parts.free.reshape(-1))
+        magnitudes.append(parts.magnitudes)
+        n_signs += parts.signs.size
+        counts += np.bincount(parts.kinds, minlength=N_KINDS)
+    return np.concatenate(free), np.concatenate(magnitudes), n_signs + 8 * entropy_bytes(counts)
+
+
+def _exact_bits(exact: Form, free: Patterns, magnitudes: Patterns) -> float:
+    """Return about how many bits values take in their own form."""
+    n_bits = 0.0
+    for values in (free, magnitudes):
+        turned = rotate(values)
+        n_bits += sum(8 * entropy_bytes(np.bincount(plane(turned, i), minlength=256)) for i in range(values.itemsize))
+    return n_bits * (0.5 if exact.step else 1.0)

@@ -1,0 +1,204 @@
+"""A budget in plain torch: chosen once, kept through a state, met by the file, refused where it cannot be."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_muws import (
+    Budget,
+    CompressionRun,
+    LayerRule,
+    MicroStructure,
+    NMStructure,
+    Phases,
+    save_compressed,
+)
+from lightning_muws.errors import SettingError, StateError
+from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.plan import make_plan
+from lightning_muws.training.budget import KEPT
+from tests.support.strategies import normal, same_bits
+
+PHASES = Phases(admm_start=1, admm_end=4, update_every=1)
+TIMELINE = PHASES.on(6)
+OPEN = MicroStructure((2, 4))
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    made = nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 40), nn.Linear(40, 8))
+    for i, parameter in enumerate(made.parameters()):
+        parameter.data = normal(seed + i, *parameter.shape, dtype=torch.float32) * 0.1
+    return made
+
+
+def make(
+    module: nn.Module, compression: float = 12, rules: tuple[LayerRule, ...] = (), phases: Phases = PHASES
+) -> CompressionRun:
+    plan = make_plan(module, OPEN, rules, open_ratios=True)
+    return CompressionRun(plan.weights(module), plan.covered, phases, budget=Budget(compression), module=module)
+
+
+def step(module: nn.Module, run: CompressionRun, seed: int) -> None:
+    for parameter in module.parameters():
+        parameter.data += 0.01 * normal(seed, *parameter.shape, dtype=torch.float32)
+    if run.constraint:
+        run.constraint.enforce(run.weights)
+
+
+@pytest.mark.parametrize("wrong", [1, 0, -3, float("nan"), float("inf"), True, "20", None, [20]])
+def test_a_budget_that_is_none_is_refused(wrong):
+    with pytest.raises(SettingError, match=r"compression=.* is not allowed: give a finite number above 1"):
+        Budget(wrong)
+
+
+def test_a_budget_needs_the_module_and_is_a_budget():
+    module = network()
+    plan = make_plan(module, OPEN, open_ratios=True)
+    with pytest.raises(SettingError, match="module=None is not allowed"):
+        CompressionRun(plan.weights(module), plan.covered, budget=Budget(5))
+    with pytest.raises(SettingError, match="budget=5 is not allowed: give a Budget, such as"):
+        CompressionRun(plan.weights(module), plan.covered, budget=5, module=module)
+
+
+def test_structures_are_chosen_when_the_method_starts_and_never_again():
+    module = network()
+    run, before = make(module), dict(make(network()).entries)
+    run.tick(0, TIMELINE, [])
+    assert run.phase == "dense"
+    assert run.entries == before
+    run.tick(1, TIMELINE, [])
+    chosen = dict(run.entries)
+    assert chosen != before
+    for epoch in range(2, 6):
+        step(module, run, epoch)
+        run.tick(epoch, TIMELINE, [])
+        assert run.entries == chosen
+    run.verify()
+    for name, support in run.supports.items():
+        entry = chosen[name]
+        assert support.counts() == entry.structure.counts(entry.grid, entry.shape)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_one_shot_chooses_at_the_freeze_and_the_file_has_the_size(start, tmp_path):
+    module = network()
+    run = make(module, 14, phases=Phases(admm_start=start, admm_end=start))
+    run.tick(start, run.phases.on(6), [])
+    assert run.phase == "retraining"
+    run.verify()
+    blocks = {name: entry.grid for name, entry in run.entries.items()}
+    report = save_compressed(module, tmp_path / "m.muws", blocks=blocks, compression=14)
+    assert report.compression_ratio >= 14
+    counts = {tensor.name: tensor.counts for tensor in report.tensors}
+    for name, entry in run.entries.items():
+        expected = entry.structure.counts(entry.grid, entry.shape)
+        assert counts[name] == tuple(expected[kind] for kind in (Kind.DENSE, Kind.UNIFIED, Kind.PRUNED))
+
+
+def test_rules_hold_inside_the_budget():
+    fixed, n_of_m = MicroStructure((1, 8), prune_ratio=0.5), NMStructure(1, 4)
+    rules = (LayerRule("0.*", structure=fixed), LayerRule("2.*", structure=n_of_m), LayerRule("1.*", skip=True))
+    run = make(network(), 6, rules)
+    run.tick(1, TIMELINE, [])
+    planned = run.planned
+    assert planned["0.weight"].structure == fixed
+    assert planned["2.weight"].structure == n_of_m
+    assert planned["3.weight"].structure.block_shape == (2, 4)
+    shape = (LayerRule("0.*", structure=MicroStructure((4, 4), signs="shared")),)
+    run = make(network(), 14, shape)
+    run.tick(1, TIMELINE, [])
+    structure = run.planned["0.weight"].structure
+    assert (structure.block_shape, structure.signs) == ((4, 4), "shared")
+    assert not structure.is_open
+
+
+def test_a_weight_that_the_budget_keeps_dense_is_not_covered_and_the_plan_has_the_reason():
+    module = network()
+    plan = make_plan(module, OPEN, open_ratios=True)
+    assert "open" in str(plan)
+    run = make(module, 1.5)
+    run.tick(1, TIMELINE, [])
+    plan = plan.updated(run.planned)
+    assert {entry.reason for entry in plan.entries if len(entry.shape) == 2} == {KEPT}
+    assert KEPT in str(plan)
+    assert "open" not in str(plan)
+    assert run.weights == run.entries == {}
+    assert run.metrics()["penalty"] == 0
+    for epoch in range(2, 6):
+        run.tick(epoch, TIMELINE, [torch.optim.SGD(module.parameters(), 0.1)])
+    run.verify()
+
+
+@pytest.mark.parametrize("saved_at", [0, 1, 2, 4, 5])
+def test_a_state_restores_the_choice_and_chooses_nothing_again(saved_at):
+    module = network()
+    run = make(module)
+    for epoch in range(saved_at + 1):
+        run.tick(epoch, TIMELINE, [])
+        step(module, run, epoch)
+    state, weights = run.state_dict(), {name: x.clone() for name, x in module.state_dict().items()}
+    for epoch in range(saved_at + 1, 6):
+        run.tick(epoch, TIMELINE, [])
+        step(module, run, epoch)
+
+    other = network(7)
+    resumed = make(other)
+    resumed.tick(1, TIMELINE, [])  # a choice that the state replaces
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert (resumed.entries == run.entries) == (saved_at > 0)
+    for epoch in range(saved_at + 1, 6):
+        resumed.tick(epoch, TIMELINE, [])
+        step(other, resumed, epoch)
+    assert resumed.entries == run.entries
+    assert resumed.fingerprint() == run.fingerprint()
+    assert all(same_bits(x, y) for x, y in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_of_another_budget_is_refused_by_name():
+    run = make(network())
+    run.tick(1, TIMELINE, [])
+    with pytest.raises(StateError, match="budget compression is 12 in the checkpoint and 10 in the settings"):
+        make(network(), 10).load_state_dict(run.state_dict())
+    module = network()
+    plan = make_plan(module, OPEN, open_ratios=True)
+    with pytest.raises(StateError, match="the checkpoint has budget"):
+        CompressionRun(plan.weights(module), plan.covered, PHASES).load_state_dict(run.state_dict())
+
+
+def test_the_fingerprint_has_the_counts():
+    one, two = make(network(), 12), make(network(), 10)
+    assert one.fingerprint() == two.fingerprint()
+    for run in (one, two):
+        run.tick(1, TIMELINE, [])
+        run.method = None  # what remains is what was chosen
+    assert one.fingerprint() != two.fingerprint()
+
+
+def test_the_values_of_buffers_choose_nothing():
+    one, two = network(), network()
+    two[1].running_mean.fill_(3.0)
+    two[1].running_var.fill_(float("nan"))
+    runs = [make(one), make(two)]
+    for run in runs:
+        run.tick(1, TIMELINE, [])
+    assert runs[0].entries == runs[1].entries
+
+
+def test_what_cannot_be_reached_is_refused_with_the_range_before_anything_changes():
+    module = network()
+    run = make(module, 5000)
+    for check in (run.check_budget, lambda: run.tick(1, TIMELINE, [])):
+        with pytest.raises(SettingError, match=r"compression=5000 cannot be reached.* allows [\d.]+ to [\d.]+"):
+            check()
+        assert run.phase == "dense"
+    make(module, 12).check_budget()
+
+
+def test_a_weight_with_nan_is_refused_by_name():
+    module = network()
+    module[2].weight.data[0, 0] = float("nan")
+    run = make(module)
+    with pytest.raises(StateError, match=r"2\.weight has NaN or Inf"):
+        run.tick(1, TIMELINE, [])
+    assert run.phase == "dense"
