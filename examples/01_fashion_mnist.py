@@ -2,8 +2,9 @@
 
 A dense network is trained for 5 epochs. From there it is trained for 10 more epochs twice, by the same Trainer with the
 same seed: once as it is, which gives the accuracy to compare with, and once with WeightUnificationCallback in the list
-of callbacks. The callback writes model.muws, which is loaded into a new network and tested again. All accuracies are on
-the test set; no setting was tuned on it.
+of callbacks. The callback writes model.muws, at least 20 times smaller than the tensors. A rival file of the same size
+holds the dense network, with coarser values and no structure. Both files are loaded into new networks and tested. All
+accuracies are on the test set; no setting was tuned on it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from datasets import DataError, Images, load
+from datasets import DataError, Images
+from datasets import load as load_data
 from networks import ConvNet
 
-from lightning_muws import MicroStructure, WeightUnificationCallback, accelerate, load_compressed
+from lightning_muws import WeightUnificationCallback, accelerate, load_compressed, save_compressed
 from lightning_muws.plots import plot_before_after, plot_residuals
 from lightning_muws.structure.grid import BlockGrid
 
@@ -49,6 +51,13 @@ def test(module: L.LightningModule, data: Images) -> float:
     return trainer.test(module, data, verbose=False)[0]["test_accuracy"]
 
 
+def load(file: Path, data: Images) -> tuple[ConvNet, float]:
+    """Return a new network with the weights of a file, and its test accuracy."""
+    network = ConvNet(side=data.train.images.shape[-1])
+    network.load_state_dict(load_compressed(file))
+    return network, test(network, data)
+
+
 def draw(
     dense: L.LightningModule, compressed: L.LightningModule, callback: WeightUnificationCallback, to: Path
 ) -> None:
@@ -64,8 +73,7 @@ def draw(
 def parse() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", choices=["fashion", "digits"], default="fashion")
-    options.add_argument("--prune-ratio", type=float, default=0.81, help="share of the blocks that become zero")
-    options.add_argument("--unify-ratio", type=float, default=0.095, help="share of the blocks with one magnitude")
+    options.add_argument("--compression", type=float, default=20.0, help="how many times smaller the file is")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output", type=Path, default=Path("output"), help="folder of the files and pictures")
     return options.parse_args()
@@ -75,11 +83,11 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)  # two threads on a busy machine can be ten times slower
     try:
-        data = load(options.data)
+        data = load_data(options.data)
     except DataError as error:
         sys.exit(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    dense_file, file = options.output / "dense.pt", options.output / "model.muws"
+    file, rival = options.output / "model.muws", options.output / "rival.muws"
 
     L.seed_everything(options.seed, verbose=False)
     dense = ConvNet(side=data.train.images.shape[-1])
@@ -88,29 +96,29 @@ def main() -> None:
     compressed = copy.deepcopy(dense)
 
     dense_accuracy = train(dense, data, epochs, options.seed)
-    torch.save(dense.state_dict(), dense_file)
 
-    structure = MicroStructure(prune_ratio=options.prune_ratio, unify_ratio=options.unify_ratio)
-    callback = WeightUnificationCallback(structure, save_to=file)
-    compressed_accuracy = train(compressed, data, epochs, options.seed, callback)
+    callback = WeightUnificationCallback(compression=options.compression, save_to=file)
+    trained_accuracy = train(compressed, data, epochs, options.seed, callback)
     callback.verify()
 
-    loaded = ConvNet(side=data.train.images.shape[-1])
-    loaded.load_state_dict(load_compressed(file))
-    if (accuracy := test(loaded, data)) != compressed_accuracy:
-        sys.exit(f"the network loaded from {file} has accuracy {accuracy}, the saved one {compressed_accuracy}")
-    dense_bytes, n_bytes = dense_file.stat().st_size, file.stat().st_size
+    saved = callback.saved
+    save_compressed(dense, rival, compression=saved.compression_ratio)
+    loaded, accuracy = load(file, data)
+    _, rival_accuracy = load(rival, data)
 
     draw(dense, compressed, callback, options.output)
-    print(f"{dense_file}: {dense_bytes:,} bytes; {file}: {n_bytes:,} bytes, and the same accuracy when loaded")
     _, speed = accelerate(loaded.eval(), data.test.images[:1])
     speed.print()
+    after = start_epochs + epochs
+    print(f"tensors: {saved.dense_bytes:,} bytes; {file}: {saved.n_bytes:,}; {rival}: {rival.stat().st_size:,}")
     print(f"test accuracy of the dense network after {start_epochs} epochs: {started:.4f}")
-    print(f"test accuracy of the dense network after {start_epochs + epochs} epochs: {dense_accuracy:.4f}")
-    print(f"test accuracy of the compressed network after {start_epochs + epochs} epochs: {compressed_accuracy:.4f}")
+    print(f"test accuracy of the dense network after {after} epochs: {dense_accuracy:.4f}")
+    print(f"test accuracy of that network from {rival}, without structure: {rival_accuracy:.4f}")
+    print(f"test accuracy of the compressed network after {after} epochs, before saving: {trained_accuracy:.4f}")
+    print(f"test accuracy of the compressed network from {file}: {accuracy:.4f}")
     print(
-        f"dense {dense_accuracy:.4f} compressed {compressed_accuracy:.4f} sparsity {callback.report.sparsity:.2f} "
-        f"file_ratio {dense_bytes / n_bytes:.1f} speedup {speed.speedup:.1f}"
+        f"dense {dense_accuracy:.4f} compressed {accuracy:.4f} sparsity {callback.report.sparsity:.2f} "
+        f"file_ratio {saved.compression_ratio:.1f} speedup {speed.speedup:.1f}"
     )
 
 
