@@ -10,7 +10,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 .PHONY: help demo test check docs attack bench sweep clean
 
 help:
-	@echo "make demo    compress a network on Fashion-MNIST and print a summary (4 minutes)"
+	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
 	@echo "make docs    build the documentation into site/"
