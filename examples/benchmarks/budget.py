@@ -1,8 +1,7 @@
 """Compares two ways to a file of a requested size: a budget for training, and the same lossy file of a dense network.
 
 Both networks train for the same number of epochs in all. `dense, lossy file only` has no structure: its file is written
-with the same `compression`. Accuracies are on the test set; no setting was tuned on it. Run:
-OMP_NUM_THREADS=1 PYTHONPATH=examples python examples/benchmarks/budget.py
+with the same `compression`. Accuracies are on the test set; no setting was tuned on it. Run: make bench-size.
 """
 
 from __future__ import annotations
