@@ -96,6 +96,7 @@ def main() -> None:
     compressed = copy.deepcopy(dense)
 
     dense_accuracy = train(dense, data, epochs, options.seed)
+    torch.save(dense.state_dict(), options.output / "dense.pt")
 
     callback = WeightUnificationCallback(compression=options.compression, save_to=file)
     trained_accuracy = train(compressed, data, epochs, options.seed, callback)

@@ -66,7 +66,9 @@ def test_the_demo_runs_on_digits(tmp_path):
     assert 0 < sparsity < 1
     assert speedup >= 1  # 1.0 where no kernel wins: then the network comes back as it was
     assert "ADMM residuals" in done.stdout
-    assert {"blocks.png", "residuals.png", "rival.muws", "model.muws"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"blocks.png", "residuals.png", "dense.pt", "rival.muws", "model.muws"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     n_bytes = int(re.search(r"^tensors: ([\d,]+) bytes", done.stdout, re.MULTILINE).group(1).replace(",", ""))
     size, rival = ((tmp_path / name).stat().st_size for name in ("model.muws", "rival.muws"))
     assert ratio == round(n_bytes / size, 1)
