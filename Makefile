@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread: on a busy machine two can be ten times slower.
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Processes that run tests side by side.
+JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .PHONY: help demo test check docs attack bench bench-size sweep clean
@@ -31,7 +33,7 @@ demo: $(READY)
 	$(ENV) $(BIN)/python examples/01_fashion_mnist.py $(ARGS)
 
 test: $(READY)
-	$(ENV) $(BIN)/python -m pytest $(ARGS)
+	$(ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
