@@ -1,0 +1,144 @@
+"""A validation pass in the middle of a fit, which leaves the fit as it was. It finds classes by name."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_muws.errors import SettingError
+from lightning_muws.trainer.trainers import is_a
+
+LOOP = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint", "_restart_stage", "_has_run")
+CONNECTOR = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics", "_current_fx", "_first_loop_iter")
+METRIC = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced", "_to_sync", "_should_unsync")
+HIDDEN = ("ProgressBar", "WeightAveraging")  # one would show the pass, the other would swap the weights
+
+
+def refuse_no_validation(trainer: Any) -> None:
+    """Check that the Trainer validates.
+
+    Raises:
+        SettingError: It has no validation data, or the module has no ``validation_step``.
+    """
+    if not trainer.enable_validation:
+        raise SettingError(
+            "max_drop needs a validation, and this fit has none: give the module a validation_step that logs the "
+            "monitor, give the Trainer validation data, and leave limit_val_batches above 0"
+        )
+
+
+class Probe:
+    """Runs the validation of a Trainer's fit, as its sanity check does, and returns the metrics.
+
+    Other callbacks see a sanity check, which checkpoints, early stopping and loggers ignore. Modes, buffers, metrics,
+    progress and random number generators are those of before afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Tensor] = {}
+
+    def read(self, trainer: Any) -> None:
+        """Read the metrics: to be called at the end of each validation, before the Trainer resets them."""
+        results = _loop(trainer)._results
+        before = results.dataloader_idx
+        for index in dict.fromkeys(item.meta.dataloader_idx for item in results.values()):
+            results.dataloader_idx = index  # else only those of one dataloader are found
+            self._metrics |= results.metrics(on_step=False)["callback"]
+        results.dataloader_idx = before
+
+    def run(self, trainer: Any, n_batches: float = math.inf) -> dict[str, Tensor]:
+        """Return the metrics of the module as it is, on at most so many batches of each dataloader.
+
+        They may differ between ranks, as those of a validation may. All ranks must call it.
+        """
+        self._metrics = {}
+        with _undisturbed(trainer, n_batches):
+            _loop(trainer).run()
+        return self._metrics
+
+    def measure(self, trainer: Any, find: Callable[[Mapping[str, Any]], Any]) -> float:
+        """Return the metric that ``find`` takes from all of them, as the mean over the ranks."""
+        value = torch.as_tensor(find(self.run(trainer)), device=trainer.strategy.root_device)
+        return float(trainer.strategy.reduce(value.detach().clone(), reduce_op="mean"))
+
+
+def _loop(trainer: Any) -> Any:
+    return trainer.fit_loop.epoch_loop.val_loop
+
+
+@contextmanager
+def _undisturbed(trainer: Any, n_batches: float) -> Iterator[None]:
+    """Let a validation run as a sanity check of this length, and put everything back that it changes."""
+    loop, connector = _loop(trainer), trainer._logger_connector
+    with ExitStack() as after:
+        for thing, names in ((loop, LOOP), (connector, CONNECTOR)):
+            after.callback(vars(thing).update, {name: _kept(getattr(thing, name)) for name in names})
+        after.callback(setattr, loop, "batch_progress", loop.batch_progress)
+        after.callback(setattr, trainer.state, "stage", trainer.state.stage)
+        for name in ("num_sanity_val_steps", "callbacks", "_last_val_time"):
+            after.callback(setattr, trainer, name, getattr(trainer, name, None))
+        after.enter_context(_kept_generators(loop))
+        after.enter_context(_kept_state(trainer.lightning_module))
+        loop._restarting = False
+        loop.batch_progress = copy.deepcopy(loop.batch_progress)
+        loop.batch_progress.reset()
+        connector.reset_metrics()
+        connector._first_loop_iter = connector._current_fx = None
+        trainer.num_sanity_val_steps = n_batches
+        trainer.callbacks = [x for x in trainer.callbacks if not any(is_a(x, name) for name in HIDDEN)]
+        trainer.sanity_checking = True
+        yield
+
+
+def _kept(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+@contextmanager
+def _kept_generators(loop: Any) -> Iterator[None]:
+    """Put back the states of the random number generators: Python's, NumPy's, torch's and the dataloaders'."""
+    loaders = loop._combined_loader.flattened if loop._combined_loader else []
+    found = [getattr(thing, "generator", None) for x in loaders for thing in (x, getattr(x, "sampler", None))]
+    own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  user's code may use it
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        for index, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, index)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+@contextmanager
+@torch.no_grad()
+def _kept_state(module: nn.Module) -> Iterator[None]:
+    """Put back the buffers and the metrics of a module, in the same objects."""
+    buffers = [
+        (part, name, x, x.clone()) for part in module.modules() for name, x in part._buffers.items() if x is not None
+    ]
+    metrics = [(part, _metric_state(part)) for part in module.modules() if is_a(part, "Metric")]
+    try:
+        yield
+    finally:
+        for part, name, x, value in buffers:
+            part._buffers[name] = x.copy_(value)
+        for part, state in metrics:
+            vars(part).update(state)
+
+
+def _metric_state(metric: nn.Module) -> dict[str, Any]:
+    names = [*getattr(metric, "_defaults", {}), *METRIC]
+    return {name: copy.deepcopy(vars(metric)[name]) for name in names if name in vars(metric)}
