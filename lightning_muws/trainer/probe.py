@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.trainer.trainers import is_a
+from lightning_muws.structure.budget import Allocation
+from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.trainer.trainers import is_a, reshard
+from lightning_muws.training.drop import Drop, compressed
 
 LOOP = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint", "_restart_stage", "_has_run")
 CONNECTOR = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics", "_current_fx", "_first_loop_iter")
@@ -43,10 +46,12 @@ class Probe:
     """
 
     def __init__(self) -> None:
-        self._metrics: dict[str, Tensor] = {}
+        self._metrics: dict[str, Tensor] | None = None  # None where no probe is running
 
     def read(self, trainer: Any) -> None:
-        """Read the metrics: to be called at the end of each validation, before the Trainer resets them."""
+        """Read the metrics if a probe is running: to be called at the end of each validation, before their reset."""
+        if self._metrics is None:
+            return
         results = _loop(trainer)._results
         before = results.dataloader_idx
         for index in dict.fromkeys(item.meta.dataloader_idx for item in results.values()):
@@ -57,17 +62,37 @@ class Probe:
     def run(self, trainer: Any, n_batches: float = math.inf) -> dict[str, Tensor]:
         """Return the metrics of the module as it is, on at most so many batches of each dataloader.
 
-        They may differ between ranks, as those of a validation may. All ranks must call it.
+        All ranks must call it. They may find different values, as in any validation.
         """
-        self._metrics = {}
-        with _undisturbed(trainer, n_batches):
-            _loop(trainer).run()
-        return self._metrics
+        found: dict[str, Tensor] = {}
+        self._metrics = found
+        try:
+            with _undisturbed(trainer, n_batches):
+                _loop(trainer).run()
+        finally:
+            self._metrics = None
+        return found
 
-    def measure(self, trainer: Any, find: Callable[[Mapping[str, Any]], Any]) -> float:
-        """Return the metric that ``find`` takes from all of them, as the mean over the ranks."""
-        value = torch.as_tensor(find(self.run(trainer)), device=trainer.strategy.root_device)
-        return float(trainer.strategy.reduce(value.detach().clone(), reduce_op="mean"))
+    def measure(
+        self, trainer: Any, drop: Drop, entries: Mapping[str, PlanEntry]
+    ) -> Callable[[Allocation | None, float], float]:
+        """Return a function of an allocation and a recovery that measures the network compressed by them.
+
+        It returns the metric as the mean over the ranks, the same on all; see
+        :func:`lightning_muws.training.drop.compressed`.
+        """
+
+        def measured(allocation: Allocation | None, recovery: float) -> float:
+            module = trainer.lightning_module
+            try:
+                with compressed(module, entries, allocation, recovery):
+                    reshard(module)
+                    value = torch.as_tensor(drop.find(self.run(trainer)), device=trainer.strategy.root_device)
+            finally:
+                reshard(module)
+            return float(trainer.strategy.reduce(value.detach().clone().to(torch.float64), reduce_op="mean"))
+
+        return measured
 
 
 def _loop(trainer: Any) -> Any:
@@ -105,7 +130,7 @@ def _kept(value: Any) -> Any:
 @contextmanager
 def _kept_generators(loop: Any) -> Iterator[None]:
     """Put back the states of the random number generators: Python's, NumPy's, torch's and the dataloaders'."""
-    loaders = loop._combined_loader.flattened if loop._combined_loader else []
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
     found = [getattr(thing, "generator", None) for x in loaders for thing in (x, getattr(x, "sampler", None))]
     own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  user's code may use it

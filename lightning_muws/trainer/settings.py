@@ -15,6 +15,7 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule
 from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import refuse
+from lightning_muws.training.drop import Drop
 
 Init = TypeVar("Init", bound=Callable[..., None])
 CALLBACK = "WeightUnificationCallback"  # what a user calls the class whose __init__ is checked
@@ -74,8 +75,23 @@ def make_budget(*asked: float | None) -> Budget | None:
     return None if all(value is None for value in asked) else Budget(*asked)
 
 
-def check_open(budget: Budget | None, structure: object) -> None:
-    """Check that a budget, if there is one, finds a structure whose ratios are open.
+def make_drop(max_drop: float | None, monitor: str, budget: Budget | None) -> Drop | None:
+    """Return how far a metric may drop; None if it is not limited.
+
+    Raises:
+        SettingError: One of the two settings comes without the other, a budget is given too, or a value is not allowed.
+    """
+    if max_drop is None:
+        if monitor != "":
+            raise refuse("monitor", monitor, "it is for max_drop, so give max_drop too, such as max_drop=0.005")
+        return None
+    if budget:
+        raise SettingError(f"max_drop={max_drop!r} and {budget} contradict each other: give one of them")
+    return Drop(max_drop, monitor)
+
+
+def check_open(budget: Budget | Drop | None, structure: object) -> None:
+    """Check that a budget or a drop, if there is one, finds a structure whose ratios are open.
 
     Raises:
         SettingError: The structure has ratios.

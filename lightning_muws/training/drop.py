@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lightning_muws.structure.stored import as_stored
 from lightning_muws.training.budget import Budget, open_structures
 from lightning_muws.training.checks import is_number, refuse
 
+Metric = TypeVar("Metric", float, Tensor)
 LEAST = 2.0  # the smallest compression that is tried
 N_PROBES = 6  # of a bisection: from 2 to 200 times smaller, the last two are 7 % apart
 SMALLER = ("loss", "error")  # metrics whose names have one of these are better where they are smaller
@@ -60,12 +62,50 @@ class Drop:
         """Whether the metric is better where it is smaller."""
         return self.monitor.startswith("-") or any(word in self.metric.lower() for word in SMALLER)
 
+    @property
+    def asked(self) -> str:
+        """The setting of a callback that asks for it."""
+        return "max_drop"
+
+    def __str__(self) -> str:
+        """Return what is asked, such as ``max_drop=0.005``."""
+        return f"{self.asked}={self.most:g}"
+
+    def check(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> None:
+        """Check that a compression of ``LEAST`` can be reached.
+
+        Raises:
+            SettingError: It cannot.
+            StateError: A parameter has NaN or Inf.
+        """
+        try:
+            Budget(LEAST).allocate(module, entries)
+        except SettingError as error:
+            raise SettingError(
+                f"{self} needs a network that can be made at least {LEAST:g} x smaller: {error}"
+            ) from None
+
+    def resumed(self, state: Mapping[str, Any]) -> DropReport:
+        """Return the report that a checkpoint has.
+
+        Raises:
+            StateError: It is of another drop.
+        """
+        found = DropReport(**state)
+        if (found.max_drop, found.monitor) != (self.most, self.monitor):
+            raise StateError(
+                f"the checkpoint has max_drop={found.max_drop!r} of monitor={found.monitor!r}, and the settings have "
+                f"{self.most!r} of {self.monitor!r}: resume with the settings of the checkpoint, or begin a new fit "
+                "from its weights alone"
+            )
+        return found
+
     def of(self, baseline: float, value: float) -> float:
         """Return how much worse ``value`` is than ``baseline``; negative if it is better, infinite if it is NaN."""
         drop = value - baseline if self.is_smaller_better else baseline - value
         return math.inf if math.isnan(drop) else drop
 
-    def find(self, metrics: Mapping[str, float]) -> float:
+    def find(self, metrics: Mapping[str, Metric]) -> Metric:
         """Return the metric.
 
         Raises:
@@ -90,6 +130,7 @@ class DropReport:
         baseline: The metric of the dense network when the method started.
         compression: The compression that was chosen.
         predicted: The drop that was predicted for it.
+        probes: Each compression that was tried, with its predicted drop, in the order they were tried.
         measured: The metric at the end of training, of the weights as the file holds them; None before.
     """
 
@@ -98,12 +139,22 @@ class DropReport:
     baseline: float
     compression: float
     predicted: float
+    probes: tuple[tuple[float, float], ...] = ()
     measured: float | None = None
 
     @property
     def drop(self) -> float | None:
         """The drop at the end of training; None before."""
         return None if self.measured is None else Drop(self.max_drop, self.monitor).of(self.baseline, self.measured)
+
+    @property
+    def doubt(self) -> str:
+        """Why the choice is doubtful, as the end of a sentence; empty if it is not."""
+        if self.predicted > self.max_drop:
+            return f"; even this is more than {self.max_drop:g}, and less compression is not tried"
+        if all(predicted <= self.max_drop for _, predicted in self.probes):
+            return f"; no compression was too much: if {self.monitor} is better where it is smaller, put '-' before it"
+        return ""
 
     @property
     def is_kept(self) -> bool | None:
@@ -159,16 +210,18 @@ def choose_compression(
         return rounding + RECOVERY * max(0.0, both - rounding)
 
     low, high = LEAST, Budget(LEAST).allocate(module, entries).reachable[1]
-    predicted: float | None = None
+    probes: list[tuple[float, float]] = []
+
+    def is_allowed(compression: float) -> bool:
+        probes.append((compression, predict(compression)))
+        return probes[-1][1] <= drop.most
+
     for _ in range(n_probes):
-        tried = float(f"{math.sqrt(low * high):.3g}")
-        if (found := predict(tried)) <= drop.most:
-            low, predicted = tried, found
-        else:
-            high = tried
-    if predicted is None:
-        predicted = predict(low)
-    return DropReport(drop.monitor, drop.most, baseline, low, predicted)
+        middle = float(f"{math.sqrt(low * high):.3g}")
+        low, high = (middle, high) if is_allowed(middle) else (low, middle)
+    if low == LEAST:
+        is_allowed(low)
+    return DropReport(drop.monitor, drop.most, baseline, low, dict(probes)[low], tuple(probes))
 
 
 @contextmanager
