@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
+from lightning_muws.generators import kept_generators
 from lightning_muws.structure.budget import Allocation
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.trainer.trainers import is_a, reshard
@@ -110,7 +109,7 @@ def _undisturbed(trainer: Any, n_batches: float) -> Iterator[None]:
         after.callback(setattr, trainer.state, "stage", trainer.state.stage)
         for name in ("num_sanity_val_steps", "callbacks", "_last_val_time"):
             after.callback(setattr, trainer, name, getattr(trainer, name, None))
-        after.enter_context(_kept_generators(loop))
+        after.enter_context(kept_generators(_generators(loop)))
         after.enter_context(_kept_state(trainer.lightning_module))
         loop._restarting = False
         loop.batch_progress = copy.deepcopy(loop.batch_progress)
@@ -127,24 +126,11 @@ def _kept(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-@contextmanager
-def _kept_generators(loop: Any) -> Iterator[None]:
-    """Put back the states of the random number generators: Python's, NumPy's, torch's and the dataloaders'."""
+def _generators(loop: Any) -> list[torch.Generator]:
+    """Return the random number generators of the validation's dataloaders."""
     loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
     found = [getattr(thing, "generator", None) for x in loaders for thing in (x, getattr(x, "sampler", None))]
-    own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  user's code may use it
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        for index, state in enumerate(devices):
-            torch.cuda.set_rng_state(state, index)
-        for generator, state in own:
-            generator.set_state(state)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 @contextmanager
