@@ -1,8 +1,9 @@
 """Does max_drop keep its word? For each seed and each allowed drop: what the callback chose, predicted and measured.
 
-All networks train on 50,000 images; the callback validates on 10,000 others. A dense network trains for some epochs,
-and from there the callback goes on; `dense` is that network trained as long without the callback. `test` is the
-accuracy on the test set of the network loaded from the file, by which nothing is chosen. Run: make bench-drop.
+All networks train on 50,000 of the training images; the callback validates on the other 10,000. A dense network trains
+for some epochs, and from there the callback goes on; `dense test` is that network trained as long without the callback.
+`test` is the accuracy on the test set of the network loaded from the file, by which nothing is chosen.
+Run: make bench-drop.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from lightning_muws import WeightUnificationCallback, load_compressed
 
-N_TRAIN = 50_000  # of 60,000; the others are for validation
+N_TRAIN = 50_000  # at most, of 60,000; the last 10,000 are for validation
 COLUMNS = ("asked", "seed", "chosen", "file", "baseline", "predicted", "measured", "drop", "", "test", "dense test")
 
 
 class Held(Images):
     """Validates on images that are neither trained on nor those of the test set."""
 
-    def __init__(self, data: Images) -> None:
-        super().__init__(Split(data.train.images[:N_TRAIN], data.train.labels[:N_TRAIN]), data.test)
+    def __init__(self, data: Images, n_train: int) -> None:
+        super().__init__(Split(data.train.images[:n_train], data.train.labels[:n_train]), data.test)
         self.validation = Split(data.train.images[N_TRAIN:], data.train.labels[N_TRAIN:])
 
     def val_dataloader(self) -> DataLoader:
@@ -63,13 +64,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--drops", type=float, nargs="+", default=[0.002, 0.005, 0.01])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--images", type=int, default=N_TRAIN, help="images to train on")
     options.add_argument("--dense-epochs", type=int, default=5)
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--no-dense", action="store_true", help="do not train the dense network as long")
     chosen = options.parse_args()
     be_quiet()
     say_machine()
-    data = Held(load("fashion"))
+    data = Held(load("fashion"), min(chosen.images, N_TRAIN))
 
     rows, n_kept = [], 0
     for seed in chosen.seeds:
