@@ -152,8 +152,8 @@ class DropReport:
         """Why the choice is doubtful, as the end of a sentence; empty if it is not."""
         if self.predicted > self.max_drop:
             return f"; even this is more than {self.max_drop:g}, and less compression is not tried"
-        if all(predicted <= self.max_drop for _, predicted in self.probes):
-            return f"; no compression was too much: if {self.monitor} is better where it is smaller, put '-' before it"
+        if self.probes and not any(predicted for _, predicted in self.probes):
+            return f"; no compression did any harm: if {self.monitor} is better where it is smaller, put '-' before it"
         return ""
 
     @property

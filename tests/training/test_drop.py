@@ -88,7 +88,7 @@ def test_the_largest_compression_whose_predicted_drop_is_allowed_is_found(most, 
         highest = Budget(LEAST).allocate(module, entries).reachable[1]
         # six bisections: the next compression up is this close
         assert min([*rejected, highest]) <= found.compression * (highest / LEAST) ** (1 / 2**6) * 1.02
-        assert bool(found.doubt) == (not rejected)
+        assert not found.doubt
     assert len(found.probes) <= 7
     assert dict(found.probes)[found.compression] == found.predicted
 
@@ -103,6 +103,15 @@ def test_a_compression_that_is_too_much_even_without_rounding_costs_one_measurem
     found = choose_compression(Drop(0.01, "val_accuracy"), measure, module, covered(module))
     assert [recovery for _, recovery in seen] == [1.0] * 8  # the dense network, six probes, and the least
     assert found.predicted == pytest.approx(RECOVERY * 0.9)
+
+
+def test_a_metric_that_no_compression_harms_is_doubted():
+    module = network()
+    found = choose_compression(
+        Drop(0.01, "rmse"), lambda allocation, _: 0.9 if allocation else 0.5, module, covered(module)
+    )
+    assert found.compression > 20
+    assert found.doubt == "; no compression did any harm: if rmse is better where it is smaller, put '-' before it"
 
 
 def test_a_metric_that_is_nan_is_too_far_or_refused():
