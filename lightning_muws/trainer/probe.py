@@ -21,7 +21,8 @@ from lightning_muws.training.drop import Drop, compressed
 LOOP = ("_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint", "_restart_stage", "_has_run")
 CONNECTOR = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics", "_current_fx", "_first_loop_iter")
 METRIC = ("_update_count", "_computed", "_forward_cache", "_cache", "_is_synced", "_to_sync", "_should_unsync")
-HIDDEN = ("ProgressBar", "WeightAveraging")  # one would show the pass, the other would swap the weights
+MUTED = ("ProgressBar", "WeightAveraging")  # one would show the pass, the other would swap the weights
+HOOKS = [f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
 
 
 def refuse_no_validation(trainer: Any) -> None:
@@ -107,19 +108,36 @@ def _undisturbed(trainer: Any, n_batches: float) -> Iterator[None]:
             after.callback(vars(thing).update, {name: _kept(getattr(thing, name)) for name in names})
         after.callback(setattr, loop, "batch_progress", loop.batch_progress)
         after.callback(setattr, trainer.state, "stage", trainer.state.stage)
-        for name in ("num_sanity_val_steps", "callbacks", "_last_val_time"):
+        for name in ("num_sanity_val_steps", "_last_val_time"):
             after.callback(setattr, trainer, name, getattr(trainer, name, None))
         after.enter_context(kept_generators(_generators(loop)))
         after.enter_context(_kept_state(trainer.lightning_module))
+        for callback in trainer.callbacks:
+            if any(is_a(callback, name) for name in MUTED):
+                after.enter_context(_muted(callback))
         loop._restarting = False
         loop.batch_progress = copy.deepcopy(loop.batch_progress)
         loop.batch_progress.reset()
         connector.reset_metrics()
         connector._first_loop_iter = connector._current_fx = None
         trainer.num_sanity_val_steps = n_batches
-        trainer.callbacks = [x for x in trainer.callbacks if not any(is_a(x, name) for name in HIDDEN)]
         trainer.sanity_checking = True
         yield
+
+
+@contextmanager
+def _muted(callback: Any) -> Iterator[None]:
+    """Let a callback's validation hooks do nothing; it stays in the Trainer's list, where its threads look for it."""
+    vars(callback).update(dict.fromkeys(HOOKS, _nothing))
+    try:
+        yield
+    finally:
+        for name in HOOKS:
+            del vars(callback)[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _kept(value: Any) -> Any:
