@@ -300,11 +300,11 @@ class CompressionHooks:
             say(f"muws: {self.drop}{self.drop.doubt}")
 
     def _follow_budget(self, pl_module: Any, run: CompressionRun) -> None:
-        """Put the structures that the budget chose into the plan; say so if they are new."""
-        if run.budget is None or self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
+        """Put the structures that the run chose into the plan; say so if they are new."""
+        if self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
             return
         self.plan = plan
-        rank_zero_info(f"muws: for {run.budget}, {coverage.summary(pl_module, plan)}")
+        rank_zero_info(f"muws: for {run.budget or 'these ratios'}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)
