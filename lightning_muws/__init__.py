@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
+    from lightning_muws.structure.sensitivity import sensitivity
     from lightning_muws.training.budget import Budget
     from lightning_muws.training.penalty import Penalty
     from lightning_muws.training.phases import Phases, Retraining
@@ -56,6 +57,7 @@ __all__ = [
     "inspect_compressed",
     "load_compressed",
     "save_compressed",
+    "sensitivity",
     "verify_compressed",
 ]
 
@@ -75,6 +77,7 @@ _HOMES = {
     "inspect_compressed": "lightning_muws.artifact.load",
     "load_compressed": "lightning_muws.artifact.load",
     "save_compressed": "lightning_muws.artifact.save",
+    "sensitivity": "lightning_muws.structure.sensitivity",
     "verify_compressed": "lightning_muws.artifact.load",
 }
 

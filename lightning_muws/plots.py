@@ -1,4 +1,4 @@
-"""Figures of weights and residuals; matplotlib (extra ``plots``) is imported when a figure is drawn.
+"""Figures of weights, residuals and sensitivities; matplotlib (extra ``plots``) is imported when a figure is drawn.
 
 A notebook shows what these functions return. In a script, write it to a file:
 ``plot_residuals(report).figure.savefig("residuals.png")``.
@@ -16,6 +16,7 @@ import torch
 
 from lightning_muws.errors import MuwsError, SettingError
 from lightning_muws.report import CompressionReport
+from lightning_muws.structure.sensitivity import SensitivityReport
 from lightning_muws.training.run import Update
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+N_NAMED = 10  # layers in a legend
 PAIR = (12, 4)  # inches of a figure of two matrices
 
 
@@ -107,6 +109,33 @@ def plot_residuals(report: CompressionReport | Sequence[Update], ax: Axes | None
     ax.set(title="ADMM residuals", xlabel="epoch or step of the update", ylabel="relative residual")
     ax.set(xlim=(first - room / 3, last + room), ylim=(0, 1.15 * max(max(u.primal, u.dual) for u in history) or 1))
     ax.legend()
+    return ax
+
+
+def plot_sensitivity(report: SensitivityReport, ax: Axes | None = None) -> Axes:
+    """Draw the loss over the ratio of each layer that is compressed alone, and return the axes.
+
+    The legend has the most sensitive layers; all others are grey.
+
+    Args:
+        report: What :func:`lightning_muws.sensitivity` returns.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        MuwsError: matplotlib is not installed.
+    """
+    ax = ax if ax is not None else _new_axes()
+    most = sorted(report.layers, key=lambda layer: layer.energy * layer.slope(report.dense_loss), reverse=True)
+    named = {layer.name for layer in most[:N_NAMED]}
+    for layer in report.layers:
+        points = [point for point in layer.points if point]
+        style = {"label": layer.name} if layer.name in named else {"color": "0.8", "zorder": 1}
+        ax.plot([point.ratio for point in points], [point.loss for point in points], "o-", markersize=4, **style)
+    ax.axhline(report.dense_loss, color="0.3", linestyle=":", label="without compression")
+    ax.set(title="Sensitivity", xlabel="how many times smaller this layer alone is", ylabel="loss", xscale="log")
+    ax.set_xticks(report.ratios, [f"{ratio:g}" for ratio in report.ratios])
+    ax.minorticks_off()
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -15,6 +15,7 @@ from lightning_muws.structure.plan import Plan, PlanEntry
 from lightning_muws.structure.sharded import whole
 from lightning_muws.structure.support import Support
 from lightning_muws.tables import Column, Table, Tabular
+from lightning_muws.training.drop import DropReport
 from lightning_muws.training.run import Update
 
 LAYERS = (
@@ -83,12 +84,14 @@ class CompressionReport(Tabular):
         n_uncovered: Number of weights of the model without a structure.
         uncovered_bits: Bits of these weights.
         history: The Z/U updates of the run, and its projection last.
+        drop: The drop of a monitored metric, if a callback was given ``max_drop``.
     """
 
     layers: tuple[LayerReport, ...]
     n_uncovered: int
     uncovered_bits: int
     history: tuple[Update, ...] = ()
+    drop: DropReport | None = None
 
     @property
     def sparsity(self) -> float:
@@ -128,6 +131,7 @@ class CompressionReport(Tabular):
                 "dense, unified, pruned: blocks; edge: weights in no block; residual: |W - project(W)| / |W| before "
                 "the projection; bits, mults (multiplications), adds (additions): share of the dense weight's, for "
                 "one output position. Unified blocks save multiplications, not additions.",
+                *([f"{self.drop}."] if self.drop else []),
             ],
         )
 

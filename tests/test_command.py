@@ -176,7 +176,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"muws {lightning_muws.__version__}\n"
 
 
-COMMANDS = st.sampled_from(["inspect", "verify", "pack", "unpack", "diff", "bench"])
+COMMANDS = st.sampled_from(["inspect", "verify", "pack", "unpack", "diff", "bench", "sensitivity"])
 FILES = ["model.muws", "model.pt", "none.muws", "none.pt", ".", "", "\udc80", "x" * 300]
 OPTIONS = ["--json", "--block=4", "--max-error=nan", "--max-error=-1", "--max-bytes=-1", "--relative-to", "--lossy=no"]
 OPTIONS += [
@@ -244,6 +244,92 @@ def test_progress_is_shown_on_a_terminal_and_wiped(capsys, monkeypatch):
     with progress("reading", is_quiet=True) as update:
         update(1, 2)
     assert capsys.readouterr().err == ""
+
+
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, width=32):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+
+def batches(n=2):
+    torch.manual_seed(1)
+    return [(torch.randn(8, 16), torch.arange(8) % 4) for _ in range(n)]
+
+def other_batches(): return [torch.randn(8, 15)]
+def no_batches(): return []
+def broken(): raise OSError("no disk")
+def loss(model, batch): return nn.functional.cross_entropy(model(batch[0]), batch[1])
+thing = 3
+"""
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    (tmp_path / "code_of_mine.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    yield "code_of_mine"
+    sys.modules.pop("code_of_mine", None)
+
+
+def test_sensitivity_is_measured_and_drawn(capsys, code):
+    words = ["sensitivity", f"{code}:Net", "--batches", f"{code}:batches", "--ratios", "2", "4"]
+    status, out, _ = run(capsys, *words, "--loss", "cross_entropy")
+    assert status == 0
+    assert "0.weight" in out
+    assert "Growth of the loss" in out
+    status, out, _ = run(capsys, *words, "--loss", f"{code}:loss", "--json", "--plot", "losses.png")
+    found = json.loads(out)
+    assert status == 0
+    assert found["ratios"] == [2, 4]
+    assert [layer["name"] for layer in found["layers"]] == ["0.weight", "2.weight"]
+    assert Path("losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suffix", [".muws", ".pt", ".safetensors"])
+def test_sensitivity_loads_weights(capsys, code, suffix):
+    net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    torch.nn.init.zeros_(net[2].weight)
+    save_compressed(net, "net.muws")
+    if suffix != ".muws":
+        assert run(capsys, "unpack", "net.muws", f"net{suffix}")[0] == 0
+    words = ["sensitivity", f"{code}:Net", "--batches", f"{code}:batches", "--loss", "cross_entropy", "--json"]
+    status, out, _ = run(capsys, *words, "--weights", f"net{suffix}")
+    assert status == 0
+    assert [layer["energy"] for layer in json.loads(out)["layers"]][1] == 0
+    status, _, err = run(capsys, *words[:-1], "--weights", f"net{suffix}", "--args", '{"width": 33}')
+    assert status == 2
+    assert "shape" in err or "does not fit" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"--batches": "code_of_mine:broken"}, "--batches 'code_of_mine:broken' fails: OSError: no disk"),
+        ({"--batches": "code_of_mine:thing"}, "--batches 'code_of_mine:thing' is a int: name a function"),
+        ({"--batches": "code_of_mine:nothing"}, "--batches 'code_of_mine:nothing' cannot be found: AttributeError"),
+        ({"--batches": "code_of_mine"}, "--batches 'code_of_mine' is not allowed: give package.module:function"),
+        ({"--batches": "code_of_mine:no_batches"}, "batches is empty"),
+        ({"--batches": "code_of_mine:other_batches"}, "--loss 'cross_entropy' fails: "),
+        ({"--loss": "mse"}, "--loss 'mse' is not allowed: give package.module:function"),
+        ({"--loss": "code_of_mine:thing"}, "--loss 'code_of_mine:thing' is a int"),
+        ({"--loss": "mse_loss"}, "--loss 'mse_loss' fails: "),
+        ({"--ratios": "1"}, "ratios=[1.0] is not allowed"),
+        ({"--plot": "losses.txt"}, "--plot losses.txt cannot be written: give a .png"),
+        ({"--plot": "nowhere/losses.png"}, "cannot be written"),
+        ({"--weights": "nowhere.pt"}, "nowhere.pt"),
+        ({"--args": "{"}, "is no JSON"),
+    ],
+)
+def test_sensitivity_explains_a_wrong_option(capsys, code, changes, match):
+    words = {"--batches": f"{code}:batches", "--loss": "cross_entropy", **changes}
+    status, out, err = run(capsys, "sensitivity", f"{code}:Net", *(word for pair in words.items() for word in pair))
+    assert (status, out) == (2, "")
+    assert match in err
+    assert err.count("\n") == 1
 
 
 def test_the_command_is_installed():

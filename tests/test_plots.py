@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_muws import MicroStructure, MuwsError
-from lightning_muws.plots import plot_before_after, plot_residuals, plot_weight
+from lightning_muws.plots import plot_before_after, plot_residuals, plot_sensitivity, plot_weight
+from lightning_muws.structure.sensitivity import LayerSensitivity, Point, SensitivityReport
 from lightning_muws.training.run import Update
 from tests.support.strategies import normal
 
@@ -51,6 +52,21 @@ def test_a_picture_of_residuals_has_a_title_and_the_phases():
     assert still.lines[1].get_ydata().tolist() == [0.4, 0.2]
     one_shot = plot_residuals([Update(3, 0.3, 0.1, 0.0)])
     assert [text.get_text() for text in one_shot.texts] == ["retraining"]
+
+
+def test_a_picture_of_sensitivities_has_a_line_a_layer_and_names_the_most_sensitive():
+    layers = [
+        LayerSensitivity(f"l{i}", (4, 4), 1.0, (Point(2.0, 1.0, 0.5 + i), Point(5.0, 2.0, 0.5 + 2 * i), None))
+        for i in range(12)
+    ]
+    ax = plot_sensitivity(SensitivityReport((2.0, 5.0, 10.0), 0.5, tuple(layers)))
+    assert len(ax.lines) == 13
+    assert ax.lines[3].get_xdata().tolist() == [2.0, 5.0]
+    assert ax.lines[3].get_ydata().tolist() == [3.5, 6.5]
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [*(f"l{i}" for i in range(2, 12)), "without compression"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["2", "5", "10"]
+    assert ax._repr_png_().startswith(b"\x89PNG")
 
 
 def test_a_run_without_updates_says_when_there_is_something_to_draw():

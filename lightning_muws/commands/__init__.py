@@ -1,1 +1,1 @@
-"""The `muws` command: main parses and reports errors, files and bench are the subcommands. Needs no Lightning."""
+"""The `muws` command: main parses and reports errors, other files have the subcommands. Needs no Lightning."""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
-import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muws.artifact.load import inspect_compressed, load_compressed
+from lightning_muws.commands.code import build, first_line
 from lightning_muws.commands.output import DONE, say_json
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.accelerate import accelerate
@@ -62,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError(f"--threads {options.threads} is not allowed: give a number from 1 to {MAX_THREADS}")
     if options.save and (options.save.is_dir() or not options.save.parent.is_dir()):
         raise SettingError(f"--save {options.save} cannot be written: give a file in a folder that exists")
-    model = _build(options.model, options.args)
+    model = build(options.model, options.args)
     block_shapes = _load(options.file, model)
     torch.set_num_threads(options.threads)
     _try(model.eval(), inputs, options.input)
@@ -92,39 +88,7 @@ def _random(text: str) -> Tensor:
     try:
         return torch.zeros(shape, dtype=dtype) if dtype == torch.int64 else torch.randn(shape).to(dtype)
     except RuntimeError as error:
-        raise SettingError(f"--input {text!r} cannot be made: {_first_line(error)}; give a smaller shape") from None
-
-
-def _build(name: str, arguments: str) -> nn.Module:
-    """Return the module that ``package.module:Class`` builds; the current folder is searched first, as by python."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        keywords: Any = json.loads(arguments)
-    except (ValueError, RecursionError) as error:
-        raise SettingError(
-            f'--args {arguments!r} is no JSON ({error}): give an object such as {{"width": 32}}'
-        ) from None
-    if not attribute or not isinstance(keywords, dict):
-        raise SettingError(
-            f"--model {name!r} with --args {arguments} is not allowed: give package.module:Class and a JSON object"
-        )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module_name), attribute)
-        inspect.signature(make).bind(**keywords)
-        model = make(**keywords)
-    except Exception as error:  # the user's own code may raise anything
-        raise SettingError(
-            f"--model {name!r} cannot be built: {type(error).__name__}: {_first_line(error)}; "
-            "name a class or function, and give its arguments in --args"
-        ) from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not isinstance(model, nn.Module):
-        raise SettingError(
-            f"--model {name!r} returns a {type(model).__name__}: name a class that inherits from torch.nn.Module"
-        )
-    return model
+        raise SettingError(f"--input {text!r} cannot be made: {first_line(error)}; give a smaller shape") from None
 
 
 def _load(path: Path, model: nn.Module) -> Mapping[str, tuple[int, int]]:
@@ -145,10 +109,6 @@ def _try(model: nn.Module, inputs: tuple[Tensor, ...], shapes: list[str]) -> Non
             model(*inputs)
     except Exception as error:  # the user's own code may raise anything
         raise SettingError(
-            f"the network fails on --input {' '.join(shapes)}: {type(error).__name__}: {_first_line(error)}; "
+            f"the network fails on --input {' '.join(shapes)}: {type(error).__name__}: {first_line(error)}; "
             "give the shapes and dtypes that its forward takes"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import lightning_muws
-from lightning_muws.commands import bench, files
+from lightning_muws.commands import bench, files, sensitivity
 from lightning_muws.commands.output import BAD, TROUBLE, say, say_json
 from lightning_muws.errors import MuwsError
 
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     found = argparse.ArgumentParser(
         prog="muws",
-        description="Look into .muws files, check, write, unpack, compare and time them.",
+        description="Look into .muws files, check, write, unpack, compare and time them, and measure layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(required=True, metavar="command")
     files.add_parsers(commands)
     bench.add_parser(commands)
+    sensitivity.add_parser(commands)
     return found
 
 

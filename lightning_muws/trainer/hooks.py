@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_pla
 from lightning_muws.structure.structure import check_structure
 from lightning_muws.structure.support import Support
 from lightning_muws.trainer import coverage, rates, saving, settings, trainers
+from lightning_muws.trainer.probe import Probe, refuse_no_validation
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint
+from lightning_muws.training.drop import Drop, DropReport, choose_compression
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.run import CompressionRun, Update
@@ -47,6 +50,10 @@ class CompressionHooks:
         validate_projected: bool = True,
         save_to: str | Path = "",
         compression: float | None = None,
+        speedup: float | None = None,
+        max_relative_error: float | None = None,
+        max_drop: float | None = None,
+        monitor: str = "",
     ) -> None:
         """Check the arguments.
 
@@ -62,11 +69,26 @@ class CompressionHooks:
             compression: How many times smaller than its tensors the file is at least, such as 20. When the method
                 starts, the ratios of each weight are chosen for that size; leave those of ``structure`` at 0. A rule
                 may still skip weights, or give them ratios. The file is lossy then. None to set ratios yourself.
+            speedup: In place of ``compression``: how many times faster than the dense network the compressed one is,
+                such as 2. The file is lossless.
+            max_relative_error: In place of ``compression``: the largest relative error of a block that is pruned or
+                unified when the method starts, such as 0.3. A block is unified if that changes it by at most this share
+                of its norm, and pruned if its norm is at most this share of the root mean square of the layer's blocks
+                (:func:`lightning_muws.structure.tolerance.within`). The file is lossless; for a lossy one leave
+                ``save_to`` empty and call :func:`lightning_muws.save_compressed` after fit.
+            max_drop: In place of ``compression``: how far ``monitor`` may drop, in its own units, such as 0.005. When
+                the method starts, the Trainer's validation measures the dense network and several compressed ones. The
+                largest compression whose drop after training is predicted to be allowed is chosen; after fit the drop
+                is measured on the weights as a file holds them, and ``drop`` and the report have it.
+            monitor: The metric for ``max_drop``, as the validation logs it, such as ``val_accuracy``. Larger is better,
+                unless the name has ``loss`` or ``error`` in it or begins with ``-``, such as ``-val_rmse``.
 
         Raises:
-            SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or ``compression`` is not
-                above 1 or comes with ratios in ``structure``. At the start of fit, a setting does not fit the model or
-                the Trainer, the compression cannot be reached, or the file cannot be written.
+            SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or more than one of
+                ``compression``, ``speedup``, ``max_relative_error`` and ``max_drop`` is given, one has a wrong value or
+                comes with ratios in ``structure``, or ``max_drop`` comes without ``monitor``. At the start of fit, a
+                setting does not fit the model or the Trainer, what was asked cannot be reached, or the file cannot be
+                written.
         """
         check_structure(structure)
         check_rules(rules)
@@ -75,7 +97,9 @@ class CompressionHooks:
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
-        settings.check_open(compression, structure)
+        budget = settings.make_budget(compression, speedup, max_relative_error)
+        self._allowed = settings.make_drop(max_drop, monitor, budget)
+        settings.check_open(budget or self._allowed, structure)
         self.structure = structure
         self.rules = tuple(rules)
         self.phases = phases
@@ -83,8 +107,10 @@ class CompressionHooks:
         self.penalty = penalty
         self.validate_projected = validate_projected
         self.save_to = save_to
-        self.compression = compression
+        self.compression, self.speedup, self.max_relative_error = compression, speedup, max_relative_error
+        self.max_drop, self.monitor = max_drop, monitor
         # what a user reads after fit
+        self.drop: DropReport | None = None
         self.plan: Plan | None = None
         self.report: Any = None
         self.saved: saving.Saved | None = None
@@ -101,6 +127,7 @@ class CompressionHooks:
         self._is_bound = False
         self._has_warned = False
         self._watch = StepWatch(self._after_step)
+        self._probe = Probe()
         self._clips: ClipWatch | None = None
         # one batch
         self._has_stepped = False
@@ -122,6 +149,16 @@ class CompressionHooks:
     def history(self) -> list[Update]:
         """The Z/U updates with their residuals, the first one first; the last entry is the projection."""
         return list(self._run.history) if self._run else []
+
+    @property
+    def budget(self) -> Budget | None:
+        """What ``compression``, ``speedup`` or ``max_relative_error`` asks for, or what was chosen for ``max_drop``.
+
+        None for ratios set by hand, and before the choice.
+        """
+        if self.drop:
+            return Budget(self.drop.compression)
+        return settings.make_budget(self.compression, self.speedup, self.max_relative_error)
 
     def verify(self) -> None:
         """Check that every covered weight is inside its structure, with ``==``.
@@ -160,6 +197,10 @@ class CompressionHooks:
                 rates.begin(trainer, self.retraining, self._began)
         if self._run:
             self._run.check_budget()
+        if self._allowed:
+            refuse_no_validation(trainer)
+            if self.plan and not self.drop:
+                self._allowed.check(pl_module, self.plan.covered)
         if self.phases.interval == "epoch" or trainer.max_steps not in (None, -1):
             self._set_timeline(trainer)  # refuses times that do not fit, before any data is loaded
 
@@ -182,9 +223,10 @@ class CompressionHooks:
                 return
         self._reset_clock()
         self._known_late = set()
-        optimized = coverage.held(trainer, pl_module)
-        budget = None if self.compression is None else Budget(self.compression)
-        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized, open_ratios=bool(budget))
+        self.drop = None
+        optimized, budget = coverage.held(trainer, pl_module), self.budget
+        is_open = bool(budget or self._allowed)
+        self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized, open_ratios=is_open)
         weights, times = self.plan.weights(pl_module), (self.phases, self.retraining)
         self._run = CompressionRun(weights, self.plan.covered, *times, self.penalty, budget, pl_module)
         rank_zero_info(f"muws: {coverage.summary(pl_module, self.plan)}")
@@ -196,6 +238,8 @@ class CompressionHooks:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._set_timeline(trainer)  # not before: counting steps loads the data, whose state a resumed run restores
+        if self._allowed and not self.drop:
+            self._allowed.find(self._probe.run(trainer, n_batches=1))  # refuses an unknown monitor
 
     def _set_timeline(self, trainer: Any) -> None:
         if self.phase != "retraining":
@@ -236,6 +280,8 @@ class CompressionHooks:
         """Do what is due at this time; begin retraining if that froze the structure."""
         if (run := self._run) is None or run.phase == "retraining":
             return
+        if now >= self._timeline.start:
+            self._choose_compression(trainer, run)
         if run.tick(now, self._timeline, trainer.optimizers):
             trainers.reshard(trainer.lightning_module)
             trainers.refuse_ranks_apart(trainer, run.fingerprint())
@@ -243,12 +289,22 @@ class CompressionHooks:
         if run.constraint:
             self._begin_retraining(trainer)
 
+    def _choose_compression(self, trainer: Any, run: CompressionRun) -> None:
+        """Choose the compression for ``max_drop``, once."""
+        if self._allowed and self.plan and not self.drop:
+            module, entries = trainer.lightning_module, self.plan.covered
+            measure = self._probe.measure(trainer, self._allowed, entries)
+            self.drop = choose_compression(self._allowed, measure, module, entries)
+            run.budget = self.budget
+            say = rank_zero_warn if self.drop.doubt else rank_zero_info
+            say(f"muws: {self.drop}{self.drop.doubt}")
+
     def _follow_budget(self, pl_module: Any, run: CompressionRun) -> None:
-        """Put the structures that the budget chose into the plan; say so if they are new."""
-        if run.budget is None or self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
+        """Put the structures that the run chose into the plan; say so if they are new."""
+        if self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
             return
         self.plan = plan
-        rank_zero_info(f"muws: for compression={run.budget.compression:g}, {coverage.summary(pl_module, plan)}")
+        rank_zero_info(f"muws: for {run.budget or 'these ratios'}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)
@@ -328,6 +384,7 @@ class CompressionHooks:
             trainers.reshard(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._probe.read(trainer)
         if self._run and self._run.raw:
             self._run.show_raw()
             trainers.reshard(pl_module)
@@ -340,6 +397,7 @@ class CompressionHooks:
                 f"training ended in the {run.phase} phase: the weights were projected without retraining; "
                 "lower phases.admm_end or train longer"
             )
+            self._choose_compression(trainer, run)
             run.freeze(self._now(trainer), trainer.optimizers)
             self._follow_budget(pl_module, run)
             trainers.reset_averages(trainer)
@@ -349,11 +407,22 @@ class CompressionHooks:
         if (run := self._run) and (constraint := run.constraint) and self.plan:
             self._check_weights(trainer, run, constraint)
             self.report = self.reporter(pl_module, self.plan, self.supports, constraint.primal, run.history)
+            if self._allowed and self.drop:
+                self._measure_drop(trainer, run, self._allowed, self.drop)
             if trainer.is_global_zero:
                 self.report.print()
             if self.save_to and not trainer.fast_dev_run:
                 to = self._file, pl_module, self.plan, trainer.is_global_zero
-                self.saved = saving.save(self.writer, *to, self.compression)
+                self.saved = saving.save(self.writer, *to, self.drop.compression if self.drop else self.compression)
+
+    def _measure_drop(self, trainer: Any, run: CompressionRun, allowed: Drop, found: DropReport) -> None:
+        """Measure the drop of the trained weights, rounded as for a file; say whether it is kept."""
+        allocation = Budget(found.compression).allocate(trainer.lightning_module, run.entries)
+        measured = self._probe.measure(trainer, allowed, run.entries)(allocation, 1.0)
+        self.drop = replace(found, measured=measured)
+        self.report = replace(self.report, drop=self.drop)
+        say = rank_zero_info if self.drop.is_kept else rank_zero_warn
+        say(f"muws: {self.drop}")
 
     def _check_weights(self, trainer: Any, run: CompressionRun, constraint: Constraint) -> None:
         """Refuse NaN and Inf; project weights back that another callback moved out of the structure at the end."""
@@ -390,6 +459,7 @@ class CompressionHooks:
             "stepped_batches": self._n_stepped_batches,
             "last_batch": self._last_batch,
             "began": dict(vars(self._began)) if self._began else None,
+            "drop": dict(vars(self.drop)) if self.drop else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,6 +472,9 @@ class CompressionHooks:
     def _load(self, state: Mapping[str, Any]) -> None:
         self._pending = None
         if state and self._run:
+            if self._allowed and state.get("drop"):
+                self.drop = self._allowed.resumed(state["drop"])
+                self._run.budget = self.budget
             self._run.load_state_dict(state["run"])
             if self.plan:
                 self.plan = self.plan.updated(self._run.planned)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.cost import check_compression
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule
+from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import refuse
+from lightning_muws.training.drop import Drop
 
 Init = TypeVar("Init", bound=Callable[..., None])
 CALLBACK = "WeightUnificationCallback"  # what a user calls the class whose __init__ is checked
@@ -65,19 +66,40 @@ def check_switch(name: str, value: object) -> None:
         raise refuse(name, value, "give True or False")
 
 
-def check_open(compression: object, structure: object) -> None:
-    """Check that a compression, if there is one, is above 1 and finds a structure whose ratios are open.
+def make_budget(*asked: float | None) -> Budget | None:
+    """Return the budget of these fields of :class:`Budget`, in its order; None if all of them are None.
 
     Raises:
-        SettingError: It is not, or the structure has ratios.
+        SettingError: More than one is given, or its value is not allowed.
     """
-    if compression is None:
-        return
-    check_compression(compression)
-    if not isinstance(structure, MicroStructure) or not structure.is_open:
+    return None if all(value is None for value in asked) else Budget(*asked)
+
+
+def make_drop(max_drop: float | None, monitor: str, budget: Budget | None) -> Drop | None:
+    """Return how far a metric may drop; None if it is not limited.
+
+    Raises:
+        SettingError: One of the two settings comes without the other, a budget is given too, or a value is not allowed.
+    """
+    if max_drop is None:
+        if monitor != "":
+            raise refuse("monitor", monitor, "it is for max_drop, so give max_drop too, such as max_drop=0.005")
+        return None
+    if budget:
+        raise SettingError(f"max_drop={max_drop!r} and {budget} contradict each other: give one of them")
+    return Drop(max_drop, monitor)
+
+
+def check_open(budget: Budget | Drop | None, structure: object) -> None:
+    """Check that a budget or a drop, if there is one, finds a structure whose ratios are open.
+
+    Raises:
+        SettingError: The structure has ratios.
+    """
+    if budget and not (isinstance(structure, MicroStructure) and structure.is_open):
         raise SettingError(
-            f"compression={compression} chooses the ratios of each weight, and structure={structure!r} sets them: "
-            "give MicroStructure(block_shape=...) without ratios, or leave compression out"
+            f"{budget} chooses the ratios of each weight, and structure={structure!r} sets them: "
+            f"give MicroStructure(block_shape=...) without ratios, or leave {budget.asked} out"
         )
 
 

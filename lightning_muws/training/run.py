@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.support import Support
-from lightning_muws.training.budget import Budget, open_structures, settled
+from lightning_muws.training.budget import Budget, choose_shapes, open_structures, settled
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint, check_finite
 from lightning_muws.training.method import Method
@@ -26,7 +26,7 @@ from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.record import plain, record, refuse_differences
 from lightning_muws.training.residuals import Residuals, total
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class CompressionRun:
         phases: When the method starts, updates and ends, and which method it is.
         retraining: How to train on inside the structure. Its schedule and rate are for the caller to follow.
         penalty: How hard the method pulls.
-        budget: A size of the file, for which the structures of open entries are chosen once: when the method starts, or
-            at the freeze without a method. Make the plan with ``open_ratios=True``.
-        module: The module whose state_dict the file will hold; needed with a budget.
+        budget: A size, speed or error, for which the structures of open entries are chosen once: when the method
+            starts, or at the freeze without a method. Make the plan with ``open_ratios=True``.
+        module: The network, whose state_dict the file will hold; needed with a budget.
 
     Raises:
         SettingError: A setting has a wrong type, or a budget has no module.
@@ -143,7 +143,7 @@ class CompressionRun:
 
     @property
     def planned(self) -> dict[str, PlanEntry]:
-        """The entries that were given, by name; with the structures that the budget chose, once it has."""
+        """The entries that were given, by name; with the structures that were chosen, once they are."""
         return settled(self._given[1], self._chosen or {})
 
     def check_budget(self) -> None:
@@ -152,11 +152,11 @@ class CompressionRun:
         A collective where tensors are sharded.
 
         Raises:
-            SettingError: It cannot; the message has the range that can be reached.
+            SettingError: It cannot; the message has what can be reached.
             StateError: A parameter has NaN or Inf.
         """
         if self.budget and self._module and self._chosen is None:
-            self.budget.allocate(self._module, self._given[1])
+            self.budget.check(self._module, self._given[1])
 
     # ---- the caller's loop
 
@@ -179,7 +179,7 @@ class CompressionRun:
         if now >= timeline.end:
             self.freeze(now, optimizers)
         elif self.method is None and now >= timeline.start:
-            self._spend_budget()
+            self._choose_structures()
             method = self._new_method()
             method.start(self.weights)
             self.method = method
@@ -202,7 +202,7 @@ class CompressionRun:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
         rho = self.method.rho if self.method else 0.0
-        self._spend_budget()
+        self._choose_structures()
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None
         self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
@@ -210,13 +210,18 @@ class CompressionRun:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
         self._owned = {}  # retraining may have new optimizers: do not keep the old moments alive
 
-    def _spend_budget(self) -> None:
-        """Choose the structures for the budget, if there is one and it has not been done."""
-        if self.budget and self._module and self._chosen is None:
-            self._adopt(self.budget.choose(self._module, self._given[1]))
+    def _choose_structures(self) -> None:
+        """Choose what is open in the structures, for the budget if there is one, unless it has been done."""
+        if self._chosen is not None:
+            return
+        weights, entries = self._given
+        if self.budget and self._module:
+            self._adopt(self.budget.choose(self._module, entries))
+        elif open_structures(entries):
+            self._adopt(choose_shapes(weights, entries))
 
     def _adopt(self, chosen: dict[str, MicroStructure] | None) -> None:
-        """Give the weights the structures that a budget chose; None for those that were given."""
+        """Give the weights the structures that were chosen; None for those that were given."""
         weights, _ = self._given
         self._chosen = chosen
         self.entries = {name: entry for name, entry in self.planned.items() if not entry.reason}
@@ -346,7 +351,7 @@ class CompressionRun:
         elif self.method:
             state["method"] = self.method.state_dict()
         if self._chosen is not None:
-            state["budget"] = {name: [s.prune_ratio, s.unify_ratio] for name, s in self._chosen.items()}
+            state["chosen"] = {name: plain(structure) for name, structure in self._chosen.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -372,7 +377,7 @@ class CompressionRun:
             )
         refuse_differences(state["settings"], self._settings(state["phase"]))
         self.method = self.constraint = None
-        self._adopt(self._restored(state["budget"]) if "budget" in state else None)
+        self._adopt(_restored(state["chosen"]) if "chosen" in state else None)
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
         elif "method" in state:
@@ -393,17 +398,14 @@ class CompressionRun:
         times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
         return {**times, **given}
 
-    def _restored(self, chosen: Mapping[str, Sequence[float]]) -> dict[str, MicroStructure]:
-        """Return the structures whose ratios a state has."""
-        given = open_structures(self._given[1])
-        return {
-            name: replace(given[name], prune_ratio=pruned, unify_ratio=unified)
-            for name, (pruned, unified) in chosen.items()
-        }
-
     def _new_method(self) -> Method:
         return METHODS[self.phases.method](self.entries, self.penalty)
 
     def _remember(self, now: float, rho: float, residuals: Mapping[str, Residuals]) -> None:
         overall = total(residuals, self.weights)
         self.history.append(Update(now, rho, overall.primal, overall.dual))
+
+
+def _restored(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, MicroStructure]:
+    """Return the structures that a state has."""
+    return {name: MicroStructure(**{key: x for key, x in s.items() if key != "type"}) for name, s in chosen.items()}
