@@ -27,9 +27,22 @@ def check_compression(compression: object) -> None:
     Raises:
         SettingError: It is not a finite number above 1.
     """
-    is_number = isinstance(compression, (int, float)) and not isinstance(compression, bool)
-    if not is_number or not 1 < compression < math.inf:  # type: ignore[operator]
-        raise SettingError(f"compression={compression!r} is not allowed: give a finite number above 1, such as 20")
+    _check_factor("compression", compression, 20)
+
+
+def check_speedup(speedup: object) -> None:
+    """Check a requested speedup.
+
+    Raises:
+        SettingError: It is not a finite number above 1.
+    """
+    _check_factor("speedup", speedup, 2)
+
+
+def _check_factor(name: str, value: object, example: int) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 < value < math.inf:  # type: ignore[operator]
+        raise SettingError(f"{name}={value!r} is not allowed: give a finite number above 1, such as {example}")
 
 
 def unreachable(compression: float, reachable: tuple[float, float]) -> SettingError:

@@ -128,7 +128,7 @@ class MicroStructure:
             torch.isfinite(e).all() for e in grid.edges(matrix)
         ):
             refuse_non_finite(matrix, name)
-            unify_cost, gain = self.costs(covered, grid, _scale(covered, gain.dtype, grid.block_numel))
+            unify_cost, gain = self.costs(covered, grid, cost_scale(covered, gain.dtype, grid.block_numel))
         n_pruned, n_unified = self.quotas(gain.numel())
         pruned, unified = cheapest(unify_cost.flatten(), gain.flatten(), n_pruned, n_unified)
         kinds = unified.to(torch.uint8).add_(pruned, alpha=int(Kind.PRUNED)).view(gain.shape)
@@ -165,7 +165,7 @@ class MicroStructure:
         return unify_cost, gain
 
 
-def _scale(covered: Tensor, dtype: torch.dtype, n: int) -> float:
+def cost_scale(covered: Tensor, dtype: torch.dtype, n: int) -> float:
     """Return the power of two that makes the costs of blocks of n weights as large as this dtype holds: it is exact."""
     top = float(covered.abs().max()) if covered.numel() else 0.0
     limit = math.frexp(torch.finfo(dtype).max)[1]

@@ -47,6 +47,8 @@ class CompressionHooks:
         validate_projected: bool = True,
         save_to: str | Path = "",
         compression: float | None = None,
+        speedup: float | None = None,
+        max_relative_error: float | None = None,
     ) -> None:
         """Check the arguments.
 
@@ -62,11 +64,19 @@ class CompressionHooks:
             compression: How many times smaller than its tensors the file is at least, such as 20. When the method
                 starts, the ratios of each weight are chosen for that size; leave those of ``structure`` at 0. A rule
                 may still skip weights, or give them ratios. The file is lossy then. None to set ratios yourself.
+            speedup: In place of ``compression``: how many times faster than the dense network the compressed one is,
+                such as 2. The file is lossless.
+            max_relative_error: In place of ``compression``: the largest relative error of a block that is pruned or
+                unified when the method starts, such as 0.3. A block is unified if that changes it by at most this share
+                of its norm, and pruned if its norm is at most this share of the root mean square of the layer's blocks
+                (:func:`lightning_muws.structure.tolerance.within`). The file is lossless; for a lossy one leave
+                ``save_to`` empty and call :func:`lightning_muws.save_compressed` after fit.
 
         Raises:
-            SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or ``compression`` is not
-                above 1 or comes with ratios in ``structure``. At the start of fit, a setting does not fit the model or
-                the Trainer, the compression cannot be reached, or the file cannot be written.
+            SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or more than one of
+                ``compression``, ``speedup`` and ``max_relative_error`` is given, one has a wrong value or comes with
+                ratios in ``structure``. At the start of fit, a setting does not fit the model or the Trainer, what was
+                asked cannot be reached, or the file cannot be written.
         """
         check_structure(structure)
         check_rules(rules)
@@ -75,7 +85,7 @@ class CompressionHooks:
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
-        settings.check_open(compression, structure)
+        settings.check_open(settings.make_budget(compression, speedup, max_relative_error), structure)
         self.structure = structure
         self.rules = tuple(rules)
         self.phases = phases
@@ -83,7 +93,7 @@ class CompressionHooks:
         self.penalty = penalty
         self.validate_projected = validate_projected
         self.save_to = save_to
-        self.compression = compression
+        self.compression, self.speedup, self.max_relative_error = compression, speedup, max_relative_error
         # what a user reads after fit
         self.plan: Plan | None = None
         self.report: Any = None
@@ -122,6 +132,11 @@ class CompressionHooks:
     def history(self) -> list[Update]:
         """The Z/U updates with their residuals, the first one first; the last entry is the projection."""
         return list(self._run.history) if self._run else []
+
+    @property
+    def budget(self) -> Budget | None:
+        """What ``compression``, ``speedup`` or ``max_relative_error`` asks for; None for ratios set by hand."""
+        return settings.make_budget(self.compression, self.speedup, self.max_relative_error)
 
     def verify(self) -> None:
         """Check that every covered weight is inside its structure, with ``==``.
@@ -182,8 +197,7 @@ class CompressionHooks:
                 return
         self._reset_clock()
         self._known_late = set()
-        optimized = coverage.held(trainer, pl_module)
-        budget = None if self.compression is None else Budget(self.compression)
+        optimized, budget = coverage.held(trainer, pl_module), self.budget
         self.plan = make_plan(pl_module, self.structure, self.rules, optimized=optimized, open_ratios=bool(budget))
         weights, times = self.plan.weights(pl_module), (self.phases, self.retraining)
         self._run = CompressionRun(weights, self.plan.covered, *times, self.penalty, budget, pl_module)
@@ -248,7 +262,7 @@ class CompressionHooks:
         if run.budget is None or self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
             return
         self.plan = plan
-        rank_zero_info(f"muws: for compression={run.budget.compression:g}, {coverage.summary(pl_module, plan)}")
+        rank_zero_info(f"muws: for {run.budget}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)

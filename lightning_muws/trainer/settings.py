@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.cost import check_compression
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule
+from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import refuse
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -65,19 +65,25 @@ def check_switch(name: str, value: object) -> None:
         raise refuse(name, value, "give True or False")
 
 
-def check_open(compression: object, structure: object) -> None:
-    """Check that a compression, if there is one, is above 1 and finds a structure whose ratios are open.
+def make_budget(*asked: float | None) -> Budget | None:
+    """Return the budget of these fields of :class:`Budget`, in its order; None if all of them are None.
 
     Raises:
-        SettingError: It is not, or the structure has ratios.
+        SettingError: More than one is given, or its value is not allowed.
     """
-    if compression is None:
-        return
-    check_compression(compression)
-    if not isinstance(structure, MicroStructure) or not structure.is_open:
+    return None if all(value is None for value in asked) else Budget(*asked)
+
+
+def check_open(budget: Budget | None, structure: object) -> None:
+    """Check that a budget, if there is one, finds a structure whose ratios are open.
+
+    Raises:
+        SettingError: The structure has ratios.
+    """
+    if budget and not (isinstance(structure, MicroStructure) and structure.is_open):
         raise SettingError(
-            f"compression={compression} chooses the ratios of each weight, and structure={structure!r} sets them: "
-            "give MicroStructure(block_shape=...) without ratios, or leave compression out"
+            f"{budget} chooses the ratios of each weight, and structure={structure!r} sets them: "
+            f"give MicroStructure(block_shape=...) without ratios, or leave {budget.asked} out"
         )
 
 

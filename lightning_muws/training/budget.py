@@ -1,4 +1,4 @@
-"""A budget in a run: the structures of all weights, chosen once for one size of the file."""
+"""A budget in a run: the structures of all weights, chosen once for one size, speed or error."""
 
 from __future__ import annotations
 
@@ -8,35 +8,68 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_muws.errors import SettingError
 from lightning_muws.structure.budget import Allocation, Bounds, allocate
-from lightning_muws.structure.cost import check_compression
+from lightning_muws.structure.cost import check_compression, check_speedup
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name
+from lightning_muws.structure.tolerance import check_max_relative_error, within
 
 KEPT = "the budget keeps it dense"  # the plan's reason
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A size for the file of the whole network, in place of ratios for each weight.
+    """One number for the whole network, in place of ratios for each weight. Give exactly one of the three.
 
     The structures of open weights, which have both ratios 0, are chosen for it. All other structures stay as they are.
 
     Args:
         compression: How many times smaller than the tensors of the module the file shall be, above 1.
+        speedup: How many times faster than the dense network the compressed one shall be, above 1.
+        max_relative_error: The largest relative error of a block that is unified or pruned, above 0 and below 1: see
+            :func:`lightning_muws.structure.tolerance.within`.
 
     Raises:
-        SettingError: The compression is not a finite number above 1.
+        SettingError: Not exactly one is given, or its value is not allowed.
+
+    Example:
+        >>> Budget(20) == Budget(compression=20), str(Budget(max_relative_error=0.3))
+        (True, 'max_relative_error=0.3')
     """
 
-    compression: float = 20.0
+    compression: float | None = None
+    speedup: float | None = None
+    max_relative_error: float | None = None
 
     def __post_init__(self) -> None:
-        check_compression(self.compression)
+        given = [f"{name}={value!r}" for name, value in vars(self).items() if value is not None]
+        if len(given) > 1:
+            raise SettingError(f"{' and '.join(given)} contradict each other: give one of {', '.join(vars(self))}")
+        if not given:
+            raise SettingError(
+                "compression=None is not allowed: give a finite number above 1, such as 20, or in its place a speedup "
+                "or a max_relative_error"
+            )
+        if self.speedup is not None:
+            check_speedup(self.speedup)
+        elif self.max_relative_error is not None:
+            check_max_relative_error(self.max_relative_error)
+        else:
+            check_compression(self.compression)
+
+    @property
+    def asked(self) -> str:
+        """The name of the field that is given."""
+        return next(name for name, value in vars(self).items() if value is not None)
+
+    def __str__(self) -> str:
+        """Return what is asked, such as ``compression=20``."""
+        return f"{self.asked}={getattr(self, self.asked):g}"
 
     @torch.no_grad()
     def allocate(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> Allocation:
-        """Return how the budget is shared out among the tensors of a module, at their present values.
+        """Return how a compression is shared out among the tensors of a module, at their present values.
 
         A collective where tensors are sharded. The result is the same on all ranks whose parameters have the same bits.
 
@@ -45,9 +78,12 @@ class Budget:
             entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
 
         Raises:
-            SettingError: The compression cannot be reached; the message has the range that can.
+            SettingError: The compression cannot be reached; the message has the range that can. Or the budget is none
+                of a compression.
             StateError: A parameter has NaN or Inf.
         """
+        if self.compression is None:
+            raise SettingError(f"{self} has no size to share out: give Budget(compression=...)")
         parameters, buffers = _stored(module)
         bounds = {name: Bounds.of(entry) for name, entry in entries.items()}
         return allocate(parameters | buffers, bounds, self.compression, buffers=buffers)
@@ -55,10 +91,32 @@ class Budget:
     def choose(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
         """Return the structure of each open weight, by name; both its ratios are 0 if the weight stays dense.
 
-        See :meth:`allocate`.
+        A collective where tensors are sharded. The result is the same on all ranks whose parameters have the same bits.
+
+        Args:
+            module: The network; its state_dict is what the file will hold.
+            entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
+
+        Raises:
+            SettingError: The budget cannot be met; the message has what can.
+            StateError: A parameter has NaN or Inf.
         """
-        structures = self.allocate(module, entries).structures
-        return {name: structures.get(name, given) for name, given in open_structures(entries).items()}
+        given = open_structures(entries)
+        if self.speedup is not None:
+            found = self._for_speedup(module, entries)
+        elif self.max_relative_error is not None:
+            found = self._within_error(module, entries)
+        else:
+            found = self.allocate(module, entries).structures
+        return {name: found.get(name, structure) for name, structure in given.items()}
+
+    def _for_speedup(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
+        raise SettingError(f"{self} is not available: ask for a compression or a max_relative_error")
+
+    def _within_error(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
+        assert self.max_relative_error is not None  # noqa: S101  choose() calls this for an error only
+        parameters, error = _stored(module)[0], self.max_relative_error
+        return {n: within(n, parameters[n], Bounds.of(entries[n]), error) for n in open_structures(entries)}
 
 
 def open_structures(entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:

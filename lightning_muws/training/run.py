@@ -59,9 +59,9 @@ class CompressionRun:
         phases: When the method starts, updates and ends, and which method it is.
         retraining: How to train on inside the structure. Its schedule and rate are for the caller to follow.
         penalty: How hard the method pulls.
-        budget: A size of the file, for which the structures of open entries are chosen once: when the method starts, or
-            at the freeze without a method. Make the plan with ``open_ratios=True``.
-        module: The module whose state_dict the file will hold; needed with a budget.
+        budget: A size, speed or error, for which the structures of open entries are chosen once: when the method
+            starts, or at the freeze without a method. Make the plan with ``open_ratios=True``.
+        module: The network, whose state_dict the file will hold; needed with a budget.
 
     Raises:
         SettingError: A setting has a wrong type, or a budget has no module.
@@ -152,11 +152,11 @@ class CompressionRun:
         A collective where tensors are sharded.
 
         Raises:
-            SettingError: It cannot; the message has the range that can be reached.
+            SettingError: It cannot; the message has what can be reached.
             StateError: A parameter has NaN or Inf.
         """
         if self.budget and self._module and self._chosen is None:
-            self.budget.allocate(self._module, self._given[1])
+            self.budget.choose(self._module, self._given[1])
 
     # ---- the caller's loop
 

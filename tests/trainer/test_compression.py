@@ -174,6 +174,27 @@ def test_ratios_set_by_hand_beside_a_compression_are_refused(structure):
     assert callback.structure.block_shape == (2, 8)
 
 
+def test_a_relative_error_takes_the_place_of_a_size_and_the_file_is_lossless(tmp_path):
+    module, path = Wide(), tmp_path / "m.muws"
+    callback = WeightUnificationCallback(max_relative_error=0.5, phases=PHASES, save_to=path)
+    fit(module, callback, max_epochs=6)
+    callback.verify()
+    assert sum(layer.n_unified + layer.n_pruned for layer in callback.report.layers) > 0
+    loaded = load_compressed(path)
+    assert all(same_bytes(x, loaded[name]) for name, x in module.state_dict().items())
+    with pytest.raises(SettingError, match=r"max_relative_error=0.5 chooses the ratios .* or leave max_relative_error"):
+        WeightUnificationCallback(MicroStructure(prune_ratio=0.5), max_relative_error=0.5)
+
+
+def test_two_budgets_are_refused_when_the_callback_is_made():
+    with pytest.raises(SettingError, match=r"compression=20 and max_relative_error=0.3 contradict each other"):
+        WeightUnificationCallback(compression=20, max_relative_error=0.3)
+    with pytest.raises(SettingError, match="compression=20 and speedup=2 contradict each other"):
+        WeightUnificationCallback(compression=20, speedup=2)
+    with pytest.raises(SettingError, match="max_relative_error=2 is not allowed: give a number above 0 and below 1"):
+        WeightUnificationCallback(max_relative_error=2)
+
+
 def test_what_cannot_be_met_is_refused_at_the_start_of_fit():
     module = Wide()
     before = {name: x.clone() for name, x in module.state_dict().items()}

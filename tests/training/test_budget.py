@@ -32,10 +32,11 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def make(
-    module: nn.Module, compression: float = 12, rules: tuple[LayerRule, ...] = (), phases: Phases = PHASES
+    module: nn.Module, budget: float | Budget = 12, rules: tuple[LayerRule, ...] = (), phases: Phases = PHASES
 ) -> CompressionRun:
     plan = make_plan(module, OPEN, rules, open_ratios=True)
-    return CompressionRun(plan.weights(module), plan.covered, phases, budget=Budget(compression), module=module)
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    return CompressionRun(plan.weights(module), plan.covered, phases, budget=budget, module=module)
 
 
 def step(module: nn.Module, run: CompressionRun, seed: int) -> None:
@@ -49,6 +50,50 @@ def step(module: nn.Module, run: CompressionRun, seed: int) -> None:
 def test_a_budget_that_is_none_is_refused(wrong):
     with pytest.raises(SettingError, match=r"compression=.* is not allowed: give a finite number above 1"):
         Budget(wrong)
+
+
+@pytest.mark.parametrize("wrong", [1, 0, float("nan"), True, "2"])
+def test_a_speedup_that_is_none_is_refused(wrong):
+    with pytest.raises(SettingError, match=r"speedup=.* is not allowed: give a finite number above 1, such as 2"):
+        Budget(speedup=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, float("nan"), True, "0.3"])
+def test_a_relative_error_that_is_none_is_refused(wrong):
+    with pytest.raises(SettingError, match=r"max_relative_error=.* is not allowed: give a number above 0 and below 1"):
+        Budget(max_relative_error=wrong)
+
+
+def test_a_budget_has_exactly_one_value():
+    assert Budget(20) == Budget(compression=20)
+    with pytest.raises(SettingError, match="compression=20 and speedup=2 contradict each other: give one of compr"):
+        Budget(20, speedup=2)
+    with pytest.raises(SettingError, match=r"speedup=2 and max_relative_error=0.3 contradict each other"):
+        Budget(speedup=2, max_relative_error=0.3)
+    with pytest.raises(SettingError, match=r"compression=None is not allowed.* in its place a speedup or a max_rel"):
+        Budget()
+    assert str(Budget(max_relative_error=0.25)) == "max_relative_error=0.25"
+
+
+def test_a_relative_error_chooses_structures_once_and_the_weights_stay_that_near():
+    module = network()
+    rules = (LayerRule("0.*", structure=MicroStructure((1, 8), prune_ratio=0.5)),)
+    run = make(module, Budget(max_relative_error=0.5), rules)
+    run.check_budget()
+    run.tick(1, TIMELINE, [])
+    assert run.entries["0.weight"].structure == rules[0].structure
+    entry, w = run.entries["2.weight"], module[2].weight.detach().clone()
+    assert entry.structure.unify_ratio > 0.1
+    moved = entry.structure.project(w, entry.grid) - w
+    assert moved.norm() <= (1 + entry.structure.prune_ratio) ** 0.5 * 0.5 * w.norm()
+    chosen = dict(run.entries)
+    for epoch in range(2, 6):
+        step(module, run, epoch)
+        run.tick(epoch, TIMELINE, [])
+    assert run.entries == chosen
+    run.verify()
+    with pytest.raises(StateError, match=r"budget max_relative_error is 0.5 in the checkpoint and 0.4 in the settings"):
+        make(network(), Budget(max_relative_error=0.4), rules).load_state_dict(run.state_dict())
 
 
 def test_a_budget_needs_the_module_and_is_a_budget():
