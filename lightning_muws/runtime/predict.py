@@ -21,7 +21,7 @@ from lightning_muws.runtime.measure.layer import describe, left_alone
 from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
 from lightning_muws.runtime.measure.shares import Bench, at_share, is_open
 from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
-from lightning_muws.runtime.timing import race
+from lightning_muws.runtime.timing import gain, race
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
 from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes
 from lightning_muws.structure.structure import Structure
@@ -120,8 +120,9 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
         root, seconds = _at_level(work, bench, names, level)
         sums.append(seconds)
         tasks |= {f"{level} {form}": network for form, network in fast_forms(root, work.example).items()}
-    times = race(_tasks(tasks), work.clock, NETWORK_TIMING, keep=list(tasks))
-    totals = [min(median(ts) for form, ts in times.items() if form.startswith(f"{level} ")) for level in LEVELS]
+    raced = race(_tasks(tasks), work.clock, NETWORK_TIMING, keep=list(tasks))
+    dense, gains = median(raced[best]), {form: gain(raced[best], ts) for form, ts in raced.items()}
+    totals = [dense / max(g for form, g in gains.items() if form.startswith(f"{level} ")) for level in LEVELS]
     rest, scale = fit(sums, totals)
     layers: dict[str, LayerTimes] = {}
     for layer, name in names.items():
@@ -129,7 +130,7 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
         curves = tuple(_scaled(curve, scale) for curve in found.curves)
         seconds = scale * found.fixed
         layers[name] = _sum(layers[name], seconds, curves) if name in layers else LayerTimes(seconds, curves)
-    return NetworkTimes(median(times[best]), rest, layers)
+    return NetworkTimes(dense, rest, layers)
 
 
 def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], level: float) -> tuple[Root, float]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.budget import Bounds
+from lightning_muws.structure.cost import check_speedup
 from lightning_muws.structure.grid import CHUNK_NUMEL
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.sharded import whole
@@ -128,17 +129,6 @@ class Choice(NamedTuple):
     structure: MicroStructure
 
 
-def check_speedup(speedup: object) -> None:
-    """Check a requested speedup.
-
-    Raises:
-        SettingError: It is not a finite number above 1.
-    """
-    is_number = isinstance(speedup, (int, float)) and not isinstance(speedup, bool)
-    if not is_number or not 1 < speedup < math.inf:  # type: ignore[operator]
-        raise SettingError(f"speedup={speedup!r} is not allowed: give a finite number above 1, such as 2")
-
-
 def allocate_time(
     tensors: Mapping[str, Tensor],
     bounds: Mapping[str, Bounds],
@@ -165,6 +155,7 @@ def allocate_time(
         StateError: A weight has NaN or Inf.
 
     Example:
+        >>> from lightning_muws.structure.grid import BlockGrid
         >>> layer = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
         >>> curve = Curve((4, 1), (0.5, 0.9), (5e-5, 1e-5))
         >>> times = NetworkTimes(dense=1.1e-4, rest=1e-5, layers={"weight": LayerTimes(1e-4, (curve,))})

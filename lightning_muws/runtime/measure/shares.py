@@ -20,7 +20,7 @@ from lightning_muws.runtime.kernels.native import is_native
 from lightning_muws.runtime.measure.layer import between, pick
 from lightning_muws.runtime.rewrite.observe import FAILURES, Calls
 from lightning_muws.runtime.shapes import shapes_for_speed
-from lightning_muws.runtime.timing import Timing, race
+from lightning_muws.runtime.timing import Timing, gain, race
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.speed import Curve
@@ -91,15 +91,13 @@ class Bench:
         if entry is None:
             return Measured(form, dense, dense)
         if not is_open(entry):
-            _, base, found = self._race(layer, [self.kernel(layer, entry.structure)])
-            return Measured(form, dense, dense * found[0] / base)
+            gains = self._race(layer, [self.kernel(layer, entry.structure)])[2]
+            return Measured(form, dense, dense / gains[0])
         curves = []
         for structures in self._candidates(layer, entry):
-            kernels = [self.kernel(layer, structure) for structure in structures]
-            _, base, found = self._race(layer, kernels)
-            seconds = tuple(dense * s / base for s in found)  # races differ, their dense form is the same
+            gains = self._race(layer, [self.kernel(layer, structure) for structure in structures])[2]
             shape, is_unified = structures[0].block_shape, structures[0].unify_ratio > 0
-            curves.append(Curve(shape, SHARES, seconds, is_unified))
+            curves.append(Curve(shape, SHARES, tuple(dense / gained for gained in gains), is_unified))
         return Measured(form, dense, dense, tuple(curves))
 
     def _candidates(self, layer: Layer, entry: PlanEntry) -> list[list[MicroStructure]]:
@@ -142,22 +140,20 @@ class Bench:
         return built
 
     def _race(self, layer: Layer, kernels: Sequence[nn.Module | None]) -> tuple[str, float, list[float]]:
-        """Return the best dense form, its seconds, and those with each kernel, or with that form if it is faster."""
+        """Return the best dense form, its seconds, and the gain of each kernel over it; 1 where that form stays."""
         x = self.calls[layer].inputs[0]
-        forms = {name: KERNELS[name](layer, (1, 1), x) for name in DENSE if name != "dense"}
-        modules: dict[str, nn.Module] = {"dense": layer, **{n: m for n, m in forms.items() if m is not None}}
-        names = list(modules)
-        modules |= {str(i): module for i, module in enumerate(kernels) if module is not None}
-        tasks = {name: self._task(layer, module) for name, module in modules.items()}
+        built = {name: KERNELS[name](layer, (1, 1), x) for name in DENSE if name != "dense"}
+        forms: dict[str, nn.Module] = {"dense": layer, **{n: m for n, m in built.items() if m is not None}}
+        others = {str(i): module for i, module in enumerate(kernels) if module is not None}
+        tasks = {name: self._task(layer, module) for name, module in (forms | others).items()}
         flush = between(self.calls[layer].inputs, self.n_bytes)
         times = race(tasks, self.clock, STRUCTURES, keep=list(tasks), between=flush)
-        dense = {name: times[name] for name in names}
-        form = pick(dense, self.min_gain)
-        picked = [
-            pick({**dense, str(i): times[str(i)]} if str(i) in times else dense, self.min_gain)
-            for i in range(len(kernels))
-        ]
-        return form, median(times[form]), [median(times[name]) for name in picked]
+        dense = {name: times[name] for name in forms}
+        form, gains = pick(dense, self.min_gain), [1.0] * len(kernels)
+        for name in others:
+            if pick({**dense, name: times[name]}, self.min_gain) == name:
+                gains[int(name)] = gain(times[form], times[name])  # round by round: other processes slow both
+        return form, median(times[form]), gains
 
     def _task(self, layer: Layer, module: nn.Module) -> Callable[[], object]:
         inputs = self.calls[layer].inputs
