@@ -65,9 +65,11 @@ class Curve:
             >>> Curve((4, 1), (0.5, 0.75, 1.0), (3.0, 4.0, 1.0)).at(0.625)
             3.5
         """
-        seconds, after = falling(self.seconds), next(i for i, p in enumerate(self.prune_ratios) if p >= prune_ratio)
+        shares, seconds = self.prune_ratios, falling(self.seconds)
+        prune_ratio = min(max(prune_ratio, shares[0]), shares[-1])  # a number of blocks may round beyond them
+        after = next(i for i, share in enumerate(shares) if share >= prune_ratio)
         before = max(0, after - 1)
-        low, high = self.prune_ratios[before], self.prune_ratios[after]
+        low, high = shares[before], shares[after]
         part = (prune_ratio - low) / (high - low) if high > low else 0.0
         return seconds[before] + part * (seconds[after] - seconds[before])
 
@@ -84,6 +86,19 @@ class LayerTimes:
     seconds: float
     curves: tuple[Curve, ...] = ()
 
+    def at(self, structure: MicroStructure | None) -> float:
+        """Return the seconds in a structure that was chosen from the curves; as it is if there is none, or it is open.
+
+        Raises:
+            SettingError: No curve has the structure's block shape.
+        """
+        if structure is None or structure.is_open:
+            return self.seconds
+        for curve in self.curves:
+            if (curve.block_shape, curve.is_unified) == (structure.block_shape, structure.unify_ratio > 0):
+                return curve.at(structure.prune_ratio)
+        raise SettingError(f"no time was measured for {structure}: measure again with this block shape")
+
 
 @dataclass(frozen=True)
 class NetworkTimes:
@@ -98,6 +113,14 @@ class NetworkTimes:
     dense: float
     rest: float
     layers: Mapping[str, LayerTimes]
+
+    def seconds(self, structures: Mapping[str, MicroStructure]) -> float:
+        """Return the predicted seconds of the accelerated network with the structures that were chosen, by name."""
+        return self.rest + math.fsum(layer.at(structures.get(name)) for name, layer in self.layers.items())
+
+    def speedup(self, structures: Mapping[str, MicroStructure]) -> float:
+        """Return the seconds of the best dense form over :meth:`seconds`."""
+        return self.dense / self.seconds(structures)
 
 
 @dataclass(frozen=True)
@@ -161,7 +184,7 @@ def allocate_time(
         >>> times = NetworkTimes(dense=1.1e-4, rest=1e-5, layers={"weight": LayerTimes(1e-4, (curve,))})
         >>> found = allocate_time({"weight": layer}, {"weight": Bounds(BlockGrid())}, times, speedup=3.0)
         >>> found.structures["weight"].prune_ratio, round(found.speedup, 2)
-        (0.734375, 3.0)
+        (0.734375, 3.01)
     """
     check_speedup(speedup)
     given = importance or {}
@@ -212,13 +235,14 @@ def walk(
         allowed: Seconds.
     """
     picked = {name: corners[0] for name, corners in hulls.items()}
-    edges = [
-        ((after.distance - before.distance) / (before.seconds - after.seconds), name, after)
-        for name, corners in hulls.items()
-        for before, after in pairwise(corners)
-    ]
+    edges = []
+    for name, corners in hulls.items():
+        slope = 0.0
+        for before, after in pairwise(corners):  # rounding must not put a hull's edges out of order
+            slope = max(slope, (after.distance - before.distance) / (before.seconds - after.seconds))
+            edges.append((slope, name, after))
     multiplier = 0.0
-    for slope, name, after in sorted(edges, key=lambda edge: edge[0]):  # stable: a hull's own edges stay in order
+    for slope, name, after in sorted(edges, key=lambda edge: edge[0]):  # a stable sort
         if math.fsum(choice.seconds for choice in picked.values()) <= allowed:
             break
         multiplier, picked[name] = slope, after
@@ -319,7 +343,7 @@ def _along(curve: Curve, x: Tensor, bounds: Bounds, scale: float, k: float) -> l
     lost = sums[torch.tensor(shares, dtype=torch.int64, device=sums.device)].tolist() if shares else []
     return [
         Choice(
-            curve.at(min(max(m / n, curve.prune_ratios[0]), curve.prune_ratios[-1])),
+            curve.at(m / n),
             k * (start + distance),
             replace(structure, prune_ratio=m / n, unify_ratio=(n - m) / n if curve.is_unified else 0.0),
         )

@@ -15,6 +15,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
+from lightning_muws.structure.speed import NetworkTimes
 from lightning_muws.structure.support import Support
 from lightning_muws.training.budget import Budget, open_structures, settled
 from lightning_muws.training.checks import check_type
@@ -26,7 +27,7 @@ from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.record import plain, record, refuse_differences
 from lightning_muws.training.residuals import Residuals, total
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class CompressionRun:
         budget: A size, speed or error, for which the structures of open entries are chosen once: when the method
             starts, or at the freeze without a method. Make the plan with ``open_ratios=True``.
         module: The network, whose state_dict the file will hold; needed with a budget.
+        times: What the layers take, of :func:`lightning_muws.layer_times`; needed for ``Budget(speedup=...)``. Ranks
+            measure other times: measure on one, and give all ranks its times.
 
     Raises:
         SettingError: A setting has a wrong type, or a budget has no module.
@@ -97,7 +100,14 @@ class CompressionRun:
         >>> structure.prune_ratio + structure.unify_ratio > 0.1
         True
 
-        After training, ``save_compressed(layer, "layer.muws", compression=6)`` writes a file of this size.
+        After training, ``save_compressed(layer, "layer.muws", compression=6)`` writes a file of this size. A speedup
+        needs the times of the layers for an input as in use, here measured on one row:
+
+        >>> from lightning_muws import layer_times
+        >>> times = layer_times(layer, torch.ones(1, 64), plan.covered)
+        >>> fast = CompressionRun(
+        ...     plan.weights(layer), plan.covered, phases, budget=Budget(speedup=2), module=layer, times=times
+        ... )
     """
 
     def __init__(
@@ -109,6 +119,7 @@ class CompressionRun:
         penalty: Penalty = Penalty(),
         budget: Budget | None = None,
         module: nn.Module | None = None,
+        times: NetworkTimes | None = None,
     ) -> None:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
@@ -116,8 +127,11 @@ class CompressionRun:
         if budget is not None:
             check_type("budget", budget, Budget, "Budget(compression=20)")
             check_type("module", module, nn.Module, "the network whose file the budget is for")
+        if times is not None:
+            check_type("times", times, NetworkTimes, "layer_times(module, example_input, plan.covered)")
         self.weights, self.entries = dict(weights), dict(entries)
-        self.budget, self._module = budget, module
+        self.budget, self._module, self.times = budget, module, times
+        self.predicted_speedup: float | None = None  # of the structures that were chosen for a speedup
         self._given = self.weights, self.entries  # before the budget chose
         self._chosen: dict[str, MicroStructure] | None = None
         self.phases, self.retraining, self.penalty = phases, retraining, penalty
@@ -156,7 +170,12 @@ class CompressionRun:
             StateError: A parameter has NaN or Inf.
         """
         if self.budget and self._module and self._chosen is None:
-            self.budget.choose(self._module, self._given[1])
+            self.budget.choose(self._module, self._given[1], self.times)
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether a speedup is to be chosen, and the times for it have not been given."""
+        return bool(self.budget and self.budget.speedup) and self._chosen is None and self.times is None
 
     # ---- the caller's loop
 
@@ -213,7 +232,9 @@ class CompressionRun:
     def _spend_budget(self) -> None:
         """Choose the structures for the budget, if there is one and it has not been done."""
         if self.budget and self._module and self._chosen is None:
-            self._adopt(self.budget.choose(self._module, self._given[1]))
+            self._adopt(self.budget.choose(self._module, self._given[1], self.times))
+            if self.budget.speedup is not None and self.times and self._chosen is not None:
+                self.predicted_speedup = self.times.speedup(self._chosen)
 
     def _adopt(self, chosen: dict[str, MicroStructure] | None) -> None:
         """Give the weights the structures that a budget chose; None for those that were given."""
@@ -346,7 +367,10 @@ class CompressionRun:
         elif self.method:
             state["method"] = self.method.state_dict()
         if self._chosen is not None:
-            state["budget"] = {name: [s.prune_ratio, s.unify_ratio] for name, s in self._chosen.items()}
+            state["budget"] = {
+                name: [s.prune_ratio, s.unify_ratio, list(s.block_shape)] for name, s in self._chosen.items()
+            }
+            state["predicted_speedup"] = self.predicted_speedup
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -373,6 +397,7 @@ class CompressionRun:
         refuse_differences(state["settings"], self._settings(state["phase"]))
         self.method = self.constraint = None
         self._adopt(self._restored(state["budget"]) if "budget" in state else None)
+        self.predicted_speedup = state.get("predicted_speedup")
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
         elif "method" in state:
@@ -393,12 +418,12 @@ class CompressionRun:
         times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
         return {**times, **given}
 
-    def _restored(self, chosen: Mapping[str, Sequence[float]]) -> dict[str, MicroStructure]:
-        """Return the structures whose ratios a state has."""
+    def _restored(self, chosen: Mapping[str, Sequence[Any]]) -> dict[str, MicroStructure]:
+        """Return the structures whose ratios and block shapes a state has."""
         given = open_structures(self._given[1])
         return {
-            name: replace(given[name], prune_ratio=pruned, unify_ratio=unified)
-            for name, (pruned, unified) in chosen.items()
+            name: replace(given[name], prune_ratio=pruned, unify_ratio=unified, block_shape=tuple(block_shape))
+            for name, (pruned, unified, block_shape) in chosen.items()
         }
 
     def _new_method(self) -> Method:

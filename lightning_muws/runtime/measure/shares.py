@@ -29,8 +29,8 @@ from lightning_muws.structure.structure import Structure
 SHARES = (0.3, 0.5, 0.7, 0.85, 0.95)  # of pruned blocks; between them, times are almost linear
 STRUCTURES = Timing(rounds=7, least_rounds=3, budget_s=1.0, hopeless=math.inf, sample_s=0.002)
 KERNEL = Timing(rounds=2, least_rounds=2)  # to choose among the kernels of one structure
-GAINS_FROM_UNIFIED = ("signs", "pooled")  # kernels
-SQUARES = ((4, 4), (8, 8), (16, 16))  # shapes of unified blocks that a kernel has
+FOR_UNIFIED = ("signs", "pooled")  # kernels that gain from unified blocks
+SQUARES: tuple[tuple[int, int], ...] = ((4, 4), (8, 8), (16, 16))  # shapes of unified blocks
 SEED = 0  # of random weights
 
 
@@ -101,20 +101,18 @@ class Bench:
         return Measured(form, dense, dense, tuple(curves))
 
     def _candidates(self, layer: Layer, entry: PlanEntry) -> list[list[MicroStructure]]:
-        """Return the structures to measure for an open weight: for each kind of curve one a share."""
-        x = self.calls[layer].inputs[0]
-        taps = math.prod(layer.weight.shape[2:])
-        found = []
-        for shape in shapes_for_speed(taps, is_native(layer, x)):
-            grid = replace(entry.grid, block_shape=shape)
-            if grid.fits(entry.shape) and 0 not in grid.counts(entry.shape):
-                found.append([at_share(entry, shape, share, is_unified=False) for share in SHARES])
-        for shape in SQUARES:
-            structures = [at_share(entry, shape, share, is_unified=True) for share in SHARES]
-            built = self._build(layer, structures[0])
-            if any(name in built for name in GAINS_FROM_UNIFIED):
-                found.append(structures)
-        return found
+        """Return the structures to measure for an open weight: for each curve one a share."""
+        x, taps = self.calls[layer].inputs[0], math.prod(layer.weight.shape[2:])
+        shapes, unified = shapes_for_speed(taps, is_native(layer, x)), SQUARES
+        if (given := entry.structure.block_shape) != MicroStructure().block_shape:
+            shapes = unified = (given,)  # the user's own
+        curves = [
+            [at_share(entry, shape, share, is_unified) for share in SHARES]
+            for is_unified, choices in ((False, shapes), (True, unified))
+            for shape in choices
+            if (grid := replace(entry.grid, block_shape=shape)).fits(entry.shape) and 0 not in grid.counts(entry.shape)
+        ]
+        return [c for c in curves if not c[0].unify_ratio or any(n in self._build(layer, c[0]) for n in FOR_UNIFIED)]
 
     def kernel(self, layer: Layer, structure: Structure) -> nn.Module | None:
         """Return the fastest kernel for a layer with random weights inside a structure; None if there is none."""
