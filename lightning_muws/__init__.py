@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
+    from lightning_muws.runtime.predict import layer_times
     from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
@@ -55,6 +56,7 @@ __all__ = [
     "WeightUnificationCallback",
     "accelerate",
     "inspect_compressed",
+    "layer_times",
     "load_compressed",
     "save_compressed",
     "sensitivity",
@@ -75,6 +77,7 @@ _HOMES = {
     "WeightUnificationCallback": "lightning_muws.callback",
     "accelerate": "lightning_muws.runtime.accelerate",
     "inspect_compressed": "lightning_muws.artifact.load",
+    "layer_times": "lightning_muws.runtime.predict",
     "load_compressed": "lightning_muws.artifact.load",
     "save_compressed": "lightning_muws.artifact.save",
     "sensitivity": "lightning_muws.structure.sensitivity",

@@ -6,6 +6,7 @@ from pytorch_lightning import Callback
 
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.report import CompressionReport, make_report
+from lightning_muws.runtime.predict import layer_times
 from lightning_muws.trainer.hooks import CompressionHooks
 
 
@@ -19,4 +20,5 @@ class WeightUnificationCallback(CompressionHooks, Callback):
     namespace = "pytorch_lightning"
     writer = staticmethod(save_compressed)
     reporter = staticmethod(make_report)
+    timer = staticmethod(layer_times)
     report: CompressionReport | None

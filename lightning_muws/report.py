@@ -85,6 +85,8 @@ class CompressionReport(Tabular):
         uncovered_bits: Bits of these weights.
         history: The Z/U updates of the run, and its projection last.
         drop: The drop of a monitored metric, if a callback was given ``max_drop``.
+        predicted_speedup: How many times faster than its best dense form ``accelerate`` should make the module; None if
+            the structures were not chosen for a speedup.
     """
 
     layers: tuple[LayerReport, ...]
@@ -92,6 +94,7 @@ class CompressionReport(Tabular):
     uncovered_bits: int
     history: tuple[Update, ...] = ()
     drop: DropReport | None = None
+    predicted_speedup: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -132,8 +135,17 @@ class CompressionReport(Tabular):
                 "the projection; bits, mults (multiplications), adds (additions): share of the dense weight's, for "
                 "one output position. Unified blocks save multiplications, not additions.",
                 *([f"{self.drop}."] if self.drop else []),
+                *self._speed(),
             ],
         )
+
+    def _speed(self) -> list[str]:
+        if self.predicted_speedup is None:
+            return []
+        return [
+            f"Predicted: {self.predicted_speedup:.2f} times as fast as its best dense form, on the machine and for the "
+            "input shape that were measured when fit began; accelerate(model, example_input) makes and measures it."
+        ]
 
 
 def residual_table(history: Sequence[Update]) -> Table:
@@ -156,6 +168,7 @@ def make_report(
     supports: Mapping[str, Support],
     primal: Mapping[str, float],
     history: Sequence[Update] = (),
+    predicted_speedup: float | None = None,
 ) -> CompressionReport:
     """Return the report on a module whose covered weights are inside their supports.
 
@@ -165,13 +178,16 @@ def make_report(
         supports: The support of each covered weight, by name.
         primal: ``|W - project(W)| / |W|`` of each weight when its structure was frozen, by name.
         history: The Z/U updates of the run, and its projection last.
+        predicted_speedup: Of structures that were chosen for a speedup.
     """
     weights, covered = plan.weights(module), plan.covered
     layers = [_layer(covered[name], whole(w.detach()), supports[name], primal[name]) for name, w in weights.items()]
     known = {id(w) for w in weights.values()}
     rest = [p for p in module.parameters() if id(p) not in known]
     bits = sum(p.numel() * 8 * p.element_size() for p in rest)
-    return CompressionReport(tuple(layers), sum(p.numel() for p in rest), bits, tuple(history))
+    return CompressionReport(
+        tuple(layers), sum(p.numel() for p in rest), bits, tuple(history), predicted_speedup=predicted_speedup
+    )
 
 
 def _layer(entry: PlanEntry, weight: Tensor, support: Support, primal: float) -> LayerReport:

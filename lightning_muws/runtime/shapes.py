@@ -64,3 +64,20 @@ def _explained(matrix: Tensor, block_shape: tuple[int, int]) -> float | None:
     blocks = covered.reshape(n_out // rows, rows, n_in // cols, cols)
     same = blocks.amax((1, 3)) == blocks.amin((1, 3))
     return float(same.sum()) * grid.block_numel / covered.numel()
+
+
+def shapes_for_speed(taps: int, has_native: bool) -> tuple[tuple[int, int], ...]:
+    """Return the block shapes that are worth measuring for a layer; the smallest one keeps most of a weight.
+
+    The native kernels skip any zeros in a column of two to eight rows. Those of torch need large squares, or columns so
+    tall that a group of outputs has its own inputs.
+
+    Args:
+        taps: Columns of an input: 9 for a convolution of 3x3, 1 for a Linear.
+        has_native: Whether the native kernels can compute the layer.
+
+    Example:
+        >>> shapes_for_speed(9, has_native=True)
+        ((2, 1), (4, 1), (4, 4), (8, 8))
+    """
+    return ((2, 1), (4, 1), (4, 4), (8, 8)) if has_native else ((8, 8), (16, 16), (32, taps), (64, taps))

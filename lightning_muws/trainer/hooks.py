@@ -16,7 +16,7 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
 from lightning_muws.structure.structure import check_structure
 from lightning_muws.structure.support import Support
-from lightning_muws.trainer import coverage, rates, saving, settings, trainers
+from lightning_muws.trainer import coverage, measuring, rates, saving, settings, trainers
 from lightning_muws.trainer.probe import Probe, refuse_no_validation
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.budget import Budget
@@ -37,6 +37,7 @@ class CompressionHooks:
     namespace = ""  # the namespace of the Trainers that this callback is for
     writer: saving.Writer  # writes the file at the end of fit
     reporter: Callable[..., Any]  # makes the report at the end of fit
+    timer: measuring.Timer  # measures what layers take, for a speedup
     log_dict: Callable[..., None]  # Lightning binds the module's log_dict to each callback
 
     @settings.explained
@@ -69,8 +70,12 @@ class CompressionHooks:
             compression: How many times smaller than its tensors the file is at least, such as 20. When the method
                 starts, the ratios of each weight are chosen for that size; leave those of ``structure`` at 0. A rule
                 may still skip weights, or give them ratios. The file is lossy then. None to set ratios yourself.
-            speedup: In place of ``compression``: how many times faster than the dense network the compressed one is,
-                such as 2. The file is lossless.
+            speedup: In place of ``compression``: how many times faster than the best dense form of the network
+                :func:`lightning_muws.accelerate` makes the compressed one, such as 2. At the start of fit, the layers
+                are timed on this machine with pruned blocks, for the module's ``example_input_array``, or without one
+                for the first sample of the training data. When the method starts, the block shape and the ratios of
+                each weight are chosen by these times. A block shape other than the default one stays. The file is
+                lossless.
             max_relative_error: In place of ``compression``: the largest relative error of a block that is pruned or
                 unified when the method starts, such as 0.3. A block is unified if that changes it by at most this share
                 of its norm, and pruned if its norm is at most this share of the root mean square of the layer's blocks
@@ -195,7 +200,7 @@ class CompressionHooks:
             if self._began and self.phase == "retraining":
                 # The states of the schedules are restored after this hook, so the schedules must exist by then.
                 rates.begin(trainer, self.retraining, self._began)
-        if self._run:
+        if self._run and self.speedup is None:
             self._run.check_budget()
         if self._allowed:
             refuse_no_validation(trainer)
@@ -240,6 +245,9 @@ class CompressionHooks:
         self._set_timeline(trainer)  # not before: counting steps loads the data, whose state a resumed run restores
         if self._allowed and not self.drop:
             self._allowed.find(self._probe.run(trainer, n_batches=1))  # refuses an unknown monitor
+        if self._run and self._run.needs_times:
+            self._run.times = measuring.measure(self.timer, trainer, pl_module, self._run.entries)
+            self._run.check_budget()
 
     def _set_timeline(self, trainer: Any) -> None:
         if self.phase != "retraining":
@@ -406,7 +414,8 @@ class CompressionHooks:
         self._unhook()
         if (run := self._run) and (constraint := run.constraint) and self.plan:
             self._check_weights(trainer, run, constraint)
-            self.report = self.reporter(pl_module, self.plan, self.supports, constraint.primal, run.history)
+            found = self.supports, constraint.primal, run.history, run.predicted_speedup
+            self.report = self.reporter(pl_module, self.plan, *found)
             if self._allowed and self.drop:
                 self._measure_drop(trainer, run, self._allowed, self.drop)
             if trainer.is_global_zero:

@@ -15,6 +15,7 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name
 from lightning_muws.structure.shapes import nearest_grid
 from lightning_muws.structure.sharded import whole
+from lightning_muws.structure.speed import NetworkTimes, TimeAllocation, allocate_time
 from lightning_muws.structure.tolerance import check_max_relative_error, within
 
 KEPT = "the budget keeps it dense"  # the plan's reason
@@ -25,10 +26,12 @@ class Budget:
     """One number for the whole network, in place of ratios for each weight. Give exactly one of the three.
 
     The structures of open weights, which have both ratios 0, are chosen for it. All other structures stay as they are.
+    A speedup chooses block shapes, too, where the open structure has the default one.
 
     Args:
         compression: How many times smaller than the tensors of the module the file shall be, above 1.
-        speedup: How many times faster than the dense network the compressed one shall be, above 1.
+        speedup: How many times faster than the best dense form of the network the compressed one shall be, above 1,
+            once :func:`lightning_muws.accelerate` has swapped its layers.
         max_relative_error: The largest relative error of a block that is unified or pruned, above 0 and below 1: see
             :func:`lightning_muws.structure.tolerance.within`.
 
@@ -97,7 +100,38 @@ class Budget:
         bounds = {name: Bounds.of(entry) for name, entry in entries.items()}
         return parameters | buffers, bounds, self.compression, buffers
 
-    def choose(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
+    @torch.no_grad()
+    def allocate_time(
+        self, module: nn.Module, entries: Mapping[str, PlanEntry], times: NetworkTimes | None
+    ) -> TimeAllocation:
+        """Return how a speedup is shared out among the weights of a module, at their present values.
+
+        A collective where tensors are sharded. The result is the same on all ranks that have the same times, and whose
+        parameters have the same bits.
+
+        Args:
+            module: The network.
+            entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
+            times: What the layers take, of :func:`lightning_muws.layer_times`.
+
+        Raises:
+            SettingError: The speedup cannot be reached; the message has the range that can. Or there are no times, or
+                the budget is none of a speedup.
+            StateError: A parameter has NaN or Inf.
+        """
+        if self.speedup is None:
+            raise SettingError(f"{self} has no time to share out: give Budget(speedup=...)")
+        if times is None:
+            raise SettingError(
+                f"{self} needs the times of the layers: give times=layer_times(module, example_input, plan.covered)"
+            )
+        parameters = _stored(module)[0]
+        bounds = {name: Bounds.of(entries[name]) for name in open_structures(entries)}
+        return allocate_time(parameters, bounds, times, self.speedup)
+
+    def choose(
+        self, module: nn.Module, entries: Mapping[str, PlanEntry], times: NetworkTimes | None = None
+    ) -> dict[str, MicroStructure]:
         """Return the structure of each open weight, by name; both its ratios are 0 if the weight stays dense.
 
         A collective where tensors are sharded. The result is the same on all ranks whose parameters have the same bits.
@@ -105,13 +139,14 @@ class Budget:
         Args:
             module: The network; its state_dict is what the file will hold.
             entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
+            times: What the layers take; needed for a speedup.
 
         Raises:
             SettingError: The budget cannot be met; the message has what can.
             StateError: A parameter has NaN or Inf.
         """
         if self.speedup is not None:
-            found = self._for_speedup(module, entries)
+            found: Mapping[str, MicroStructure] = self.allocate_time(module, entries, times).structures
         elif self.max_relative_error is not None:
             found = self._within_error(module, entries)
         else:
@@ -119,10 +154,10 @@ class Budget:
         return {name: found.get(name, dense(entries[name])) for name in open_structures(entries)}
 
     @torch.no_grad()
-    def check(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> None:
+    def check(self, module: nn.Module, entries: Mapping[str, PlanEntry], times: NetworkTimes | None = None) -> None:
         """Check that the budget can be met, in less time than :meth:`choose`, whose arguments and errors it has."""
         if self.compression is None:
-            self.choose(module, entries)
+            self.choose(module, entries, times)
         else:
             tensors, bounds, compression, buffers = self._sized(module, entries)
             first = {name: replace(bound, is_auto=False) for name, bound in bounds.items()}
@@ -130,9 +165,6 @@ class Budget:
                 prepare(tensors, first, compression, buffers=buffers)
             except SettingError:  # other block shapes may reach it
                 prepare(tensors, bounds, compression, buffers=buffers)
-
-    def _for_speedup(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
-        raise SettingError(f"{self} is not available: ask for a compression or a max_relative_error")
 
     def _within_error(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
         assert self.max_relative_error is not None  # noqa: S101  choose() calls this for an error only

@@ -15,6 +15,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
+from lightning_muws.structure.speed import NetworkTimes
 from lightning_muws.structure.support import Support
 from lightning_muws.training.budget import Budget, choose_shapes, open_structures, settled
 from lightning_muws.training.checks import check_type
@@ -62,6 +63,8 @@ class CompressionRun:
         budget: A size, speed or error, for which the structures of open entries are chosen once: when the method
             starts, or at the freeze without a method. Make the plan with ``open_ratios=True``.
         module: The network, whose state_dict the file will hold; needed with a budget.
+        times: What the layers take, of :func:`lightning_muws.layer_times`; needed for ``Budget(speedup=...)``. Ranks
+            measure other times: measure on one, and give all ranks its times.
 
     Raises:
         SettingError: A setting has a wrong type, or a budget has no module.
@@ -97,7 +100,14 @@ class CompressionRun:
         >>> structure.prune_ratio + structure.unify_ratio > 0.1
         True
 
-        After training, ``save_compressed(layer, "layer.muws", compression=6)`` writes a file of this size.
+        After training, ``save_compressed(layer, "layer.muws", compression=6)`` writes a file of this size. A speedup
+        needs the times of the layers for an input as in use, here measured on one row:
+
+        >>> from lightning_muws import layer_times
+        >>> times = layer_times(layer, torch.ones(1, 64), plan.covered)
+        >>> fast = CompressionRun(
+        ...     plan.weights(layer), plan.covered, phases, budget=Budget(speedup=2), module=layer, times=times
+        ... )
     """
 
     def __init__(
@@ -109,6 +119,7 @@ class CompressionRun:
         penalty: Penalty = Penalty(),
         budget: Budget | None = None,
         module: nn.Module | None = None,
+        times: NetworkTimes | None = None,
     ) -> None:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
@@ -116,8 +127,11 @@ class CompressionRun:
         if budget is not None:
             check_type("budget", budget, Budget, "Budget(compression=20)")
             check_type("module", module, nn.Module, "the network whose file the budget is for")
+        if times is not None:
+            check_type("times", times, NetworkTimes, "layer_times(module, example_input, plan.covered)")
         self.weights, self.entries = dict(weights), dict(entries)
-        self.budget, self._module = budget, module
+        self.budget, self._module, self.times = budget, module, times
+        self.predicted_speedup: float | None = None  # of the structures that were chosen for a speedup
         self._given = self.weights, self.entries  # before the budget chose
         self._chosen: dict[str, MicroStructure] | None = None
         self.phases, self.retraining, self.penalty = phases, retraining, penalty
@@ -156,7 +170,12 @@ class CompressionRun:
             StateError: A parameter has NaN or Inf.
         """
         if self.budget and self._module and self._chosen is None:
-            self.budget.check(self._module, self._given[1])
+            self.budget.check(self._module, self._given[1], self.times)
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether a speedup is to be chosen, and the times for it have not been given."""
+        return bool(self.budget and self.budget.speedup) and self._chosen is None and self.times is None
 
     # ---- the caller's loop
 
@@ -216,7 +235,9 @@ class CompressionRun:
             return
         weights, entries = self._given
         if self.budget and self._module:
-            self._adopt(self.budget.choose(self._module, entries))
+            self._adopt(self.budget.choose(self._module, entries, self.times))
+            if self.budget.speedup is not None and self.times and self._chosen is not None:
+                self.predicted_speedup = self.times.speedup(self._chosen)
         elif open_structures(entries):
             self._adopt(choose_shapes(weights, entries))
 
@@ -352,6 +373,7 @@ class CompressionRun:
             state["method"] = self.method.state_dict()
         if self._chosen is not None:
             state["chosen"] = {name: plain(structure) for name, structure in self._chosen.items()}
+            state["predicted_speedup"] = self.predicted_speedup
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -378,6 +400,7 @@ class CompressionRun:
         refuse_differences(state["settings"], self._settings(state["phase"]))
         self.method = self.constraint = None
         self._adopt(_restored(state["chosen"]) if "chosen" in state else None)
+        self.predicted_speedup = state.get("predicted_speedup")
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
         elif "method" in state:

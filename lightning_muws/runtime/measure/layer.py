@@ -58,7 +58,7 @@ def choose(
     built, errors, refused = build_all(layer, inputs, block_shape, criteria)
     modules: dict[str, nn.Module] = {**built, "dense": layer}  # the layer itself stays, so it is timed itself
     tasks = {kernel: _task(module, inputs) for kernel, module in modules.items()}
-    times = race(tasks, criteria.clock, criteria.timing, keep=DENSE, between=_between(inputs, criteria.n_bytes))
+    times = race(tasks, criteria.clock, criteria.timing, keep=DENSE, between=between(inputs, criteria.n_bytes))
     allowed = [kernel for kernel in times if criteria.rounded or kernel not in ROUNDED]
     winner = pick({kernel: times[kernel] for kernel in allowed}, criteria.min_gain)
     speed = LayerSpeed(
@@ -160,7 +160,7 @@ def _task(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
     return lambda: [module(x) for x in inputs]
 
 
-def _between(inputs: Sequence[Tensor], n_bytes: int) -> Callable[[], object] | None:
+def between(inputs: Sequence[Tensor], n_bytes: int) -> Callable[[], object] | None:
     """Return a task that pushes the weights out of the caches, as the rest of the network does between two calls."""
     if inputs[0].device.type != "cpu":
         return None

@@ -1,0 +1,180 @@
+"""Predicts what ``accelerate`` will gain at each choice of block shapes and shares, from times measured here and now.
+
+The times of layers that are measured alone do not sum to the time of a network, whose layers find other things in the
+caches and pass each other's outputs on. So whole networks with random weights are timed too, and the times of the
+layers are scaled to fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+
+from torch import nn
+
+from lightning_muws.errors import SettingError
+from lightning_muws.runtime.accelerate import NETWORK_TIMING, Acceleration, Settings
+from lightning_muws.runtime.kernels import KERNELS
+from lightning_muws.runtime.kernels.base import Layer
+from lightning_muws.runtime.measure.layer import describe, left_alone
+from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
+from lightning_muws.runtime.measure.shares import Bench, at_share, is_open
+from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
+from lightning_muws.runtime.timing import gain, race
+from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
+from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes
+from lightning_muws.structure.structure import Structure
+
+LEVELS = (0.5, 0.7, 0.85)  # shares of pruned blocks at which whole networks are timed
+SCALES = (0.5, 2.0)  # limits of what whole networks may do to the times of layers
+
+
+def layer_times(
+    model: nn.Module,
+    example_input: object,
+    entries: Mapping[str, PlanEntry],
+    say: Callable[[str], object] = lambda text: None,
+) -> NetworkTimes:
+    """Return what the layers of a network take on this machine, at the choices that a budget has for them.
+
+    Equal layers are measured once. A ResNet-18 takes about half a minute. The model is not changed: a copy runs in eval
+    mode, on the model's device, with as many threads as torch has.
+
+    Args:
+        model: The network, in any mode, not sharded.
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, as the model is called in use:
+            the network will be fast for inputs of this shape.
+        entries: The covered weights by name: the ``covered`` of a plan that was made with ``open_ratios=True``.
+        say: Is called with a line of text after each part.
+
+    Returns:
+        The times, for ``CompressionRun(..., budget=Budget(speedup=2), times=...)``.
+
+    Raises:
+        SettingError: The example has no tensors, or reaches no covered weight of a Linear or a convolution.
+    """
+    with inference():
+        work = Acceleration.of(copy.deepcopy(model).eval(), Example.of(example_input), Settings())
+        names = _names(model, work, entries)
+        if not names:
+            raise SettingError(
+                "no layer can be measured for speedup: the example reaches no covered weight of a Linear, Conv1d or "
+                "Conv2d, so cover some or give another example"
+            )
+        covered: dict[nn.Module, PlanEntry] = {layer: entries[name] for layer, name in names.items()}
+        n_bytes = sum(p.numel() * p.element_size() for p in work.root.parameters())
+        bench = Bench(work.calls, covered, work.clock, work.settings.min_gain, n_bytes)
+        n_kinds = len({bench.kind(layer) for layer in _measurable(work)})
+        for layer in _measurable(work):
+            n_known = len(bench.known)
+            bench.measure(layer)
+            if len(bench.known) > n_known:
+                say(f"measured {len(bench.known)} of {n_kinds} kinds of layers, {describe(layer)}")
+        times = _whole(work, bench, names)
+        say(f"measured the whole network: its best dense form takes {1e3 * times.dense:.3g} ms")
+        return times
+
+
+def fit(sums: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:
+    """Return the rest and the scale with the least squares of ``rest + scale * sum - total``.
+
+    The rest is not negative, and the scale is within ``SCALES``.
+
+    Example:
+        >>> fit([1.0, 2.0, 3.0], [2.5, 4.0, 5.5])
+        (1.0, 1.5)
+    """
+    x, y = fmean(sums), fmean(totals)
+    variance = sum((s - x) ** 2 for s in sums)
+    scale = sum((s - x) * (t - y) for s, t in zip(sums, totals, strict=True)) / variance if variance > 0 else 1.0
+    if y < scale * x:  # the best line through zero
+        scale = sum(s * t for s, t in zip(sums, totals, strict=True)) / sum(s * s for s in sums)
+    scale = min(max(scale, SCALES[0]), SCALES[1])
+    return max(0.0, y - scale * x), scale
+
+
+def _measurable(work: Acceleration) -> list[Layer]:
+    return [layer for layer in work.layers.values() if not left_alone(layer, work.calls.get(layer))]
+
+
+def _names(model: nn.Module, work: Acceleration, entries: Mapping[str, PlanEntry]) -> dict[Layer, str]:
+    """Return the name of the covered weight of each layer that can be measured; layers may share a weight."""
+    first = {id(parameter): name for name, parameter, _ in named_weights(model)}
+    places = {clean_name(n): first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    measurable, names = set(_measurable(work)), {}
+    for path, layer in work.layers.items():
+        name = places.get(clean_name(f"{path}.weight" if path else "weight"), "")
+        if name in entries and layer in measurable:
+            names[layer] = name
+    return names
+
+
+def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> NetworkTimes:
+    """Time whole networks, and return the times of the layers, scaled to fit."""
+    forms = dense_forms(work.source, work.root, work.example)
+    times = race(_tasks(forms), work.clock, NETWORK_TIMING)
+    best = min(times, key=lambda form: median(times[form]))
+    sums, tasks = [], {best: forms[best]}
+    for level in LEVELS:
+        root, seconds = _at_level(work, bench, names, level)
+        sums.append(seconds)
+        tasks |= {f"{level} {form}": network for form, network in fast_forms(root, work.example).items()}
+    raced = race(_tasks(tasks), work.clock, NETWORK_TIMING, keep=list(tasks))
+    dense, gains = median(raced[best]), {form: gain(raced[best], ts) for form, ts in raced.items()}
+    totals = [dense / max(g for form, g in gains.items() if form.startswith(f"{level} ")) for level in LEVELS]
+    rest, scale = fit(sums, totals)
+    layers: dict[str, LayerTimes] = {}
+    for layer, name in names.items():
+        found = bench.measure(layer)
+        curves = tuple(_scaled(curve, scale) for curve in found.curves)
+        seconds = scale * found.fixed
+        layers[name] = _sum(layers[name], seconds, curves) if name in layers else LayerTimes(seconds, curves)
+    return NetworkTimes(dense, rest, layers)
+
+
+def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], level: float) -> tuple[Root, float]:
+    """Return a copy of the network with this share of all blocks pruned, and the seconds that its layers took alone."""
+    root = copy.deepcopy(work.root)
+    twins = dict(zip(work.root.modules(), root.modules(), strict=True))
+    total = 0.0
+    for layer in _measurable(work):
+        found, structure = bench.measure(layer), None
+        seconds = found.dense
+        if layer in names:
+            seconds, structure = _choice(bench, layer, level)
+            total += seconds
+        module = bench.kernel(layer, structure) if structure and seconds < found.dense else None
+        if module is None and found.form != "dense":
+            module = KERNELS[found.form](layer, (1, 1), work.calls[layer].inputs[0])
+        if module is not None:
+            replace_module(root, twins[layer], module)
+    return root, total
+
+
+def _choice(bench: Bench, layer: Layer, level: float) -> tuple[float, Structure]:
+    """Return the seconds and the structure of a layer with this share of its blocks pruned."""
+    found, entry = bench.measure(layer), bench.entries[layer]
+    if not is_open(entry) or not found.curves:
+        return found.fixed, entry.structure
+    curve = min(found.curves, key=lambda curve: curve.at(level))
+    return curve.at(level), at_share(entry, curve.block_shape, level, curve.is_unified)
+
+
+def _scaled(curve: Curve, scale: float) -> Curve:
+    return Curve(curve.block_shape, curve.prune_ratios, tuple(scale * s for s in curve.seconds), curve.is_unified)
+
+
+def _sum(times: LayerTimes, seconds: float, curves: Sequence[Curve]) -> LayerTimes:
+    """Return the times of a weight that belongs to one layer more: its choices are those that all its layers have."""
+    more = {(curve.block_shape, curve.is_unified): curve.seconds for curve in curves}
+    both = [
+        Curve(c.block_shape, c.prune_ratios, tuple(a + b for a, b in zip(c.seconds, other, strict=True)), c.is_unified)
+        for c in times.curves
+        if (other := more.get((c.block_shape, c.is_unified)))
+    ]
+    return LayerTimes(times.seconds + seconds, tuple(both))
+
+
+def _tasks(forms: Mapping[str, Form]) -> dict[str, Callable[[], object]]:
+    return {name: lambda form=form: form[1](form[0]) for name, form in forms.items()}  # type: ignore[misc]
