@@ -140,12 +140,15 @@ def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path
         (("unpack", path, tmp_path / "model.pt", "--max-bytes", "10"), "at most max_bytes=10 are allowed"),
         (("pack", __file__, tmp_path / "x.muws"), "cannot be read as tensors"),
         (("pack", tmp_path / "none.pt", tmp_path / "x.muws"), f"{tmp_path / 'none.pt'}: No such file"),
-        (("pack", tmp_path / "folder", tmp_path / "x.muws"), f"{tmp_path / 'folder'}: Is a directory"),
+        (
+            ("pack", tmp_path / "folder", tmp_path / "x.muws"),
+            f"{tmp_path / 'folder'} is a folder without a safetensors",
+        ),
         (("pack", path, tmp_path / "folder"), "cannot be written"),
         (("pack", path, nowhere / "x.muws"), "cannot be written"),
         (("pack", path, tmp_path / "x.muws", "--max-error", "nan"), "max_error=nan is not allowed"),
         (("diff", path, __file__), "cannot be read as tensors"),
-        (("diff", path, tmp_path / "folder"), f"{tmp_path / 'folder'}: Is a directory"),
+        (("diff", path, tmp_path / "folder"), f"{tmp_path / 'folder'} is a folder without a safetensors"),
     ):
         code, out, err = run(capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1), words

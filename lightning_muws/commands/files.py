@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_muws.artifact.container import replacing
 from lightning_muws.artifact.load import MAX_BYTES, inspect_compressed, load_compressed, verify_compressed
 from lightning_muws.artifact.save import save_compressed
-from lightning_muws.artifact.source import plain, read_state
+from lightning_muws.artifact.source import Stored, read_state
 from lightning_muws.commands.output import BAD, DONE, progress, say, say_json
 from lightning_muws.errors import SettingError
 from lightning_muws.tables import Column, Table, terminal_width
@@ -169,7 +169,8 @@ def _safetensors(state: Mapping[str, Tensor], target: Path) -> bytes:
 def diff(options: argparse.Namespace) -> int:
     """Compare the tensors of two files, bit for bit."""
     one, other = (_tensors(path, options) for path in (options.one, options.other))
-    rows = [(name, *_difference(one.get(name), other.get(name))) for name in {**one, **other}]
+    names = {**one, **other}
+    rows = [(name, *_difference(one.get(name), other.get(name))) for name in names]
     different = [row for row in rows if row[1]]
     if options.json:
         found = [{"name": name, "difference": what, "max_error": error} for name, what, error in different]
@@ -186,23 +187,22 @@ def diff(options: argparse.Namespace) -> int:
     return BAD if different else DONE
 
 
-def _tensors(path: Path, options: argparse.Namespace) -> Mapping[str, Tensor]:
-    if path.suffix == ".muws":
-        with progress("reading", options.json) as update:
-            return load_compressed(path, max_bytes=options.max_bytes, progress=update)
-    return read_state(path).tensors
+def _tensors(path: Path, options: argparse.Namespace) -> Mapping[str, Stored]:
+    with progress("reading", options.json) as update:
+        return read_state(path, options.max_bytes, update).tensors
 
 
-def _difference(a: Tensor | None, b: Tensor | None) -> tuple[str, float | None]:
+def _difference(a: Stored | None, b: Stored | None) -> tuple[str, float | None]:
     """Return how two tensors differ, empty if they do not, and the largest difference of their values."""
     if a is None or b is None:
         return f"only in the {'other' if a is None else 'first'}", None
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}", None
-    if torch.equal(*(plain(x).reshape(-1).view(torch.uint8) for x in (a, b))):
+    one, other = a.read(), b.read()
+    if torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (one, other))):
         return "", 0.0
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    largest = float((a.to(wide) - b.to(wide)).abs().max())
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    largest = float((one.to(wide) - other.to(wide)).abs().max())
     return ("values", largest) if math.isfinite(largest) else ("values, not all finite", None)
 
 
