@@ -8,7 +8,7 @@ codes each tensor; the size of the real file corrects the price, until a file is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,32 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.load import MAX_BYTES, Progress
-from lightning_muws.artifact.precision import Candidate, Offer, Offering, allowed_forms, candidate, fit
+from lightning_muws.artifact.precision import (
+    AIM,
+    Candidate,
+    Offer,
+    Offering,
+    allowed_forms,
+    candidate,
+    estimated_bytes,
+    fit,
+)
 from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.save import check_manifest, check_place, grid_chooser
 from lightning_muws.artifact.source import Source, Stored, read_state
 from lightning_muws.artifact.streams import slabs
 from lightning_muws.artifact.values import STEPS, Form
 from lightning_muws.artifact.writer import Draft, Drafts
+from lightning_muws.errors import SettingError
 from lightning_muws.structure.budget import Bounds, Layer, measure
-from lightning_muws.structure.cost import TENSOR_BYTES, check_compression, sample, table_bits
+from lightning_muws.structure.cost import TENSOR_BYTES, check_compression, sample, search, table_bits
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.tables import Column, Table, Tabular
 
 BLOCK_SHAPES = ((4, 4), (1, 8))  # tried for each weight
+WORTH = 0.97  # a tensor is cut if that costs less than this share of rounding alone: the estimates are that good
 MEASURED = 1 << 14  # blocks of a weight that are measured, spread over its rows
 
 
@@ -175,7 +186,7 @@ def compress_file(
     owned = {x.key: name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
     dense_bytes = sum(state.tensors[name].nbytes for name in owned.values())
     allowed, grids = allowed_forms(source, state, "all"), dict[str, "BlockGrid | None"]()
-    found, energies, others = dict[str, Offering](), dict[str, float](), 0
+    found, energies, others = dict[str, _Best](), dict[str, float](), 0
     for name in owned.values():
         stored = state.tensors[name]
         if not stored.is_cuttable:
@@ -186,7 +197,7 @@ def compress_file(
         plain = candidate(x, grids[name], allowed.get(name, ()))
         energies[name] = _energy(x)
         cuts = [_cut(name, x, shape, plain) for shape in shapes] if name in state.weights and plain.unit else []
-        found[name] = _Best((plain, *(cut for cut in cuts if cut)))
+        found[name] = _Best(plain, tuple(cut for cut in cuts if cut))
     with Drafts(path, own, progress) as drafts:
         n_files = 0
 
@@ -200,20 +211,49 @@ def compress_file(
             draft = drafts.code(replace(state, tensors=tensors), lambda name, x: cut[name], forms)
             return draft.n_bytes, draft
 
-        draft = fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
+        draft = _fitted(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
         report = draft.put(path, is_lossy=True)
     return _report(report, draft, energies, n_files)
 
 
+def _fitted(
+    found: Mapping[str, _Best],
+    other_bytes: float,
+    dense_bytes: int,
+    compression: float,
+    encode: Callable[[Mapping[str, Offer]], tuple[int, Draft]],
+) -> Draft:
+    """Return the largest file that is so many times smaller than its tensors.
+
+    Which weights are cut is settled at the estimated price: the size would jump where a large weight changes its mind.
+    """
+    price = search(lambda price: estimated_bytes(found, other_bytes, price), dense_bytes / compression / AIM)
+    try:
+        return fit({n: one.at(price) for n, one in found.items()}, other_bytes, dense_bytes, compression, encode)
+    except SettingError:  # out of reach with these
+        return fit(found, other_bytes, dense_bytes, compression, encode)
+
+
 @dataclass(frozen=True)
 class _Best:
-    """The cheapest of several offers for a tensor."""
+    """A tensor that stays as it is, or is cut in one of several ways if that is clearly cheaper."""
 
-    offerings: tuple[Offering, ...]
+    plain: Candidate
+    cuts: tuple[_Cut, ...]
+
+    def at(self, multiplier: float) -> Offering:
+        """Return the one that costs least if a bit costs ``multiplier``."""
+        best: Offering = self.plain
+        least = WORTH * best.offer(multiplier).cost
+        for cut in self.cuts:
+            offer = cut.offer(multiplier)
+            if offer.structure and offer.cost < least:
+                best, least = cut, offer.cost
+        return best
 
     def offer(self, multiplier: float) -> Offer:
-        """Return the offer that costs least."""
-        return min((one.offer(multiplier) for one in self.offerings), key=lambda offer: offer.cost)
+        """Return the offer of the one that costs least."""
+        return self.at(multiplier).offer(multiplier)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,12 @@ def candidate(
     )
 
 
+def estimated_bytes(candidates: Mapping[str, Offering], other_bytes: float, multiplier: float) -> float:
+    """Return about how many bytes the file has if a bit costs ``multiplier``."""
+    n_bits = math.fsum(one.offer(multiplier).n_bits for one in candidates.values())
+    return file_bytes([other_bytes, n_bits / 8])
+
+
 def fit(
     candidates: Mapping[str, Offering],
     other_bytes: float,
@@ -204,8 +210,7 @@ def fit(
     limit = dense_bytes / compression
 
     def size(multiplier: float) -> float:
-        bits = math.fsum(one.offer(multiplier).n_bits for one in candidates.values())
-        return file_bytes([other_bytes, bits / 8])
+        return estimated_bytes(candidates, other_bytes, multiplier)
 
     def trial(multiplier: float) -> tuple[int, Coded]:
         return encode({name: one.offer(multiplier) for name, one in candidates.items()})
