@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lightning_muws
-from lightning_muws import load_compressed, save_compressed
+from lightning_muws import inspect_compressed, load_compressed, save_compressed
 from lightning_muws.artifact.manifest import DTYPES
 from lightning_muws.commands.main import main
 from lightning_muws.commands.output import progress
@@ -51,9 +51,9 @@ def test_verify(capsys, path):
     code, out, err = run(capsys, "verify", path)
     assert (code, out) == (1, "")
     assert err.startswith(f"muws: {path}: the header declares")
-    code, out, _ = run(capsys, "verify", path, "--json")
-    assert code == 1
-    assert "the header declares" in json.loads(out)["error"]
+    code, out, err = run(capsys, "verify", path, "--json")
+    assert (code, out) == (1, "")
+    assert "the header declares" in json.loads(err)["error"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -89,10 +89,29 @@ def test_pack_makes_a_file_that_is_as_much_smaller_as_requested(capsys, tmp_path
     assert json.loads(out)["compression_ratio"] >= 5
     assert 5 * (tmp_path / "m.muws").stat().st_size <= sum(x.nbytes for x in state.values())
     for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
-        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong)
+        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong, "--force")
         assert code == 2
         assert reason in err
-    assert "different ways" in run(capsys, *words[:-1], "--max-error", "0.1")[2]
+    assert "different ways" in run(capsys, *words[:-1], "--force", "--max-error", "0.1")[2]
+
+
+def test_compress_writes_a_checkpoint_in_the_size_asked_for(capsys, tmp_path):
+    state = {"weight": normal(0, 64, 64, dtype=torch.float32), "bias": normal(1, 64, dtype=torch.float32)}
+    save_file(state, tmp_path / "m.safetensors")
+    words = ("compress", tmp_path / "m.safetensors", tmp_path / "m.muws", "--compression", "5", "--force")
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert "mean over the weights" in out
+    assert 5 <= sum(x.nbytes for x in state.values()) / (tmp_path / "m.muws").stat().st_size <= 5.25
+    code, out, _ = run(capsys, *words, "--json", "--block", "2x4", "--extra", '{"accuracy": 0.9}')
+    report = json.loads(out)
+    assert code == 0
+    assert 0 < report["relative_error"] < 0.01
+    assert inspect_compressed(tmp_path / "m.muws").extra == {"accuracy": 0.9}
+    for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
+        code, _, err = run(capsys, *words[:-2], wrong, "--force")
+        assert code == 2
+        assert reason in err
 
 
 def test_pack_takes_the_weights_of_a_lightning_checkpoint(capsys, tmp_path):
@@ -136,7 +155,7 @@ def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path
         (("verify", tmp_path / "none.muws"), f"{tmp_path / 'none.muws'}: No such file"),
         (("inspect", __file__), "this is no .muws file"),
         (("unpack", path, tmp_path / "model.onnx"), "give a name that ends in .safetensors, .pt or .pth"),
-        (("unpack", path, nowhere / "model.pt"), f"{nowhere / 'model.pt'} cannot be written: give a file in a folder"),
+        (("unpack", path, nowhere / "model.pt"), f"{nowhere / 'model.pt'} cannot be written"),
         (("unpack", path, tmp_path / "model.pt", "--max-bytes", "10"), "at most max_bytes=10 are allowed"),
         (("pack", __file__, tmp_path / "x.muws"), "cannot be read as tensors"),
         (("pack", tmp_path / "none.pt", tmp_path / "x.muws"), f"{tmp_path / 'none.pt'}: No such file"),
@@ -156,8 +175,8 @@ def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path
         assert "Errno" not in err, words
         assert says in err
         code, out, err = run(capsys, *words, "--json")
-        assert (code, err) == (2, "")
-        assert says in json.loads(out)["error"]
+        assert (code, out) == (2, "")
+        assert says in json.loads(err)["error"]
     assert {p.name for p in tmp_path.iterdir()} == {"model.muws", "folder"}
     with pytest.raises(SystemExit) as ended:
         main(["pack", "a", "b", "--block", "4"])
@@ -179,7 +198,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"muws {lightning_muws.__version__}\n"
 
 
-COMMANDS = st.sampled_from(["inspect", "verify", "pack", "unpack", "diff", "bench"])
+COMMANDS = st.sampled_from(["inspect", "verify", "pack", "compress", "unpack", "diff", "bench"])
 FILES = ["model.muws", "model.pt", "none.muws", "none.pt", ".", "", "\udc80", "x" * 300]
 OPTIONS = ["--json", "--block=4", "--max-error=nan", "--max-error=-1", "--max-bytes=-1", "--relative-to", "--lossy=no"]
 OPTIONS += [

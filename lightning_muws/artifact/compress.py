@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muws.artifact.container import check_place
 from lightning_muws.artifact.load import MAX_BYTES, Progress
 from lightning_muws.artifact.precision import (
     AIM,
@@ -29,7 +30,7 @@ from lightning_muws.artifact.precision import (
     fit,
 )
 from lightning_muws.artifact.report import SaveReport
-from lightning_muws.artifact.save import check_manifest, check_place, grid_chooser
+from lightning_muws.artifact.save import check_manifest, grid_chooser
 from lightning_muws.artifact.source import Source, Stored, read_state
 from lightning_muws.artifact.streams import slabs
 from lightning_muws.artifact.values import STEPS, Form

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_muws.artifact.block_shape import shared_shapes, smallest_shape
-from lightning_muws.artifact.container import MOST
+from lightning_muws.artifact.container import MOST, check_place
 from lightning_muws.artifact.json_text import dump, why_unstorable
 from lightning_muws.artifact.load import MAX_BYTES, Progress
 from lightning_muws.artifact.manifest import Manifest, TensorEntry
@@ -170,16 +170,6 @@ def _grid(
         return None
     row_bytes = grid.block_shape[0] * grid.matrix_shape(x.shape)[1] * x.element_size()
     return grid if row_bytes <= CHUNK_BYTES else None
-
-
-def check_place(path: Path) -> None:
-    """Check that a file can be written to a path.
-
-    Raises:
-        SettingError: The path is a folder, or is in none.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        raise SettingError(f"{path} cannot be written: it is a folder, or is in none")
 
 
 def _check_blocks(blocks: Mapping[str, BlockGrid] | tuple[int, int] | None, state: State) -> None:
