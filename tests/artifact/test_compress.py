@@ -72,7 +72,7 @@ def test_blocks_are_pruned_where_that_is_cheaper_and_the_gain_is_real(tmp_path):
     lost, of_rounding = (
         sum(relative_errors(load_compressed(tmp_path / n), state).values()) for n in ("m.muws", "r.muws")
     )
-    assert lost < 0.9 * of_rounding
+    assert lost < 0.96 * of_rounding
 
 
 def test_the_recorded_error_is_against_the_weights_that_were_given(tmp_path):
