@@ -116,7 +116,9 @@ def _torch_save(state: Mapping[str, Tensor], file: IO[bytes]) -> None:
 
 def _safetensors(state: Mapping[str, Tensor], target: Path) -> bytes:
     if "__metadata__" in state:
-        raise SettingError(f"{target} cannot be written: no tensor in it can be named '__metadata__'; give a .pt file")
+        raise SettingError(
+            f"{target} cannot be written: no tensor in it can be named '__metadata__'; give a name that ends in .pt"
+        )
     try:
         # safetensors refuses tensors that share memory: each gets a copy
         return save({name: x.clone() for name, x in state.items()})
