@@ -242,7 +242,7 @@ def check_place(path: Path) -> None:
             f"{path} cannot be written: it is a folder, or is in none: give a file in a folder that exists"
         )
     if path.exists() and not path.is_file():
-        raise SettingError(f"{path} cannot be written: it is a device or a pipe; give the name of a file")
+        raise SettingError(f"{path} cannot be written: it is a device or a pipe: give the name of a file")
 
 
 @contextlib.contextmanager
