@@ -9,14 +9,15 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack bench bench-size bench-drop sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-drop sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
 	@echo "make docs    build the documentation into site/"
-	@echo "make attack  damage files in 10,000 ways, and kill a writing process 200 times (2 minutes)"
+	@echo "make attack  damage files in 10,000 ways and sources in 8,000, and kill a writing process 200 times (4 minutes)"
+	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
@@ -51,7 +52,11 @@ docs: $(READY)
 
 attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_file 10000
+	$(ENV) $(BIN)/python -m tests.support.fuzz_sources 2000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
+
+memory: $(READY)
+	$(ENV) $(BIN)/python -m tests.support.peak_memory 384
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "zstandard and zipnn are missing: file sizes are not compared with theirs"

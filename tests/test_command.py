@@ -6,18 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lightning_muws
-from lightning_muws import load_compressed, save_compressed
+from lightning_muws import inspect_compressed, load_compressed, save_compressed
 from lightning_muws.artifact.manifest import DTYPES
 from lightning_muws.commands.main import main
+from lightning_muws.commands.options import size
 from lightning_muws.commands.output import progress
 from tests.support.forge import small_model
 from tests.support.strategies import normal, same_bytes
@@ -51,9 +53,9 @@ def test_verify(capsys, path):
     code, out, err = run(capsys, "verify", path)
     assert (code, out) == (1, "")
     assert err.startswith(f"muws: {path}: the header declares")
-    code, out, _ = run(capsys, "verify", path, "--json")
-    assert code == 1
-    assert "the header declares" in json.loads(out)["error"]
+    code, out, err = run(capsys, "verify", path, "--json")
+    assert (code, out) == (1, "")
+    assert "the header declares" in json.loads(err)["error"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -89,10 +91,29 @@ def test_pack_makes_a_file_that_is_as_much_smaller_as_requested(capsys, tmp_path
     assert json.loads(out)["compression_ratio"] >= 5
     assert 5 * (tmp_path / "m.muws").stat().st_size <= sum(x.nbytes for x in state.values())
     for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
-        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong)
+        code, _, err = run(capsys, "pack", tmp_path / "m.pt", tmp_path / "m.muws", "--compression", wrong, "--force")
         assert code == 2
         assert reason in err
-    assert "different ways" in run(capsys, *words[:-1], "--max-error", "0.1")[2]
+    assert "different ways" in run(capsys, *words[:-1], "--force", "--max-error", "0.1")[2]
+
+
+def test_compress_writes_a_checkpoint_in_the_size_asked_for(capsys, tmp_path):
+    state = {"weight": normal(0, 64, 64, dtype=torch.float32), "bias": normal(1, 64, dtype=torch.float32)}
+    save_file(state, tmp_path / "m.safetensors")
+    words = ("compress", tmp_path / "m.safetensors", tmp_path / "m.muws", "--compression", "5", "--force")
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert "mean over the weights" in out
+    assert 5 <= sum(x.nbytes for x in state.values()) / (tmp_path / "m.muws").stat().st_size <= 5.25
+    code, out, _ = run(capsys, *words, "--json", "--block", "2x4", "--extra", '{"accuracy": 0.9}')
+    report = json.loads(out)
+    assert code == 0
+    assert 0 < report["relative_error"] < 0.01
+    assert inspect_compressed(tmp_path / "m.muws").extra == {"accuracy": 0.9}
+    for wrong, reason in (("1", "give a finite number above 1"), ("5000", "this model allows")):
+        code, _, err = run(capsys, *words[:-2], wrong, "--force")
+        assert code == 2
+        assert reason in err
 
 
 def test_pack_takes_the_weights_of_a_lightning_checkpoint(capsys, tmp_path):
@@ -136,16 +157,19 @@ def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path
         (("verify", tmp_path / "none.muws"), f"{tmp_path / 'none.muws'}: No such file"),
         (("inspect", __file__), "this is no .muws file"),
         (("unpack", path, tmp_path / "model.onnx"), "give a name that ends in .safetensors, .pt or .pth"),
-        (("unpack", path, nowhere / "model.pt"), f"{nowhere / 'model.pt'} cannot be written: give a file in a folder"),
+        (("unpack", path, nowhere / "model.pt"), f"{nowhere / 'model.pt'} cannot be written"),
         (("unpack", path, tmp_path / "model.pt", "--max-bytes", "10"), "at most max_bytes=10 are allowed"),
         (("pack", __file__, tmp_path / "x.muws"), "cannot be read as tensors"),
         (("pack", tmp_path / "none.pt", tmp_path / "x.muws"), f"{tmp_path / 'none.pt'}: No such file"),
-        (("pack", tmp_path / "folder", tmp_path / "x.muws"), f"{tmp_path / 'folder'}: Is a directory"),
+        (
+            ("pack", tmp_path / "folder", tmp_path / "x.muws"),
+            f"{tmp_path / 'folder'} is a folder without a safetensors",
+        ),
         (("pack", path, tmp_path / "folder"), "cannot be written"),
         (("pack", path, nowhere / "x.muws"), "cannot be written"),
         (("pack", path, tmp_path / "x.muws", "--max-error", "nan"), "max_error=nan is not allowed"),
         (("diff", path, __file__), "cannot be read as tensors"),
-        (("diff", path, tmp_path / "folder"), f"{tmp_path / 'folder'}: Is a directory"),
+        (("diff", path, tmp_path / "folder"), f"{tmp_path / 'folder'} is a folder without a safetensors"),
     ):
         code, out, err = run(capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1), words
@@ -153,8 +177,8 @@ def test_a_failure_has_its_own_exit_code_and_one_sentence(capsys, path, tmp_path
         assert "Errno" not in err, words
         assert says in err
         code, out, err = run(capsys, *words, "--json")
-        assert (code, err) == (2, "")
-        assert says in json.loads(out)["error"]
+        assert (code, out) == (2, "")
+        assert says in json.loads(err)["error"]
     assert {p.name for p in tmp_path.iterdir()} == {"model.muws", "folder"}
     with pytest.raises(SystemExit) as ended:
         main(["pack", "a", "b", "--block", "4"])
@@ -176,7 +200,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"muws {lightning_muws.__version__}\n"
 
 
-COMMANDS = st.sampled_from(["inspect", "verify", "pack", "unpack", "diff", "bench", "sensitivity"])
+COMMANDS = st.sampled_from(["inspect", "verify", "pack", "compress", "unpack", "diff", "bench", "sensitivity"])
 FILES = ["model.muws", "model.pt", "none.muws", "none.pt", ".", "", "\udc80", "x" * 300]
 OPTIONS = ["--json", "--block=4", "--max-error=nan", "--max-error=-1", "--max-bytes=-1", "--relative-to", "--lossy=no"]
 OPTIONS += [
@@ -346,3 +370,185 @@ def test_it_is_a_module_too_and_needs_no_lightning(path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout == f"{path}: ok, 7 tensors\n"
+
+
+# ---- standard input, several files, sizes, and files that exist
+
+
+def piped(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_dash_is_standard_input(capsys, monkeypatch, path, tmp_path):
+    state = load_compressed(path)
+    for words in (("inspect", "-"), ("inspect", "-", "--json"), ("verify", "-"), ("verify", "-", "--json")):
+        piped(monkeypatch, path.read_bytes())
+        code, out, err = run(capsys, *words)
+        assert (code, err) == (0, "")
+        assert "standard input" in out
+    piped(monkeypatch, path.read_bytes())
+    assert run(capsys, "diff", "-", path)[:2] == (0, "7 tensors, all equal bit for bit\n")
+    for suffix in (".pt", ".safetensors"):
+        piped(monkeypatch, path.read_bytes())
+        assert run(capsys, "unpack", "-", tmp_path / f"m{suffix}")[0] == 0
+    for source in (path, tmp_path / "m.pt", tmp_path / "m.safetensors"):
+        piped(monkeypatch, source.read_bytes())
+        assert run(capsys, "pack", "-", tmp_path / "again.muws", "--force")[0] == 0
+        assert all(same_bytes(x, state[name]) for name, x in load_compressed(tmp_path / "again.muws").items())
+
+
+def test_standard_input_is_refused_by_that_name_and_no_copy_is_left(capsys, monkeypatch, path, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    for words, data, says in (
+        (("verify", "-"), path.read_bytes()[:-1], "muws: standard input: the header declares"),
+        (("inspect", "-"), b"", "muws: standard input: this is no .muws file"),
+        (("pack", "-", tmp_path / "n.muws"), b"no", "muws: standard input cannot be read as tensors"),
+        (("verify", "-", "--max-bytes", "1KB"), path.read_bytes(), "muws: standard input has more than 1,000 bytes"),
+    ):
+        piped(monkeypatch, data)
+        code, out, err = run(capsys, *words)
+        assert code in (1, 2)
+        assert (out, err[: len(says)]) == ("", says)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(capsys, "inspect", "-")[2] == "muws: standard input is closed: give a file\n"
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_several_files_are_verified_and_the_worst_decides(capsys, path, tmp_path):
+    bad, none = tmp_path / "bad.muws", tmp_path / "none.muws"
+    bad.write_bytes(path.read_bytes()[:-1])
+    code, out, err = run(capsys, "verify", path, bad, path)
+    assert (code, out) == (1, f"{path}: ok, 7 tensors\n" * 2)
+    assert err.startswith(f"muws: {bad}: the header declares")
+    code, out, err = run(capsys, "verify", bad, none, path, "--json")
+    found = json.loads(out)
+    assert (code, err) == (2, "")
+    assert [about["ok"] for about in found] == [False, False, True]
+    assert "No such file" in found[1]["error"]
+    assert run(capsys, "verify", path, path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1000", 1000),
+        ("8GB", 8 * 10**9),
+        ("8GiB", 8 << 30),
+        ("1.5k", 1500),
+        ("2 MiB", 2 << 20),
+        ("0b", 0),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes_have_units(text, n_bytes):
+    assert size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "-1", "8XB", "GB", "1e9", "nan", "8 G B", "0x10", "1" * 30])
+def test_a_size_that_is_none_is_one_sentence(capsys, text):
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "a", f"--max-bytes={text}"])
+    assert ended.value.code == 2
+    assert f"{text!r} is not allowed: give a number of bytes, such as 500MB or 16GiB\n" in capsys.readouterr().err
+
+
+def test_pack_has_the_limit_of_the_others(capsys, path, tmp_path):
+    code, _, err = run(capsys, "pack", path, tmp_path / "n.muws", "--max-bytes", "10B")
+    assert (code, "at most max_bytes=10 are allowed" in err) == (2, True)
+
+
+def test_a_file_that_exists_is_replaced_only_with_force(capsys, path, tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    for words in (("pack", tmp_path / "m.pt", path), ("unpack", path, tmp_path / "m.pt"),
+                  ("compress", tmp_path / "m.pt", path, "--compression", "2")):  # fmt: skip
+        before = Path(words[2]).read_bytes()
+        code, out, err = run(capsys, *words)
+        assert (code, out) == (2, "")
+        assert err == f"muws: {words[2]} exists: give another name, or --force to replace it\n"
+        assert Path(words[2]).read_bytes() == before
+    assert run(capsys, "pack", tmp_path / "m.pt", path, "-f")[0] == 0
+    assert list(load_compressed(path)) == ["w"]
+
+
+def test_what_is_written_is_a_muws_file_and_never_the_file_that_is_read(capsys, path, tmp_path):
+    before = path.read_bytes()
+    (tmp_path / "link.muws").symlink_to(path)
+    for target in (path, tmp_path / "link.muws", tmp_path / "." / path.name):
+        code, out, err = run(capsys, "pack", path, target, "--force", "--max-error", "0.1")
+        assert (code, out, "is the file that is read: give another name" in err) == (2, "", True)
+    for target in (tmp_path / "out.safetensors", tmp_path / "out.pt", tmp_path / "out"):
+        code, out, err = run(capsys, "pack", path, target)
+        assert (code, out) == (2, "")
+        assert err == f"muws: {target} is not allowed: give a name that ends in .muws\n"
+        assert not target.exists()
+    assert path.read_bytes() == before
+
+
+def test_pack_keeps_extra_and_takes_another(capsys, tmp_path):
+    a, b = tmp_path / "a.muws", tmp_path / "b.muws"
+    save_compressed({"w": torch.ones(4, 4)}, a, extra={"accuracy": 0.9})
+    assert run(capsys, "pack", a, b)[0] == 0
+    assert b.read_bytes() == a.read_bytes()
+    assert run(capsys, "pack", a, b, "--force", "--extra", '{"labels": ["x"]}')[0] == 0
+    assert inspect_compressed(b).extra == {"labels": ["x"]}
+    for wrong in ("[1]", "{", "[" * 100_000):
+        with pytest.raises(SystemExit):
+            main(["pack", str(a), str(b), "--extra", wrong])
+        assert "give an object" in capsys.readouterr().err
+    assert "nan, only finite numbers" in run(capsys, "pack", a, b, "-f", "--extra", '{"a": NaN}')[2]
+
+
+# ---- names of a stranger, and output that cannot be written
+
+
+def test_names_reach_the_terminal_as_escapes(capsys, tmp_path):
+    state = {"[/red]x": torch.ones(1), "[bold]y": torch.ones(1), "\x1b[31mz": torch.ones(1), "\ud800": torch.ones(1)}
+    a, b = tmp_path / "a.muws", tmp_path / "b\x1b[2J.muws"
+    save_compressed(state, a)
+    save_compressed({"other\x07": torch.ones(1)}, b)
+    save_compressed({"w\x1b[0m": torch.ones(2)}, tmp_path / "same.pt.muws")
+    for words in (("inspect", a), ("inspect", b), ("diff", a, b), ("verify", b), ("verify", tmp_path / "\x1b.muws"),
+                  ("pack", b, tmp_path / "c\x1b.muws"), ("unpack", b, tmp_path / "d\x1b.pt")):  # fmt: skip
+        _, out, err = run(capsys, *words)
+        assert out + err
+        assert all(c.isprintable() for c in (out + err).replace("\n", "")), words
+    out = run(capsys, "inspect", a)[1]
+    assert all(name in out for name in ("[/red]x", "[bold]y", r"\x1b[31mz", r"\ud800"))
+
+
+def test_a_name_that_safetensors_cannot_hold_is_one_sentence(capsys, tmp_path):
+    for name in ("__metadata__", "\ud800"):
+        save_compressed({name: torch.ones(1)}, tmp_path / "m.muws")
+        code, out, err = run(capsys, "unpack", tmp_path / "m.muws", tmp_path / "m.safetensors")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "give a name that ends in .pt" in err
+        assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is of POSIX")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(capsys, suffix, tmp_path):
+    import resource
+
+    save_compressed({"w": torch.zeros(100_000)}, tmp_path / "m.muws")
+    target = tmp_path / f"m{suffix}"
+    target.write_bytes(b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        code, out, err = run(capsys, "unpack", tmp_path / "m.muws", target, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "File too large" in err
+    assert target.read_bytes() == b"before"
+    assert {p.name for p in tmp_path.iterdir()} == {"m.muws", target.name}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full device is of Linux")
+def test_output_that_cannot_be_written_is_one_sentence(path):
+    command = f"{sys.executable} -m lightning_muws inspect {path} > /dev/full; echo $?; " \
+              f"{sys.executable} -m lightning_muws verify {path} >&- 2>&-; echo $?"  # fmt: skip
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    assert (done.stdout, done.stderr) == ("2\n0\n", "muws: No space left on device\n")

@@ -6,7 +6,7 @@ it takes the largest blocks that explain the structure, among other candidates, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.source import Stored
 from lightning_muws.artifact.streams import (
     DENSE,
     MIXED,
@@ -55,29 +56,29 @@ def smallest_shape(x: Tensor) -> Shape | None:
     return _smallest(np.concatenate(bands)[None])
 
 
-def shared_shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape | None]:
+def shared_shapes(tensors: Mapping[str, Stored]) -> dict[str, Shape | None]:
     """Return one block shape for all tiny tensors of a shape and dtype, where there are many; others are left out.
 
     To look at each one would take more time than all other work on it. Tensors without zeros and without equal
     neighbours have no blocks, and are looked at apart from the rest.
 
     Args:
-        tensors: Names, and tensors on any device.
+        tensors: By name.
     """
-    alike: dict[tuple[object, ...], list[tuple[str, Tensor]]] = {}
-    for name, x in tensors:
-        if x.ndim >= 2 and 0 < x.numel() <= TINY and x.is_floating_point() and x.element_size() > 1:
-            alike.setdefault((x.shape, x.dtype, x.device), []).append((name, x))
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, x in tensors.items():
+        if len(x.shape) >= 2 and 0 < x.shape.numel() <= TINY and x.is_cuttable:
+            alike.setdefault((x.shape, x.dtype), []).append(name)
     found: dict[str, Shape | None] = {}
     for group in alike.values():
         if len(group) < MANY:
             continue
-        u = bits(torch.stack([BlockGrid().matrix(x.detach()) for _, x in group]).cpu())
+        u = bits(torch.stack([BlockGrid().matrix(tensors[name].read()) for name in group]))
         is_plain = (u != 0).all((1, 2)) & ~_pairs(u, 1).any((1, 2)) & ~_pairs(u, 2).any((1, 2))
         for members in (is_plain, ~is_plain):
             if members.any():
                 shape = _smallest(u[members])
-                found |= {name: shape for (name, _), is_member in zip(group, members, strict=True) if is_member}
+                found |= {name: shape for name, is_member in zip(group, members, strict=True) if is_member}
     return found
 
 

@@ -34,6 +34,7 @@ from lightning_muws.artifact.streams import (
     unpack_signs,
 )
 from lightning_muws.artifact.values import WIDTHS, Form
+from lightning_muws.errors import FormatError
 from lightning_muws.structure.grid import BlockGrid
 
 ROLES = ("magnitudes", "free")
@@ -46,10 +47,21 @@ class Measured(NamedTuple):
     Args:
         counts: Its blocks: dense, unified, pruned.
         error: The largest ``|w - w'|``, from its decoded values.
+        distance: The sum of ``|w - w'|^2``.
     """
 
     counts: tuple[int, int, int]
-    error: float
+    error: float = 0.0
+    distance: float = 0.0
+
+    def __add__(self, other: Measured) -> Measured:  # type: ignore[override]
+        """Return what both pieces together have."""
+        a, b = self.counts, other.counts
+        error = max(self.error, other.error)
+        return Measured((a[0] + b[0], a[1] + b[1], a[2] + b[2]), error, self.distance + other.distance)
+
+
+NOTHING = Measured((0, 0, 0))
 
 
 @dataclass
@@ -63,45 +75,48 @@ class ChunkWriter:
     n_bytes: int = 0
     symbols: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # of the last piece
 
-    def add(self, entry: TensorEntry, units: Tensor) -> Measured:
+    def add(self, entry: TensorEntry, units: Tensor, original: Tensor | None = None) -> Measured:
         """Add a piece: the rows of the matrix that blocks lie on, or the elements of a flat tensor.
 
         Args:
             entry: The entry of the tensor.
             units: ``(n, cols)`` or ``(n,)``, on the CPU.
+            original: Units that the errors are measured against, if they are others.
         """
+        original = units if original is None else original
         self.symbols.clear()
         self.n_bytes += units.numel() * units.element_size()
         if entry.form is None:
             raw = units.contiguous().view(torch.uint8).numpy().reshape(len(units), -1)
-            self.other.append(np.ascontiguousarray(raw.T).reshape(-1))
+            raw = raw != 0 if units.dtype == torch.bool else raw  # a view of other bytes may have made a true of any
+            self.other.append(np.ascontiguousarray(raw.T).view(np.uint8).reshape(-1))
             self.symbols["other"] += raw.size
-            return Measured((0, 0, 0), 0.0)
+            return NOTHING
         if entry.grid is None:
-            error = self._free(entry.form, units, units.dtype)
-            return Measured((0, 0, 0), error)
-        counts, error = np.zeros(N_KINDS, np.int64), 0.0
-        covered = entry.grid.covered(units)
+            return self._free(entry.form, units, original)
+        counts, found = np.zeros(N_KINDS, np.int64), NOTHING
+        covered, before = entry.grid.covered(units), entry.grid.covered(original)
         for rows in slabs(len(covered), covered.shape[1], entry.block_rows) if covered.numel() else ():
             slab = covered[rows].contiguous()
             u = entry.form.patterns(slab, entry.grid.block_shape)
-            error = max(error, _error(entry.form, u, slab))
+            found += _errors(entry.form, u, slab, before[rows] if original is not units else slab)
             parts = split(u, entry.grid.block_shape)
             self._parts(entry.form, parts)
             counts += np.bincount(parts.kinds, minlength=N_KINDS)
-        for edge in entry.grid.edges(units):
-            error = max(error, self._free(entry.form, edge.reshape(-1), units.dtype))
-        return Measured(tally(counts), error)
+        for edge, old in zip(entry.grid.edges(units), entry.grid.edges(original), strict=True):
+            flat = edge.reshape(-1)
+            found += self._free(entry.form, flat, old.reshape(-1) if original is not units else flat)
+        return found._replace(counts=tally(counts))
 
-    def _free(self, form: Form, flat: Tensor, dtype: torch.dtype) -> float:
-        """Add values in no block, and return their error."""
-        error = 0.0
+    def _free(self, form: Form, flat: Tensor, original: Tensor) -> Measured:
+        """Add values in no block, and return their errors."""
+        found = NOTHING
         for part in slabs(len(flat), 1):
             x = flat[part].contiguous()
             u = form.patterns(x)
-            error = max(error, _error(form, u, x))
+            found += _errors(form, u, x, original[part] if original is not flat else x)
             self._add(f"free.{form.stored}", rotate(u))
-        return error
+        return found
 
     def _parts(self, form: Form, parts: Parts) -> None:
         self.kinds.append(parts.kinds)
@@ -132,12 +147,12 @@ class ChunkWriter:
             yield "other", np.concatenate(self.other)
 
 
-def _error(form: Form, u: Patterns, x: Tensor) -> float:
-    """Return the largest ``|w - w'|``, from the values that a reader would get."""
-    if form.stored == str(x.dtype).removeprefix("torch."):
-        return 0.0
-    apart = form.values(u, x.dtype).to(torch.float64) - x.to(torch.float64)
-    return float(apart.abs_().max()) if x.numel() else 0.0
+def _errors(form: Form, u: Patterns, x: Tensor, original: Tensor) -> Measured:
+    """Return how far the values that a reader would get are from the original ones."""
+    if not x.numel() or (original is x and form.stored == str(x.dtype).removeprefix("torch.")):
+        return NOTHING
+    apart = form.values(u, x.dtype).to(torch.float64) - original.to(torch.float64)
+    return Measured((0, 0, 0), float(apart.abs_().max()), float(apart.square_().sum()))
 
 
 class ChunkReader:
@@ -154,7 +169,7 @@ class ChunkReader:
     def __init__(self, pieces: list[Piece], read: Callable[[str, int], Bytes]) -> None:
         grids = [(piece.entry, *n_blocks(piece)) for piece in pieces if piece.entry.grid]
         n_kinds = sum(n for _, n, _ in grids)
-        self.kinds = unpack_kinds(read("kinds", -(-n_kinds // KINDS_A_BYTE)), n_kinds)
+        self.kinds = unpack_kinds(read("kinds", -(-n_kinds // KINDS_A_BYTE)), n_kinds, is_all=True)
         needed, at, n_signs = dict.fromkeys(ORDER, 0), 0, 0
         for entry, n, numel in grids:
             kinds, at = self.kinds[at : at + n], at + n
@@ -176,6 +191,8 @@ class ChunkReader:
         if entry.form is None:
             width = units.element_size()
             raw = self._take("other", self.other, len(units) * width).reshape(width, len(units))
+            if units.dtype == torch.bool and raw.max() > 1:
+                raise FormatError(f"{entry.name} has a bool of {raw.max()}, only 0 and 1 are allowed")
             units.view(torch.uint8).copy_(torch.from_numpy(np.array(raw.T, order="C")).reshape(-1))
         elif entry.grid is None:
             self._fill_free(entry.form, units)

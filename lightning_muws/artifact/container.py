@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import stat
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +18,18 @@ from typing import IO, Any
 
 from lightning_muws.artifact.codecs import inflate
 from lightning_muws.artifact.json_text import dump, parse
-from lightning_muws.errors import FormatError
+from lightning_muws.errors import FormatError, SettingError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "muws"
 VERSION = "1.0"
 MANIFEST = "manifest"
 MOST = 16 << 20  # bytes of a header or a manifest
+STALE_SECONDS = 60.0  # after which a temporary file that nobody has locked is that of a writer that was killed
 LOOKS_LIKE = {b"PK": "a zip archive, such as torch.save writes", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
 
 
@@ -223,12 +231,39 @@ def write(
     return 8 + len(header) + len(packed)
 
 
+def check_place(path: Path) -> None:
+    """Check that a file can be written to a path.
+
+    Raises:
+        SettingError: The path is a folder or in none, or what is there is no file, such as a device.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise SettingError(
+            f"{path} cannot be written: it is a folder, or is in none: give a file in a folder that exists"
+        )
+    if path.exists() and not path.is_file():
+        raise SettingError(f"{path} cannot be written: it is a device or a pipe: give the name of a file")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces ``path`` once it is complete and synced to the disk; removed on an error."""
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    """Open a temporary file that replaces ``path`` once it is complete and synced to the disk; removed on an error.
+
+    A link stays, and the file that it leads to is replaced. Temporary files of writers of this path that were killed
+    are removed.
+
+    Raises:
+        PermissionError: There is a file that nobody may write.
+    """
+    path = path.resolve()
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    start = f".muws-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+    _remove_stale(path.parent, start)
+    temporary = path.parent / f"{start}{secrets.token_hex(8)}.tmp"  # as short as that, whatever the name is
     try:
         with temporary.open("x+b") as file:  # with the mode that the umask gives
+            _lock(file)
             if path.exists():
                 temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             yield file
@@ -243,3 +278,24 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):  # some network file systems cannot; the file is in its place already
             os.fsync(folder)
         os.close(folder)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; return whether it was free. Where there are no locks, nothing is free."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(folder: Path, start: str) -> None:
+    """Remove temporary files whose writer is gone: they are old enough to be locked if it lived, and are not."""
+    for path in folder.glob(f"{start}*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                with path.open("rb") as file:
+                    if _lock(file):
+                        path.unlink()

@@ -16,11 +16,12 @@ from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
 from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
 from lightning_muws.artifact.entropy import Bytes
-from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry
+from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry, piece_bytes
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
 from lightning_muws.artifact.values import displayed
-from lightning_muws.errors import FormatError, MuwsError, StateError
+from lightning_muws.errors import FormatError, MuwsError, SettingError, StateError
+from lightning_muws.structure.grid import is_whole
 from lightning_muws.structure.plan import clean_name
 
 MAX_BYTES = 8 << 30
@@ -46,21 +47,38 @@ def load_compressed(
         into: A module to load it into as well; its names and shapes are compared before anything is decoded.
         max_bytes: The most bytes that all tensors together may take; a tiny file can rightly ask for very many.
         device: Where the tensors go.
-        progress: Called with the bytes done and all bytes.
+        progress: Called with the bytes done and all bytes. What it raises ends the call, and passes as it is.
 
     Returns:
         Each tensor by name, in the order of the model; shared ones are one tensor.
 
     Raises:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
+        SettingError: ``max_bytes`` is no whole number >= 0, or the device cannot be used.
         StateError: The file does not fit ``into``, which is unchanged.
     """
+    check_max_bytes(max_bytes)
+    _check_device(device)
+    state, _ = read_compressed(path, into, max_bytes=max_bytes, device=device, progress=progress)
+    return state
+
+
+def read_compressed(
+    path: str | Path,
+    into: nn.Module | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], Manifest]:
+    """Return what :func:`load_compressed` returns, and the manifest of the file."""
     with _opened(path) as (frame, manifest):
-        _check_size(manifest, max_bytes)
-        if into is not None:
-            _check_fit(manifest, into)
+        with _blaming(path):
+            _check_size(manifest, max_bytes)
+            if into is not None:
+                _check_fit(manifest, into)
         state: OrderedDict[str, Tensor] = OrderedDict()
-        for entry, tensor in _tensors(frame, manifest, progress):
+        for entry, tensor in _tensors(path, frame, manifest, progress):
             state[entry.name] = (
                 state[manifest.tensors[entry.same_as].name] if entry.same_as is not None else tensor.to(device)
             )
@@ -70,7 +88,7 @@ def load_compressed(
         mine = OrderedDict((name, state[clean_name(name)]) for name in into.state_dict())
         mine._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
         into.load_state_dict(mine)
-    return state
+    return state, manifest
 
 
 def inspect_compressed(path: str | Path) -> FileInfo:
@@ -97,49 +115,101 @@ def inspect_compressed(path: str | Path) -> FileInfo:
 def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
     """Decode a `.muws` file completely, check every checksum, and return what :func:`inspect_compressed` returns.
 
+    It takes the memory of one chunk of the file, at most 256 MiB of tensors, and not that of all tensors.
+
     Raises:
+        SettingError: ``max_bytes`` is no whole number >= 0.
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
     """
+    check_max_bytes(max_bytes)
     with _opened(path) as (frame, manifest):
-        _check_size(manifest, max_bytes)
-        for _ in _tensors(frame, manifest, progress):
-            pass
+        with _blaming(path):
+            _check_size(manifest, max_bytes)
+        done = 0
+        for _, units in _pieces(path, frame, manifest):
+            done += units.numel() * units.element_size()
+            if progress:
+                progress(done, manifest.n_bytes)
     return inspect_compressed(path)
 
 
-def check_errors(file: IO[bytes], tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
-    """Decode an open file and compare it to the tensors that it was written from.
+def check_errors(file: IO[bytes], read: Callable[[str], Tensor], errors: Mapping[str, float]) -> None:
+    """Decode an open file and compare it to the tensors that it was written from, a chunk at a time.
+
+    Args:
+        file: The file.
+        read: Returns a tensor by name, contiguous and on the CPU.
+        errors: The largest error of each tensor, by name.
 
     Raises:
         StateError: A decoded tensor differs from the original by more than its recorded error.
     """
     frame = Frame(file)
-    for entry, tensor in _tensors(frame, Manifest.from_dict(frame.manifest)):
-        if entry.same_as is None and entry.form and entry.numel:
-            ours, theirs = tensor.view(-1), tensors[entry.name].cpu().reshape(-1)
-            for part in slabs(len(ours), 1):
-                apart = ours[part].to(torch.float64) - theirs[part].to(torch.float64)
-                if float(apart.nan_to_num_(0.0).abs_().max()) > errors[entry.name]:
-                    raise StateError(f"{entry.name} decodes to other values than were measured: please report this")
+    original = torch.empty(0)
+    for piece, units in _pieces("the file that was just written", frame, Manifest.from_dict(frame.manifest)):
+        entry = piece.entry
+        if entry.form is None:
+            continue
+        if piece.start == 0:
+            original = read(entry.name)
+            original = entry.grid.matrix(original) if entry.grid else original.view(-1)
+        ours, theirs = units, original[piece.start : piece.stop]
+        for part in slabs(len(ours), piece.entry.matrix_shape[1]):
+            apart = ours[part].to(torch.float64) - theirs[part].to(torch.float64)
+            if float(apart.nan_to_num_(0.0).abs_().max()) > errors[entry.name]:
+                raise StateError(f"{entry.name} decodes to other values than were measured: please report this")
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
-    """Open a file and check its header and manifest; errors raised within the context name the file."""
+    """Open a file and check its header and manifest."""
     with Path(path).open("rb") as file:
-        try:
+        with _blaming(path):
             frame = Frame(file)
             manifest = Manifest.from_dict(frame.manifest)
             promised = [f"c{i}.{name}" for i, chunk in enumerate(manifest.chunks) for name in chunk.streams]
             if promised != list(frame.lengths):
                 raise FormatError("the manifest declares other streams than the header")
-            yield frame, manifest
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
-        except MuwsError:
+        yield frame, manifest
+
+
+@contextlib.contextmanager
+def _blaming(path: str | Path) -> Iterator[None]:
+    """Turn the errors of reading into those of the file, with its name; only code that reads a file runs in here."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    except MuwsError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
             raise
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: the file contradicts itself ({type(error).__name__}: {error})") from error
+        raise FormatError(f"{path}: the file contradicts itself ({type(error).__name__}: {error})") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is that of a machine without enough memory, for which torch has no class on the CPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+def check_max_bytes(max_bytes: object) -> None:
+    """Check a limit on the bytes of tensors.
+
+    Raises:
+        SettingError: It is no whole number >= 0.
+    """
+    if not is_whole(max_bytes) or max_bytes < 0:  # type: ignore[operator]
+        raise SettingError(f"max_bytes={max_bytes!r} is not allowed: give a whole number >= 0, such as {MAX_BYTES}")
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Check that tensors can go to a device, before anything is read."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises what each device raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(f"device={str(device)!r} cannot be used here: {reason}; give 'cpu' or another one") from None
 
 
 def _check_size(manifest: Manifest, max_bytes: int) -> None:
@@ -164,31 +234,56 @@ def _check_fit(manifest: Manifest, into: nn.Module) -> None:
 
 
 def _tensors(
-    frame: Frame, manifest: Manifest, progress: Progress | None = None
+    path: str | Path, frame: Frame, manifest: Manifest, progress: Progress | None = None
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Yield each tensor in order, decoded; at most one chunk is in memory besides. A shared tensor comes out empty."""
-    kinds = _checked_kinds(frame, manifest)
     at, done, units = 0, 0, torch.empty(0)
-    for i, pieces in enumerate(manifest.pieces()):
-        reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
-        for piece in pieces:
-            entry, cols = piece.entry, piece.entry.matrix_shape[1]
-            if piece.start == 0:
-                while manifest.tensors[at] is not entry:
-                    yield manifest.tensors[at], _without_values(manifest.tensors[at])
-                    at += 1
-                shape = entry.matrix_shape if entry.grid else (entry.numel,)
-                units = torch.empty(shape, dtype=DTYPES[entry.dtype])
-            reader.fill(piece, units[piece.start : piece.stop])
-            done += (piece.stop - piece.start) * cols * units.element_size()
-            if progress:
-                progress(done, manifest.n_bytes)
-            if piece.stop == len(units):
-                tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
-                yield entry, tensor.contiguous()
+    for piece, reader in _readers(path, frame, manifest):
+        entry = piece.entry
+        if piece.start == 0:
+            while manifest.tensors[at] is not entry:
+                yield manifest.tensors[at], _without_values(manifest.tensors[at])
                 at += 1
+            units = _empty(entry, entry.matrix_shape[0])
+        with _blaming(path):
+            reader.fill(piece, units[piece.start : piece.stop])
+        done += piece_bytes(piece)
+        if progress:
+            progress(done, manifest.n_bytes)
+        if piece.stop == len(units):
+            tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
+            yield entry, tensor.contiguous()
+            at += 1
     for entry in manifest.tensors[at:]:
         yield entry, _without_values(entry)
+
+
+def _pieces(path: str | Path, frame: Frame, manifest: Manifest) -> Iterator[tuple[Piece, Tensor]]:
+    """Yield each piece with its decoded units, which are in memory only until the next one."""
+    for piece, reader in _readers(path, frame, manifest):
+        units = _empty(piece.entry, piece.stop - piece.start)
+        with _blaming(path):
+            reader.fill(piece, units)
+        yield piece, units
+        del units
+
+
+def _empty(entry: TensorEntry, n: int) -> Tensor:
+    """Return memory for so many units of a tensor."""
+    shape = (n, entry.matrix_shape[1]) if entry.grid else (n,)
+    return torch.empty(shape, dtype=DTYPES[entry.dtype])
+
+
+def _readers(path: str | Path, frame: Frame, manifest: Manifest) -> Iterator[tuple[Piece, ChunkReader]]:
+    """Yield each piece in order, with the reader of its chunk."""
+    with _blaming(path):
+        kinds = _checked_kinds(frame, manifest)
+    for i, pieces in enumerate(manifest.pieces()):
+        with _blaming(path):
+            reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
+        for piece in pieces:
+            yield piece, reader
+        del reader
 
 
 def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.entropy import Ints, count, entropy_bytes
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import N_KINDS, Patterns, plane, rotate, slabs, split
 from lightning_muws.artifact.values import MAX_STEPS, STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
 from lightning_muws.structure.cost import (
+    SAMPLED,
     SEARCH,
     best_step,
     coarsest_step,
@@ -26,13 +27,39 @@ from lightning_muws.structure.cost import (
     value_cost,
 )
 from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import clean_name
 
 ROOM = 1.05  # a file may be this much smaller than what was requested
 AIM = 1.012  # what is tried, so that most first tries are within
 TRIALS = 12  # files that are coded at the most
+OVERSAMPLED = 16  # a pass collects this many times the sample, as it does not know how many values of a role will come
 HALF_BITS = 14  # that a value takes in float16
 Coded = TypeVar("Coded")
+
+
+class Offer(NamedTuple):
+    """What a tensor takes at some price of a bit.
+
+    Args:
+        cost: Its bits, and its squared distance in bits.
+        n_bits: About how many bits it takes in the file.
+        form: How its values are written.
+        structure: What its blocks become before; None if they stay as they are.
+    """
+
+    cost: float
+    n_bits: float
+    form: Form
+    structure: MicroStructure | None = None
+
+
+class Offering(Protocol):
+    """What a budget needs of a tensor."""
+
+    def offer(self, multiplier: float) -> Offer:
+        """Return the cheapest that the tensor can be if a bit costs ``multiplier``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,12 +96,12 @@ class Candidate:
     n_magnitudes: int = 0
     block_numel: int = 1
 
-    def choose(self, multiplier: float) -> tuple[Form, float]:
-        """Return the cheapest form if a bit costs ``multiplier``, and about how many bits the tensor takes in it."""
-        found = [(self.exact_bits, self.exact_bits, self.exact)]
+    def offer(self, multiplier: float) -> Offer:
+        """Return the cheapest form if a bit costs ``multiplier``."""
+        found = [Offer(self.exact_bits, self.exact_bits, self.exact)]
         if self.half < math.inf:
             n_bits = HALF_BITS * (self.n_free + self.n_magnitudes) + self.fixed_bits
-            found.append((n_bits + self.importance * self.half / multiplier, n_bits, Form("float16")))
+            found.append(Offer(n_bits + self.importance * self.half / multiplier, n_bits, Form("float16")))
         if self.unit:
             n_weights = self.n_free + self.n_magnitudes * self.block_numel
             step = best_step(multiplier, self.importance, self.n_free + self.n_magnitudes, n_weights)
@@ -83,9 +110,8 @@ class Candidate:
             n_bits = self.n_free * free.bits + self.n_magnitudes * one.bits + self.fixed_bits
             error = self.n_free * free.error + self.n_magnitudes * self.block_numel * one.error
             form = Form(STEPS, float(np.float32(step * self.unit)), is_lossy=True)
-            found.append((n_bits + self.importance * error / multiplier, n_bits, form))
-        _, n_bits, form = min(found, key=lambda choice: choice[0])
-        return form, n_bits
+            found.append(Offer(n_bits + self.importance * error / multiplier, n_bits, form))
+        return min(found, key=lambda offer: offer.cost)
 
 
 def allowed_forms(
@@ -118,8 +144,9 @@ def candidate(
         importance: What a squared distance of 1 costs; by default ``1 / |x|^2``.
     """
     exact = choose(x, grid, Loss(), 1.0)
-    free, magnitudes, fixed_bits = _values(x, grid)
-    exact_bits = _exact_bits(exact, free, magnitudes) + fixed_bits
+    values = _values(x, grid)
+    fixed_bits = values.fixed_bits
+    exact_bits = values.exact_bits * (0.5 if exact.step else 1.0) + fixed_bits
     low, high = (float(value) for value in torch.aminmax(x.view(-1))) if x.numel() else (0.0, 0.0)
     top = max(-low, high)
     if not math.isfinite(top) or top == 0 or not allowed:
@@ -143,20 +170,26 @@ def candidate(
         top / unit,
         finest / unit,
         1 / energy if importance is None else importance * unit**2,
-        (sample(from_bits(free, x.dtype)).to(torch.float64) / unit).to(torch.float32),
-        (sample(from_bits(magnitudes, x.dtype)).to(torch.float64) / unit).to(torch.float32),
-        len(free),
-        len(magnitudes),
+        (values.free.sample(x.dtype).to(torch.float64) / unit).to(torch.float32),
+        (values.magnitudes.sample(x.dtype).to(torch.float64) / unit).to(torch.float32),
+        values.free.n,
+        values.magnitudes.n,
         grid.block_numel if grid else 1,
     )
 
 
+def estimated_bytes(candidates: Mapping[str, Offering], other_bytes: float, multiplier: float) -> float:
+    """Return about how many bytes the file has if a bit costs ``multiplier``."""
+    n_bits = math.fsum(one.offer(multiplier).n_bits for one in candidates.values())
+    return file_bytes([other_bytes, n_bits / 8])
+
+
 def fit(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Offering],
     other_bytes: float,
     dense_bytes: int,
     compression: float,
-    encode: Callable[[Mapping[str, Form]], tuple[int, Coded]],
+    encode: Callable[[Mapping[str, Offer]], tuple[int, Coded]],
 ) -> Coded:
     """Return the largest file coded whose size is at most ``dense_bytes / compression``.
 
@@ -169,7 +202,7 @@ def fit(
         other_bytes: About what the file takes for all else.
         dense_bytes: Bytes of all tensors in memory.
         compression: The least ``dense_bytes`` over the bytes of the file.
-        encode: Codes a file in these forms; returns its bytes, and itself.
+        encode: Codes a file of these offers; returns its bytes, and itself.
 
     Raises:
         SettingError: No file is as small as that.
@@ -177,11 +210,10 @@ def fit(
     limit = dense_bytes / compression
 
     def size(multiplier: float) -> float:
-        bits = math.fsum(one.choose(multiplier)[1] for one in candidates.values())
-        return file_bytes([other_bytes, bits / 8])
+        return estimated_bytes(candidates, other_bytes, multiplier)
 
     def trial(multiplier: float) -> tuple[int, Coded]:
-        return encode({name: one.choose(multiplier)[0] for name, one in candidates.items()})
+        return encode({name: one.offer(multiplier) for name, one in candidates.items()})
 
     largest = _largest(trial, size, limit)
     if largest is None:
@@ -213,27 +245,61 @@ def _largest(trial: Callable[[float], tuple[int, Coded]], size: Callable[[float]
     return best[1]
 
 
-def _values(x: Tensor, grid: BlockGrid | None) -> tuple[Patterns, Patterns, float]:
-    """Return the patterns of free values and of magnitudes, and the bits of kinds and signs."""
+@dataclass
+class _Values:
+    """The values of one role that a pass over a tensor meets: how many, a sample of them, how often bytes occur."""
+
+    rate: float  # at which they are sampled
+    n: int = 0
+    samples: list[Patterns] = field(default_factory=list)
+    counts: dict[int, Ints] = field(default_factory=dict)
+
+    def add(self, values: Patterns) -> None:
+        """Add patterns."""
+        if not len(values):
+            return
+        self.n += len(values)
+        at = sample(torch.arange(len(values)), math.ceil(self.rate * len(values)))
+        self.samples.append(values[at.numpy()])
+        turned = rotate(values)
+        for i in range(values.itemsize):
+            self.counts[i] = self.counts.get(i, np.zeros(256, np.int64)) + count(plane(turned, i))
+
+    def sample(self, dtype: torch.dtype) -> Tensor:
+        """Return a sample of the values."""
+        return sample(from_bits(np.concatenate(self.samples), dtype)) if self.samples else torch.empty(0, dtype=dtype)
+
+
+class _Measured(NamedTuple):
+    free: _Values
+    magnitudes: _Values
+    fixed_bits: float  # of kinds and signs
+
+    @property
+    def exact_bits(self) -> float:
+        """About how many bits all values take in their own form."""
+        counted = (counts for values in (self.free, self.magnitudes) for counts in values.counts.values())
+        return sum(8 * entropy_bytes(counts) for counts in counted)
+
+
+def _values(x: Tensor, grid: BlockGrid | None) -> _Measured:
+    """Return what a tensor is made of; its values are read a slab at a time."""
+    rate = min(1.0, OVERSAMPLED * SAMPLED / max(1, x.numel()))
+    free, magnitudes = _Values(rate), _Values(rate)
     if grid is None:
-        return bits(x.view(-1)), bits(x.new_empty(0)), 0.0
+        flat = x.view(-1)
+        for rows in slabs(len(flat), 1):
+            free.add(bits(flat[rows]))
+        return _Measured(free, magnitudes, 0.0)
     matrix = grid.matrix(x)
     covered = grid.covered(matrix)
-    free = [bits(edge.reshape(-1).contiguous()) for edge in grid.edges(matrix)]
-    magnitudes, n_signs, counts = [bits(x.new_empty(0))], 0, np.zeros(N_KINDS, np.int64)
+    for edge in grid.edges(matrix):
+        free.add(bits(edge.reshape(-1).contiguous()))
+    n_signs, counts = 0, np.zeros(N_KINDS, np.int64)
     for rows in slabs(len(covered), covered.shape[1], grid.block_shape[0]):
         parts = split(bits(covered[rows].contiguous()), grid.block_shape)
-        free.append(parts.free.reshape(-1))
-        magnitudes.append(parts.magnitudes)
+        free.add(parts.free.reshape(-1))
+        magnitudes.add(parts.magnitudes)
         n_signs += parts.signs.size
         counts += np.bincount(parts.kinds, minlength=N_KINDS)
-    return np.concatenate(free), np.concatenate(magnitudes), n_signs + 8 * entropy_bytes(counts)
-
-
-def _exact_bits(exact: Form, free: Patterns, magnitudes: Patterns) -> float:
-    """Return about how many bits values take in their own form."""
-    n_bits = 0.0
-    for values in (free, magnitudes):
-        turned = rotate(values)
-        n_bits += sum(8 * entropy_bytes(np.bincount(plane(turned, i), minlength=256)) for i in range(values.itemsize))
-    return n_bits * (0.5 if exact.step else 1.0)
+    return _Measured(free, magnitudes, n_signs + 8 * entropy_bytes(counts))

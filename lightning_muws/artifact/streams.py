@@ -125,15 +125,23 @@ def pack_kinds(kinds: Bytes) -> Bytes:
     return packed
 
 
-def unpack_kinds(packed: Bytes, n: int) -> Bytes:
+def unpack_kinds(packed: Bytes, n: int, *, is_all: bool = False) -> Bytes:
     """Undo :func:`pack_kinds` for ``n`` kinds.
 
+    Args:
+        packed: The bytes.
+        n: How many kinds to return.
+        is_all: Whether these are all kinds of a stream, so that zeros fill its last byte.
+
     Raises:
-        FormatError: A byte stands for no kinds.
+        FormatError: A byte stands for no kinds, or the last one is filled with others than zeros.
     """
     if len(packed) and int(packed.max()) >= len(TRIPLES):
         raise FormatError(f"{int(packed.max())} stands for no kinds of blocks, only numbers below 125 do")
-    return TRIPLES[packed].reshape(-1)[:n]
+    kinds = TRIPLES[packed].reshape(-1)
+    if is_all and kinds[n:].any():
+        raise FormatError(f"the last kinds of blocks are followed by {kinds[n:].tolist()}, where zeros should be")
+    return kinds[:n]
 
 
 def count_kinds(packed: Bytes, start: int, stop: int) -> NDArray[np.int64]:
@@ -162,7 +170,13 @@ def pack_signs(signs: NDArray[np.bool_]) -> Bytes:
 
 
 def unpack_signs(packed: Bytes, n: int) -> NDArray[np.bool_]:
-    """Undo :func:`pack_signs` for ``n`` signs."""
+    """Undo :func:`pack_signs` for ``n`` signs, which are all of a stream.
+
+    Raises:
+        FormatError: The last byte is filled with others than zeros.
+    """
+    if n % 8 and packed[-1] >> n % 8:
+        raise FormatError(f"the last signs are followed by {packed[-1] >> n % 8}, where zeros should be")
     return np.unpackbits(packed, count=n, bitorder="little").astype(np.bool_)
 
 

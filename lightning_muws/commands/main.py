@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import lightning_muws
-from lightning_muws.commands import bench, files, sensitivity
-from lightning_muws.commands.output import BAD, TROUBLE, say, say_json
-from lightning_muws.errors import MuwsError
+from lightning_muws.commands import bench, files, pack, sensitivity
+from lightning_muws.commands.output import BAD, TROUBLE, reason, say, say_json
+from lightning_muws.errors import FormatError, MuwsError
 
 EPILOG = """exit codes:
   0  done
@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done; 1: ``verify`` found damage or ``diff`` a difference; 2: the command failed, and its reason is on
-        standard error, or in the JSON on standard output.
+        standard error, as JSON if that is asked for.
 
     Raises:
         SystemExit: The words are not those of a command (code 2), or ask for the help or the version (code 0).
@@ -39,40 +39,48 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser().parse_args(args)
     try:
         code = int(options.run(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
     except (MuwsError, OSError) as error:
-        reason = _reason(error)
-        if options.json:
-            say_json({"error": reason})
-        else:
-            say(f"muws: {reason}", sys.stderr)
-        return BAD if options.run is files.verify and isinstance(error, MuwsError) else TROUBLE
+        say_json({"error": reason(error)}, sys.stderr) if options.json else say(f"muws: {reason(error)}", sys.stderr)
+        _discard_output()
+        return BAD if options.run is files.verify and isinstance(error, FormatError) else TROUBLE
     return code
+
+
+def _discard_output() -> None:
+    """Leave what standard output could not take, as on a full disk; Python would try once more when it exits."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     found = argparse.ArgumentParser(
         prog="muws",
-        description="Look into .muws files, check, write, unpack, compare and time them, and measure layers.",
+        description="Look into .muws files, check, write, compress, unpack, compare and time them, and measure layers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--version", action="version", version=f"muws {lightning_muws.__version__}")
     commands = found.add_subparsers(required=True, metavar="command")
-    files.add_parsers(commands)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], does: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return added
+
+    files.add_parsers(command)
+    pack.add_parsers(command)
     bench.add_parser(commands)
     sensitivity.add_parser(commands)
     return found
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error on one line, without the number of a system's error."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())

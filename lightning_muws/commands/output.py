@@ -8,26 +8,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from lightning_muws.tables import visible
+
 DONE, BAD, TROUBLE = 0, 1, 2  # exit codes: done; damaged or different; failed
 
 
 def say(text: object, stream: TextIO | None = None) -> None:
-    """Write text as a line, to standard output if no stream is given; what the stream cannot encode is escaped."""
+    """Write text as lines, to standard output if no stream is given.
+
+    Control characters, which would reach the terminal, and what the stream cannot encode are written as escapes.
+    """
     stream = stream or sys.stdout
+    if stream is None:  # the caller has closed it
+        return
     encoding = stream.encoding or "utf-8"
-    stream.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))
+    lines = "\n".join(map(visible, str(text).split("\n")))
+    stream.write(f"{lines}\n".encode(encoding, "backslashreplace").decode(encoding))
 
 
-def say_json(value: object) -> None:
-    """Write a value as JSON to standard output."""
-    say(json.dumps(value, indent=2))
+def say_json(value: object, stream: TextIO | None = None) -> None:
+    """Write a value as JSON, to standard output if no stream is given."""
+    say(json.dumps(value, indent=2), stream)
+
+
+def reason(error: Exception) -> str:
+    """Return the message of an error on one line, without the number of a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 @contextmanager
 def progress(what: str, is_quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield a function of bytes done and bytes in all that shows a percentage on a terminal, on standard error."""
     shown = -1
-    is_quiet = is_quiet or not sys.stderr.isatty()
+    is_quiet = is_quiet or sys.stderr is None or not sys.stderr.isatty()
 
     def update(done: int, total: int) -> None:
         nonlocal shown

@@ -18,10 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_muws import inspect_compressed, load_compressed, verify_compressed
+from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed, verify_compressed
+from lightning_muws.artifact.codecs import decode
 from lightning_muws.errors import FormatError
 from tests.support.forge import put_together, small_model, take_apart
 from tests.support.fuzz_file import fuzz
+from tests.support.strategies import normal
 
 
 def edited(change):
@@ -225,6 +227,41 @@ def test_hostile_files_are_refused_within_100_ms_and_50_mb(path):
     for name, (seconds, n_bytes) in zip(attacks, measured, strict=True):
         assert seconds < 0.1, name
         assert n_bytes < 50e6, name
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "change", "says"),
+    [
+        (
+            "kinds",
+            11,
+            lambda last: last + 100,
+            r"the last kinds of blocks are followed by \[4\], where zeros",
+        ),
+        ("signs", 0, lambda last: last | 128, r"the last signs are followed by \d+, where zeros should be"),
+        ("other", 9, lambda last: 2, r"mask has a bool of 2, only 0 and 1 are allowed"),
+    ],
+)
+def test_bytes_that_mean_nothing_are_refused(name, n, change, says, tmp_path):
+    path = tmp_path / "m.muws"
+    w = MicroStructure((1, 5), 0.3, 0.5).project(normal(0, 8, 20, dtype=torch.float32))
+    save_compressed({"w": w, "mask": torch.ones(9, dtype=torch.bool)}, path, blocks=(1, 5))
+    manifest, streams = take_apart(path.read_bytes())
+    coder, _ = manifest["chunks"][0]["streams"][name]
+    raw = bytearray(decode(coder, streams[f"c0.{name}"], n or len(streams[f"c0.{name}"])).tobytes())
+    raw[-1] = change(raw[-1])
+    streams[f"c0.{name}"] = bytes(raw)
+    manifest["chunks"][0]["streams"][name] = ["raw", zlib.crc32(bytes(raw))]
+    path.write_bytes(put_together(manifest, streams))
+    with pytest.raises(FormatError, match=says):
+        load_compressed(path)
+
+
+def test_a_bool_of_another_byte_is_saved_as_true(tmp_path):
+    mask = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(torch.bool)
+    save_compressed({"mask": mask, "many": mask.repeat(100)}, tmp_path / "m.muws")
+    loaded = load_compressed(tmp_path / "m.muws")
+    assert loaded["mask"].view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 def test_a_higher_minor_version_is_read_and_what_it_adds_ignored(path):

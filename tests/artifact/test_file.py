@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lightning_muws.artifact.save
+import lightning_muws.artifact.writer
 from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed, verify_compressed
 from lightning_muws.artifact.chunk import ChunkReader, ChunkWriter
 from lightning_muws.errors import FormatError, SettingError, StateError
@@ -33,6 +34,11 @@ FRESH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, Hea
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "model.muws"
+
+
+def set_chunk_bytes(monkeypatch, n_bytes: int) -> None:
+    for module in (lightning_muws.artifact.save, lightning_muws.artifact.writer):
+        monkeypatch.setattr(module, "CHUNK_BYTES", n_bytes)
 
 
 def assert_same(loaded, state) -> None:
@@ -59,7 +65,7 @@ def test_a_module_comes_back(path):
 @FRESH
 @given(state=state_dicts(), chunk_bytes=st.sampled_from([100, 1000, 64 << 20]))
 def test_any_state_dict_comes_back(state, chunk_bytes, path, monkeypatch):
-    monkeypatch.setattr(lightning_muws.artifact.save, "CHUNK_BYTES", chunk_bytes)
+    set_chunk_bytes(monkeypatch, chunk_bytes)
     report = save_compressed(state, path)
     assert_same(load_compressed(path), state)
     assert report.n_bytes == path.stat().st_size
@@ -70,7 +76,7 @@ def test_any_state_dict_comes_back(state, chunk_bytes, path, monkeypatch):
 @FRESH
 @given(state=state_dicts(), chunk_bytes=st.sampled_from([1000, 64 << 20]))
 def test_the_format_page_is_enough_to_read_it(state, chunk_bytes, path, monkeypatch):
-    monkeypatch.setattr(lightning_muws.artifact.save, "CHUNK_BYTES", chunk_bytes)
+    set_chunk_bytes(monkeypatch, chunk_bytes)
     save_compressed(state, path)
     found = format_reader.read(path)
     assert list(found) == list(state)
@@ -84,7 +90,7 @@ def test_the_format_page_is_enough_to_read_it(state, chunk_bytes, path, monkeypa
 @given(w=weights(), structure=structures(), data=st.data())
 def test_blocks_of_any_grid_come_back(w, structure, data, path, monkeypatch):
     grid = data.draw(grids(w, structure.block_shape))
-    monkeypatch.setattr(lightning_muws.artifact.save, "CHUNK_BYTES", data.draw(st.sampled_from([300, 64 << 20])))
+    set_chunk_bytes(monkeypatch, data.draw(st.sampled_from([300, 64 << 20])))
     state = {"w": structure.project(w, grid)}
     save_compressed(state, path, blocks={"w": grid})
     assert_same(load_compressed(path), state)

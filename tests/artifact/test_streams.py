@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lightning_muws import MicroStructure
 from lightning_muws.artifact import block_shape, streams
 from lightning_muws.artifact.block_shape import shared_shapes, smallest_shape
+from lightning_muws.artifact.source import Stored
 from lightning_muws.artifact.streams import Parts, join, pack_kinds, pack_signs, split, unpack_kinds, unpack_signs
 from lightning_muws.artifact.values import STEPS, Form, Loss, bits, choose
 from lightning_muws.errors import FormatError, SettingError
@@ -228,7 +229,7 @@ def test_tiny_tensors_of_one_shape_share_the_work_and_the_block_shape(monkeypatc
     tensors |= {f"few{i}": torch.zeros(4, 4) for i in range(15)} | {f"big{i}": torch.zeros(64, 64) for i in range(20)}
     calls, smallest = [], block_shape._smallest
     monkeypatch.setattr(block_shape, "_smallest", lambda u: calls.append(u.shape) or smallest(u))
-    found = shared_shapes(tensors.items())
+    found = shared_shapes({name: Stored.of(x) for name, x in tensors.items()})
     assert calls == [(300, 8, 8), (300, 8, 8), (20, 8, 27)]
     expected = {"s": (2, 2), "d": None, "c": (2, 2)}
     assert found == {name: expected[name[0]] for name in tensors if name[0] in expected}
