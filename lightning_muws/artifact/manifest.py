@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_muws.artifact.container import VERSION
+from lightning_muws.artifact.codecs import CODERS
+from lightning_muws.artifact.container import NEWEST, VERSION
 from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
 from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
@@ -39,7 +40,8 @@ class TensorEntry:
         grid: How it is cut into blocks; None where it is flat.
         counts: Its blocks: dense, unified, pruned; zeros where it is flat.
         error: The largest ``|w - w'|``; 0 where it is exact.
-        same_as: The index of the earlier tensor that it is, if it is shared.
+        same_as: The index of the earlier tensor that it is, if it is shared or a copy.
+        is_copy: Whether it has the values of that tensor in separate memory.
     """
 
     name: str
@@ -50,6 +52,7 @@ class TensorEntry:
     counts: tuple[int, int, int] = (0, 0, 0)
     error: float = 0.0
     same_as: int | None = None
+    is_copy: bool = False
 
     @property
     def numel(self) -> int:
@@ -75,7 +78,7 @@ class TensorEntry:
         """Return its entry in the manifest, without values that are the default."""
         fields: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.same_as is not None:
-            return fields | {"same_as": self.same_as}
+            return fields | {"same_as": self.same_as} | ({"copy": True} if self.is_copy else {})
         if self.form and self.form.stored != self.dtype:
             fields["stored"] = self.form.stored
         if self.form and self.form.step:
@@ -125,7 +128,14 @@ class Manifest:
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors in memory, shared ones once."""
-        return sum(entry.n_bytes for entry in self.tensors if entry.same_as is None)
+        return sum(entry.n_bytes for entry in self.tensors if entry.same_as is None or entry.is_copy)
+
+    @property
+    def version(self) -> str:
+        """The lowest version of the format that has all that the file uses."""
+        coders = {coder for chunk in self.chunks for coder, _ in chunk.streams.values()}
+        is_new = any(entry.is_copy for entry in self.tensors) or any(CODERS[coder].minor for coder in coders)
+        return NEWEST if is_new else VERSION
 
     def pieces(self) -> Iterator[list[Piece]]:
         """Yield the pieces of each chunk."""
@@ -143,7 +153,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and numbers."""
         chunks = [{"until": list(c.until), "streams": {n: list(s) for n, s in c.streams.items()}} for c in self.chunks]
-        fields = {"version": VERSION, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
+        fields = {"version": self.version, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
         optional = {"modules": dict(self.modules), "extra": dict(self.extra)}
         return fields | {name: value for name, value in optional.items() if value}
 
@@ -218,7 +228,8 @@ def _tensor(fields: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorE
     if why := why_too_large(shape):
         raise FormatError(f"{name!r} {why}")
     if "same_as" in fields:
-        return _shared(TensorEntry(name, dtype, shape, same_as=_get(fields, "same_as", int)), before)
+        is_copy = _get(fields, "copy", bool, False)
+        return _shared(TensorEntry(name, dtype, shape, same_as=_get(fields, "same_as", int), is_copy=is_copy), before)
     form, grid, counts = _form(fields, name, dtype), None, (0, 0, 0)
     if "block" in fields:
         if form is None:

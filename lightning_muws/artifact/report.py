@@ -51,7 +51,8 @@ class TensorReport:
         dtype: Name of the dtype, such as ``float32``.
         shape: Shape of the tensor.
         block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
-        stored: How the values are written: a dtype, ``steps``, ``bytes``, or ``same as <name>``.
+        stored: How the values are written: a dtype, ``steps``, ``bytes``; or ``same as <name>``, or
+            ``copy of <name>`` if the tensor has the values of an earlier one in separate memory.
         counts: Number of dense, unified and pruned blocks.
         dense_bytes: Bytes in memory; 0 if the tensor shares the memory of an earlier one.
         n_bytes: Estimate of the bytes in the file: the tensor's share of each stream, by its number of symbols.
@@ -190,7 +191,7 @@ def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes:
     """Return the report on one tensor of a file whose manifest has these entries."""
     stored = displayed(entry.form.stored) if entry.form else "bytes"
     if entry.same_as is not None:
-        stored = f"same as {entries[entry.same_as].name}"
+        stored = f"{'copy of' if entry.is_copy else 'same as'} {entries[entry.same_as].name}"
     return TensorReport(
         name=entry.name,
         dtype=entry.dtype,
@@ -198,7 +199,7 @@ def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes:
         block_shape=entry.grid.block_shape if entry.grid else (),
         stored=stored,
         counts=entry.counts,
-        dense_bytes=entry.n_bytes if entry.same_as is None else 0,
+        dense_bytes=entry.n_bytes if entry.same_as is None or entry.is_copy else 0,
         n_bytes=n_bytes,
         max_error=entry.error,
     )

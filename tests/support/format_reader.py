@@ -130,8 +130,21 @@ def read_blocks(e, rows, stored, kinds, signs, values):
 
 
 def decode(coder: str, coded: bytes, n: int) -> list[int]:
-    data = {"raw": lambda: list(coded), "zlib": lambda: list(zlib.decompress(coded)), "rans": lambda: rans(coded, n)}
-    found = data[coder]()
+    change, _, inner = coder.rpartition("-")
+    m = -(-n // 8) if change == "bits" else n
+    data = {
+        "raw": lambda: list(coded),
+        "zlib": lambda: list(zlib.decompress(coded)),
+        "zlib2": lambda: list(zlib.decompress(zlib.decompress(coded))),
+        "rans": lambda: rans(coded, m),
+    }
+    found = data[inner]()
+    assert len(found) == m
+    if change == "delta":
+        total = 0
+        found = [total := (total + byte) % 256 for byte in found]
+    elif change == "bits":
+        found = [byte >> bit & 1 for byte in found for bit in range(8)][:n]
     assert len(found) == n
     return found
 
