@@ -37,6 +37,7 @@ SHAPES = tuple((r, c) for r in (1, 2, 4, 8, 16) for c in (1, 2, 4, 8, 16))  # (1
 BAND = 16  # rows that are looked at together, so that each shape fits
 SAMPLE_NUMEL = 1 << 17
 WORTH = 0.99  # blocks have to be smaller than this share of the flat weight
+FEW = 4096  # values that are looked at to see whether they repeat
 TINY = 1024  # weights; such tensors of one shape share a block shape ...
 MANY = 16  # ... where there are so many of them
 
@@ -85,10 +86,11 @@ def shared_shapes(tensors: Mapping[str, Stored]) -> dict[str, Shape | None]:
 def _smallest(u: Patterns) -> Shape | None:
     """Return the block shape whose streams over all matrices ``(n, rows, cols)`` would be smallest."""
     nonzero = u[u != 0]
-    value_bytes = _value_bytes(nonzero) / max(1, len(nonzero))
+    n = max(1, len(nonzero))
+    value_bytes, one_bytes = (_value_bytes(v) / n for v in (nonzero, nonzero & ~sign_bit(u.dtype)))
     most = [n if _pairs(u, axis).any() else 1 for axis, n in ((1, u.shape[1]), (2, u.shape[2]))]
     shapes = [(rows, cols) for rows, cols in SHAPES if rows <= most[0] and cols <= most[1]]
-    costs = {shape: _cost(u, shape, value_bytes) for shape in shapes}
+    costs = {shape: _cost(u, shape, value_bytes, one_bytes) for shape in shapes}
     best = min(costs, key=lambda shape: costs[shape])
     return best if costs[best] < WORTH * _value_bytes(u.reshape(-1)) else None
 
@@ -101,13 +103,17 @@ def _pairs(u: Patterns, axis: int) -> NDArray[np.bool_]:
 
 
 def _value_bytes(u: Patterns) -> float:
-    """Return the order-0 entropy of the byte planes of values."""
+    """Return about how many bytes values take: the order-0 entropy of their byte planes, or of a few that repeat."""
     turned = rotate(u)
-    return sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+    n_bytes = sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+    few = u[:: max(1, len(u) // FEW)]
+    if 8 * len(np.unique(few)) < len(few):
+        n_bytes = min(n_bytes, entropy_bytes(np.unique(u, return_counts=True)[1]))
+    return n_bytes
 
 
-def _cost(u: Patterns, shape: Shape, value_bytes: float) -> float:
-    """Return about how many bytes the streams would take."""
+def _cost(u: Patterns, shape: Shape, value_bytes: float, one_bytes: float) -> float:
+    """Return about how many bytes the streams would take, if a value and a magnitude take so many."""
     (rows, cols), numel = shape, shape[0] * shape[1]
     covered = u[:, : u.shape[1] // rows * rows, : u.shape[2] // cols * cols]
     kinds = kinds_of(*block_bits(covered.reshape(-1, covered.shape[2]), shape)).reshape(-1)
@@ -115,4 +121,4 @@ def _cost(u: Patterns, shape: Shape, value_bytes: float) -> float:
     n_unified = len(kinds) - counts[DENSE] - counts[PRUNED]
     n_free = counts[DENSE] * numel + u.size - covered.size
     coded = entropy_bytes(np.bincount(pack_kinds(kinds)))
-    return float(coded + counts[MIXED] * numel / 8 + n_unified * (value_bytes - 1 / 8) + n_free * value_bytes)
+    return float(coded + counts[MIXED] * numel / 8 + n_unified * one_bytes + n_free * value_bytes)

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lightning_muws.artifact.codecs import CODERS
 from lightning_muws.artifact.container import NEWEST, VERSION
 from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
-from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
+from lightning_muws.artifact.values import FLOATS, MAX_PALETTE, PALETTE, STEPS, WIDTHS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -83,6 +84,8 @@ class TensorEntry:
             fields["stored"] = self.form.stored
         if self.form and self.form.step:
             fields["step"] = self.form.step
+        if self.form and self.form.palette:
+            fields["palette"] = np.array(self.form.palette, f"<u{item_bytes(self.dtype)}").tobytes().hex()
         if self.grid:
             fields |= {"block": list(self.grid.block_shape), "kinds": list(self.counts)}
             fields |= {"out_axis": 1, "groups": self.grid.groups} if self.grid.out_axis else {}
@@ -134,7 +137,10 @@ class Manifest:
     def version(self) -> str:
         """The lowest version of the format that has all that the file uses."""
         coders = {coder for chunk in self.chunks for coder, _ in chunk.streams.values()}
-        is_new = any(entry.is_copy for entry in self.tensors) or any(CODERS[coder].minor for coder in coders)
+        has_palette = any(entry.form and entry.form.palette for entry in self.tensors)
+        is_new = (
+            has_palette or any(entry.is_copy for entry in self.tensors) or any(CODERS[coder].minor for coder in coders)
+        )
         return NEWEST if is_new else VERSION
 
     def pieces(self) -> Iterator[list[Piece]]:
@@ -262,10 +268,27 @@ def _form(fields: Mapping[str, Any], name: str, dtype: str) -> Form | None:
         if stored != dtype or step:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
         return None
+    if stored == PALETTE:
+        return Form(stored, palette=_palette(_get(fields, "palette", str), name, item_bytes(dtype)))
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
     if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which this format does not allow")
     return Form(stored, step)
+
+
+def _palette(text: str, name: str, width: int) -> tuple[int, ...]:
+    """Return the magnitudes of a palette."""
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    n, rest = divmod(len(raw), width)
+    found = np.frombuffer(raw[: n * width], f"<u{width}").tolist()
+    if rest or not 1 <= n <= MAX_PALETTE or max(found) >> (8 * width - 1):
+        raise FormatError(
+            f"{name!r} has the palette {text[:40]!r}, 1 to {MAX_PALETTE} magnitudes of {width} bytes in hex are needed"
+        )
+    return tuple(found)
 
 
 def _grid(fields: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGrid:

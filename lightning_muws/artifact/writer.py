@@ -21,7 +21,7 @@ from lightning_muws.artifact.codecs import encode
 from lightning_muws.artifact.container import head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.load import Progress, check_errors
-from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
+from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry, item_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import slabs
@@ -29,6 +29,7 @@ from lightning_muws.artifact.values import Form, Loss, choose, displayed
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+PALETTE_BYTES = 1 << 18  # that the palettes of all tensors take in a manifest at most
 LEAST_COPY = 1 << 10  # bytes of a tensor that is written as the copy of an earlier one
 SAMPLED = 1 << 12  # values of a tensor that are compared first
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
@@ -135,6 +136,7 @@ class Writer:
     alike: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # tensors that begin equally, by index
     distances: dict[str, float] = field(default_factory=dict)  # of the tensors, squared
     symbols: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    room: int = field(default_factory=lambda: PALETTE_BYTES)  # that is left for palettes
     done: int = 0
 
     def run(self, choose_grid: ChooseGrid, extra: Mapping[str, Any]) -> Manifest:
@@ -199,11 +201,20 @@ class Writer:
             return entry
         grid = choose_grid(entry.name, x)
         if entry.name in self.forms:
-            return replace(entry, grid=grid, form=self.forms[entry.name])
+            return replace(entry, grid=grid, form=self._affordable(self.forms[entry.name], entry.dtype))
         loses = self.loss.lossy == "all" or entry.name in self.state.weights
         if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = top(x)
-        return replace(entry, grid=grid, form=choose(x, grid, self.loss if loses else Loss(), largest))
+        form = choose(x, grid, self.loss if loses else Loss(), largest)
+        return replace(entry, grid=grid, form=self._affordable(form, entry.dtype))
+
+    def _affordable(self, form: Form, dtype: str) -> Form:
+        """Return the form, or the exact one if the palettes of all tensors would make the manifest too large."""
+        n_bytes = 2 * len(form.palette) * item_bytes(dtype)
+        if n_bytes > self.room:
+            return Form(dtype)
+        self.room -= n_bytes
+        return form
 
     def _write(self, i: int, entry: TensorEntry, x: Tensor, original: Tensor, total: int) -> TensorEntry:
         """Write a tensor, over as many chunks as it takes; return the entry with what was measured."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "grid": 2}
+WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "grid": 2, "palette": 2}
 ITEM = {"bool": 1, "complex32": 4, "complex64": 8, "complex128": 16}
 
 
@@ -213,6 +213,10 @@ def to_bytes(flat: list[int], entry: dict, dtype: str) -> bytes:
     width = WIDTH[how]
     if how == dtype:
         return b"".join(u.to_bytes(width, "little") for u in flat)
+    if how == "palette":
+        size, raw = WIDTH[dtype], bytes.fromhex(entry["palette"])
+        table = [0, *(int.from_bytes(raw[i : i + size], "little") for i in range(0, len(raw), size))]
+        return b"".join((table[u & 32767] | u >> 15 << 8 * size - 1).to_bytes(size, "little") for u in flat)
     if how == "grid":
         wide = np.float64 if dtype == "float64" else np.float32
         numbers = [wide(u & 32767) * wide(entry["step"]) * (-1 if u >> 15 else 1) for u in flat]
