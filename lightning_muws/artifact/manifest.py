@@ -13,7 +13,7 @@ import torch
 from lightning_muws.artifact.codecs import CODERS
 from lightning_muws.artifact.container import NEWEST, VERSION
 from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
-from lightning_muws.artifact.values import FLOATS, MAX_PALETTE, PALETTE, STEPS, WIDTHS, Form
+from lightning_muws.artifact.values import BYTES, FLOATS, MAX_PALETTE, PALETTE, STEPS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -137,10 +137,8 @@ class Manifest:
     def version(self) -> str:
         """The lowest version of the format that has all that the file uses."""
         coders = {coder for chunk in self.chunks for coder, _ in chunk.streams.values()}
-        has_palette = any(entry.form and entry.form.palette for entry in self.tensors)
-        is_new = (
-            has_palette or any(entry.is_copy for entry in self.tensors) or any(CODERS[coder].minor for coder in coders)
-        )
+        is_new = any(e.is_copy or (e.form and (e.form.palette or e.dtype in BYTES)) for e in self.tensors)
+        is_new = is_new or any(CODERS[coder].minor for coder in coders)
         return NEWEST if is_new else VERSION
 
     def pieces(self) -> Iterator[list[Piece]]:
@@ -239,7 +237,7 @@ def _tensor(fields: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorE
     form, grid, counts = _form(fields, name, dtype), None, (0, 0, 0)
     if "block" in fields:
         if form is None:
-            raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are")
+            raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are, and bytes")
         grid = _grid(fields, name, shape)
         counts = _ints(fields, "kinds", 3)  # type: ignore[assignment]
         down, across = grid.counts(shape)
@@ -267,11 +265,11 @@ def _form(fields: Mapping[str, Any], name: str, dtype: str) -> Form | None:
     if dtype not in FLOATS:
         if stored != dtype or step:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
-        return None
+        return Form(dtype) if dtype in BYTES and "block" in fields else None
     if stored == PALETTE:
         return Form(stored, palette=_palette(_get(fields, "palette", str), name, item_bytes(dtype)))
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
-    if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
+    if stored not in (*FLOATS, STEPS) or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which this format does not allow")
     return Form(stored, step)
 

@@ -112,7 +112,7 @@ def save_compressed(
         else:
             grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
             allowed = allowed_forms(model, state, lossy or "all", parameters)
-            draft = _fit(state, grids, allowed, compression, drafts)
+            draft = _fit(state, grids, allowed, compression, drafts, choose_grid)
         return draft.put(path, is_lossy=bool(loss or compression))
 
 
@@ -122,6 +122,7 @@ def _fit(
     allowed: Mapping[str, tuple[str, ...]],
     compression: float,
     drafts: Drafts,
+    choose_grid: ChooseGrid,
 ) -> Draft:
     """Return the largest file that is so many times smaller than its tensors."""
     owned = {x.key: name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
@@ -135,7 +136,7 @@ def _fit(
 
     def encode(offers: Mapping[str, Offer]) -> tuple[int, Draft]:
         forms = {name: offer.form for name, offer in offers.items()}
-        draft = drafts.code(state, lambda name, x: grids[name], forms)
+        draft = drafts.code(state, lambda name, x: grids[name] if name in grids else choose_grid(name, x), forms)
         return draft.n_bytes, draft
 
     return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
@@ -164,7 +165,8 @@ def _grid(
     elif x.ndim < 2 or not x.numel():
         grid = None
     else:
-        shape = blocks if isinstance(blocks, tuple) else shared[name] if name in shared else smallest_shape(x)
+        given = blocks if isinstance(blocks, tuple) and x.element_size() > 1 else None
+        shape = given or (shared[name] if name in shared else smallest_shape(x))
         grid = BlockGrid(shape) if shape else None
     if grid is None or 0 in grid.counts(x.shape):
         return None

@@ -17,11 +17,15 @@ from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
 FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+# of one byte: exact, and in blocks where that makes the file smaller
+BYTES = ("int8", "uint8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+ZEROS = {"int8": 0, "uint8": 128}  # what counts as zero: quantised weights lie on both sides of it
 STEPS = "grid"  # whole multiples of a step, 16 bits each. Format 1.0 writes this word; everywhere else they are "steps"
 PALETTE = "palette"  # indices into a list of magnitudes, 16 bits each
 MAX_STEPS = (1 << 15) - 1
 MAX_PALETTE = 4096  # magnitudes in a list
 WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, **dict.fromkeys((STEPS, PALETTE), np.dtype("u2"))}
+WIDTHS |= dict.fromkeys(BYTES, np.dtype("u1"))
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LEAST_SAVED = 512  # bytes that a palette saves: only readers of format 1.1 know it
 SAMPLED = 4096  # values from which to guess a step
@@ -99,6 +103,8 @@ class Form:
         """
         if self.stored == PALETTE:
             return self._indices(bits(x))
+        if self.stored in ZEROS:
+            return _sign_and_magnitude(bits(x) ^ np.uint8(ZEROS[self.stored]))
         if self.stored != STEPS:
             return bits(x.to(getattr(torch, self.stored)))
         values = _numpy(x)
@@ -131,11 +137,19 @@ class Form:
                 raise FormatError(f"a value has index {at.max()} of a palette of {len(self.palette)} magnitudes")
             sign = np.where(u >> np.uint16(15), sign_bit(magnitudes.dtype), magnitudes.dtype.type(0))
             return from_bits(magnitudes[at] | sign, dtype)
+        if self.stored in ZEROS:
+            return from_bits(_sign_and_magnitude(u) ^ np.uint8(ZEROS[self.stored]), dtype)
         if self.stored != STEPS:
             return from_bits(u, getattr(torch, self.stored)).to(dtype)
         wide = _wide(dtype)
         magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
         return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def _sign_and_magnitude(u: Patterns) -> Patterns:
+    """Return int8 as its sign and magnitude, so that -3 and 3 have one magnitude; -128 becomes -0. Undoes itself."""
+    negative = np.where(u & np.uint8(127), -u & np.uint8(127) | np.uint8(128), np.uint8(128))
+    return np.where(u >> np.uint8(7), negative, u).astype(np.uint8)
 
 
 def displayed(name: str) -> str:

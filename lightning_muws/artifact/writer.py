@@ -25,12 +25,13 @@ from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry, 
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import slabs
-from lightning_muws.artifact.values import Form, Loss, choose, displayed
+from lightning_muws.artifact.values import BYTES, Form, Loss, choose, displayed
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
 PALETTE_BYTES = 1 << 18  # that the palettes of all tensors take in a manifest at most
 LEAST_COPY = 1 << 10  # bytes of a tensor that is written as the copy of an earlier one
+LEAST_CUT = 1 << 12  # values of one byte that are cut into blocks
 SAMPLED = 1 << 12  # values of a tensor that are compared first
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
 ChooseGrid = Callable[[str, Tensor], BlockGrid | None]
@@ -197,6 +198,9 @@ class Writer:
 
     def _decide(self, entry: TensorEntry, x: Tensor, choose_grid: ChooseGrid, largest: float) -> TensorEntry:
         """Return the entry with its form, and its blocks."""
+        if entry.dtype in BYTES and x.ndim >= 2 and x.numel() >= LEAST_CUT:
+            grid = choose_grid(entry.name, x)
+            return replace(entry, grid=grid, form=Form(entry.dtype) if grid else None)
         if not self.state.tensors[entry.name].is_cuttable:
             return entry
         grid = choose_grid(entry.name, x)
