@@ -29,7 +29,7 @@ from lightning_muws.artifact.streams import (
     rotate,
     sign_bit,
 )
-from lightning_muws.artifact.values import Form, bits
+from lightning_muws.artifact.values import Form, bits, repeats
 from lightning_muws.structure.grid import BlockGrid
 
 Shape = tuple[int, int]
@@ -39,7 +39,6 @@ BAND = 16  # rows that are looked at together, so that each shape fits
 SAMPLE_NUMEL = 1 << 17
 WORTH = 0.99  # blocks have to be smaller than this share of the flat weight
 CLEARLY = 0.9  # blocks of values of one byte have to be smaller than this share of what zlib makes of them
-FEW = 4096  # values that are looked at to see whether they repeat
 TINY = 1024  # weights; such tensors of one shape share a block shape ...
 MANY = 16  # ... where there are so many of them
 
@@ -95,7 +94,10 @@ def _smallest(u: Patterns) -> tuple[Shape | None, float]:
     """Return the block shape whose streams over all matrices ``(n, rows, cols)`` would be smallest, and their bytes."""
     nonzero = u[u != 0]
     n_values = max(1, len(nonzero))
-    value_bytes, one_bytes = (_value_bytes(v) / n_values for v in (nonzero, nonzero & ~sign_bit(u.dtype)))
+    value_bytes = _value_bytes(nonzero) / n_values
+    one_bytes = value_bytes - 1 / 8  # no sign; where values repeat, magnitude and sign may go together
+    if repeats(nonzero):
+        one_bytes = _value_bytes(nonzero & ~sign_bit(u.dtype)) / n_values
     most = [n if _pairs(u, axis).any() else 1 for axis, n in ((1, u.shape[1]), (2, u.shape[2]))]
     shapes = [(rows, cols) for rows, cols in SHAPES if rows <= most[0] and cols <= most[1]]
     costs = {shape: _cost(u, shape, value_bytes, one_bytes) for shape in shapes}
@@ -114,8 +116,7 @@ def _value_bytes(u: Patterns) -> float:
     """Return about how many bytes values take: the order-0 entropy of their byte planes, or of a few that repeat."""
     turned = rotate(u)
     n_bytes = sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
-    few = u[:: max(1, len(u) // FEW)]
-    if 8 * len(np.unique(few)) < len(few):
+    if repeats(u[u != 0]):
         n_bytes = min(n_bytes, entropy_bytes(np.unique(u, return_counts=True)[1]))
     return n_bytes
 

@@ -206,12 +206,18 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
     return _with_palette(x.view(-1), Form(STEPS, step) if step else exact)
 
 
+def repeats(u: Patterns) -> bool:
+    """Return whether at most a quarter of a sample of a list are different values; most lists take little time."""
+    few, more = (u[:: max(1, len(u) // n)] for n in (SAMPLED // 4, SAMPLED))
+    return len(u) >= SAMPLED // 4 and 5 * len(np.unique(few)) < 4 * len(few) and 4 * len(np.unique(more)) <= len(more)
+
+
 def _with_palette(flat: Tensor, other: Form) -> Form:
     """Return the form of indices into the magnitudes that occur, if they are few and it is smaller than the other."""
     sample = flat if len(flat) <= SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
     few = bits(sample)
     sign = sign_bit(few.dtype)
-    if len(flat) < SAMPLED or len(np.unique(few & ~sign)) > MAX_PALETTE // 4:
+    if len(flat) < SAMPLED or not repeats(few & ~sign):
         return other
     found: NDArray[Any] = np.zeros(1, few.dtype)
     for part in slabs(len(flat), 1):
