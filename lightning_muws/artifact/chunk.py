@@ -149,7 +149,7 @@ class ChunkWriter:
 
 def _errors(form: Form, u: Patterns, x: Tensor, original: Tensor) -> Measured:
     """Return how far the values that a reader would get are from the original ones."""
-    if not x.numel() or (original is x and form.stored == str(x.dtype).removeprefix("torch.")):
+    if not x.numel() or (original is x and (form.palette or form.stored == str(x.dtype).removeprefix("torch."))):
         return NOTHING
     apart = form.values(u, x.dtype).to(torch.float64) - original.to(torch.float64)
     return Measured((0, 0, 0), float(apart.abs_().max()), float(apart.square_().sum()))

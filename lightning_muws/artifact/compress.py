@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightning_muws.artifact.precision import (
     estimated_bytes,
     fit,
 )
-from lightning_muws.artifact.report import SaveReport
+from lightning_muws.artifact.report import CompressedTensor, CompressReport, SaveReport
 from lightning_muws.artifact.save import check_manifest, grid_chooser
 from lightning_muws.artifact.source import Source, Stored, read_state
 from lightning_muws.artifact.streams import slabs
@@ -41,99 +41,10 @@ from lightning_muws.structure.cost import TENSOR_BYTES, check_compression, sampl
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
-from lightning_muws.tables import Column, Table, Tabular
 
 BLOCK_SHAPES = ((4, 4), (1, 8))  # tried for each weight
 WORTH = 0.97  # a tensor is cut if that costs less than this share of rounding alone: the estimates are that good
 MEASURED = 1 << 14  # blocks of a weight that are measured, spread over its rows
-
-
-@dataclass(frozen=True)
-class CompressedTensor:
-    """One tensor of a compressed checkpoint.
-
-    Args:
-        name: Key in the state_dict.
-        shape: Shape of the tensor.
-        block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
-        counts: Number of dense, unified and pruned blocks.
-        stored: How the values are written, as :class:`TensorReport` has it.
-        n_bytes: Estimate of the bytes in the file.
-        bits: Bits of the file a value.
-        relative_error: ``|w - w'|^2 / |w|^2``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    block_shape: tuple[int, ...]
-    counts: tuple[int, int, int]
-    stored: str
-    n_bytes: float
-    bits: float
-    relative_error: float
-
-
-@dataclass(frozen=True)
-class CompressReport(Tabular):
-    """The size and the errors of a compressed checkpoint; ``print`` and notebooks show it as a table.
-
-    Args:
-        path: The file.
-        n_bytes: Bytes of the file.
-        dense_bytes: Bytes of all tensors in memory; shared memory counts once.
-        n_files: How many files were coded until one had the size.
-        tensors: One entry for each tensor.
-    """
-
-    path: str
-    n_bytes: int
-    dense_bytes: int
-    n_files: int
-    tensors: tuple[CompressedTensor, ...]
-
-    @property
-    def compression_ratio(self) -> float:
-        """Dense bytes over the bytes of the file; more is better."""
-        return self.dense_bytes / self.n_bytes
-
-    @property
-    def relative_error(self) -> float:
-        """The mean of ``|w - w'|^2 / |w|^2`` over the tensors of two or more axes."""
-        found = [tensor.relative_error for tensor in self.tensors if len(tensor.shape) >= 2]
-        return math.fsum(found) / max(1, len(found))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"compression_ratio": self.compression_ratio, "relative_error": self.relative_error}
-
-    def tables(self) -> list[Table]:
-        """Return the table of the tensors."""
-        columns = [
-            Column("tensor", room=24),
-            Column("shape", drop=2),
-            Column("block", drop=1),
-            Column("dense"),
-            Column("unified"),
-            Column("pruned"),
-            Column("stored", room=16, drop=3),
-            Column("bits"),
-            Column("error"),
-        ]
-        rows = [
-            (
-                t.name,
-                "x".join(map(str, t.shape)) or "scalar",
-                "x".join(map(str, t.block_shape)),
-                *([f"{n:,}" for n in t.counts] if t.block_shape else ["", "", ""]),
-                t.stored,
-                f"{t.bits:.2f}",
-                f"{t.relative_error:.2%}" if t.relative_error else "",
-            )
-            for t in self.tensors
-        ]
-        title = f"{self.path}: {self.n_bytes:,} bytes, compression ratio {self.compression_ratio:.2f}"
-        note = f"error: |w - w'|^2 / |w|^2; mean over the weights {self.relative_error:.3%}."
-        return [Table(title=title, columns=columns, rows=rows, notes=[note])]
 
 
 def compress_file(
@@ -209,7 +120,8 @@ def compress_file(
             structures = {name: offer.structure for name, offer in offers.items()}
             cut = {name: s.grid if s else grids[name] for name, s in structures.items()}
             forms = {name: offer.form for name, offer in offers.items()}
-            draft = drafts.code(replace(state, tensors=tensors), lambda name, x: cut[name], forms)
+            now = replace(state, tensors=tensors)
+            draft = drafts.code(now, lambda name, x: cut[name] if name in cut else choose_grid(name, x), forms)
             return draft.n_bytes, draft
 
         draft = _fitted(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)

@@ -26,7 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "muws"
-VERSION = "1.0"
+VERSION, NEWEST = "1.0", "1.1"  # the lowest and the highest that this package writes; it reads both
 MANIFEST = "manifest"
 MOST = 16 << 20  # bytes of a header or a manifest
 STALE_SECONDS = 60.0  # after which a temporary file that nobody has locked is that of a writer that was killed
@@ -107,9 +107,9 @@ class Frame:
         if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
             raise FormatError(f"version {version!r} is no version such as {VERSION}")
         if major != VERSION.partition(".")[0]:
-            raise FormatError(f"the file has version {version}, this reader knows {VERSION}: update lightning_muws")
-        if version == VERSION and set(given) != {"format", "version", "manifest_bytes", "manifest_sha256"}:
-            raise FormatError(f"the header has {sorted(given)}, which version {VERSION} does not allow")
+            raise FormatError(f"the file has version {version}, this reader knows {NEWEST}: update lightning_muws")
+        if version in (VERSION, NEWEST) and set(given) != {"format", "version", "manifest_bytes", "manifest_sha256"}:
+            raise FormatError(f"the header has {sorted(given)}, which version {version} does not allow")
         return version
 
     def _check_streams(self, header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -185,7 +185,7 @@ def head(manifest: Mapping[str, Any], lengths: Mapping[str, int]) -> tuple[bytes
         end += length
     about = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": manifest["version"],
         "manifest_bytes": str(len(raw)),
         "manifest_sha256": hashlib.sha256(raw).hexdigest(),
     }

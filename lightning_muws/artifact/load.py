@@ -50,7 +50,7 @@ def load_compressed(
         progress: Called with the bytes done and all bytes. What it raises ends the call, and passes as it is.
 
     Returns:
-        Each tensor by name, in the order of the model; shared ones are one tensor.
+        Each tensor by name, in the order of the model; shared ones are one tensor, and only those.
 
     Raises:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
@@ -79,9 +79,11 @@ def read_compressed(
                 _check_fit(manifest, into)
         state: OrderedDict[str, Tensor] = OrderedDict()
         for entry, tensor in _tensors(path, frame, manifest, progress):
-            state[entry.name] = (
-                state[manifest.tensors[entry.same_as].name] if entry.same_as is not None else tensor.to(device)
-            )
+            if entry.same_as is None:
+                state[entry.name] = tensor.to(device)
+            else:
+                first = state[manifest.tensors[entry.same_as].name]
+                state[entry.name] = first.clone() if entry.is_copy else first
     if manifest.modules:
         state._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
     if into is not None:
@@ -125,11 +127,11 @@ def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress:
     with _opened(path) as (frame, manifest):
         with _blaming(path):
             _check_size(manifest, max_bytes)
-        done = 0
+        done, coded_bytes = 0, sum(entry.n_bytes for entry in manifest.tensors if entry.same_as is None)
         for _, units in _pieces(path, frame, manifest):
             done += units.numel() * units.element_size()
             if progress:
-                progress(done, manifest.n_bytes)
+                progress(done, coded_bytes)
     return inspect_compressed(path)
 
 
@@ -238,6 +240,7 @@ def _tensors(
 ) -> Iterator[tuple[TensorEntry, Tensor]]:
     """Yield each tensor in order, decoded; at most one chunk is in memory besides. A shared tensor comes out empty."""
     at, done, units = 0, 0, torch.empty(0)
+    coded_bytes = sum(entry.n_bytes for entry in manifest.tensors if entry.same_as is None)
     for piece, reader in _readers(path, frame, manifest):
         entry = piece.entry
         if piece.start == 0:
@@ -249,7 +252,7 @@ def _tensors(
             reader.fill(piece, units[piece.start : piece.stop])
         done += piece_bytes(piece)
         if progress:
-            progress(done, manifest.n_bytes)
+            progress(done, coded_bytes)
         if piece.stop == len(units):
             tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
             yield entry, tensor.contiguous()

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from lightning_muws.artifact.container import VERSION
+from lightning_muws.artifact.codecs import CODERS
+from lightning_muws.artifact.container import NEWEST, VERSION
 from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
-from lightning_muws.artifact.values import FLOATS, STEPS, WIDTHS, Form
+from lightning_muws.artifact.values import BYTES, FLOATS, MAX_PALETTE, PALETTE, STEPS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -39,7 +41,8 @@ class TensorEntry:
         grid: How it is cut into blocks; None where it is flat.
         counts: Its blocks: dense, unified, pruned; zeros where it is flat.
         error: The largest ``|w - w'|``; 0 where it is exact.
-        same_as: The index of the earlier tensor that it is, if it is shared.
+        same_as: The index of the earlier tensor that it is, if it is shared or a copy.
+        is_copy: Whether it has the values of that tensor in separate memory.
     """
 
     name: str
@@ -50,6 +53,7 @@ class TensorEntry:
     counts: tuple[int, int, int] = (0, 0, 0)
     error: float = 0.0
     same_as: int | None = None
+    is_copy: bool = False
 
     @property
     def numel(self) -> int:
@@ -75,11 +79,13 @@ class TensorEntry:
         """Return its entry in the manifest, without values that are the default."""
         fields: dict[str, Any] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.same_as is not None:
-            return fields | {"same_as": self.same_as}
+            return fields | {"same_as": self.same_as} | ({"copy": True} if self.is_copy else {})
         if self.form and self.form.stored != self.dtype:
             fields["stored"] = self.form.stored
         if self.form and self.form.step:
             fields["step"] = self.form.step
+        if self.form and self.form.palette:
+            fields["palette"] = np.array(self.form.palette, f"<u{item_bytes(self.dtype)}").tobytes().hex()
         if self.grid:
             fields |= {"block": list(self.grid.block_shape), "kinds": list(self.counts)}
             fields |= {"out_axis": 1, "groups": self.grid.groups} if self.grid.out_axis else {}
@@ -125,7 +131,15 @@ class Manifest:
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors in memory, shared ones once."""
-        return sum(entry.n_bytes for entry in self.tensors if entry.same_as is None)
+        return sum(entry.n_bytes for entry in self.tensors if entry.same_as is None or entry.is_copy)
+
+    @property
+    def version(self) -> str:
+        """The lowest version of the format that has all that the file uses."""
+        coders = {coder for chunk in self.chunks for coder, _ in chunk.streams.values()}
+        is_new = any(e.is_copy or (e.form and (e.form.palette or e.dtype in BYTES)) for e in self.tensors)
+        is_new = is_new or any(CODERS[coder].minor for coder in coders)
+        return NEWEST if is_new else VERSION
 
     def pieces(self) -> Iterator[list[Piece]]:
         """Yield the pieces of each chunk."""
@@ -143,7 +157,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and numbers."""
         chunks = [{"until": list(c.until), "streams": {n: list(s) for n, s in c.streams.items()}} for c in self.chunks]
-        fields = {"version": VERSION, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
+        fields = {"version": self.version, "tensors": [entry.to_dict() for entry in self.tensors], "chunks": chunks}
         optional = {"modules": dict(self.modules), "extra": dict(self.extra)}
         return fields | {name: value for name, value in optional.items() if value}
 
@@ -218,11 +232,12 @@ def _tensor(fields: Mapping[str, Any], before: Sequence[TensorEntry]) -> TensorE
     if why := why_too_large(shape):
         raise FormatError(f"{name!r} {why}")
     if "same_as" in fields:
-        return _shared(TensorEntry(name, dtype, shape, same_as=_get(fields, "same_as", int)), before)
+        is_copy = _get(fields, "copy", bool, False)
+        return _shared(TensorEntry(name, dtype, shape, same_as=_get(fields, "same_as", int), is_copy=is_copy), before)
     form, grid, counts = _form(fields, name, dtype), None, (0, 0, 0)
     if "block" in fields:
         if form is None:
-            raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are")
+            raise FormatError(f"{name!r} is of dtype {dtype} and in blocks, which only floating tensors are, and bytes")
         grid = _grid(fields, name, shape)
         counts = _ints(fields, "kinds", 3)  # type: ignore[assignment]
         down, across = grid.counts(shape)
@@ -250,11 +265,28 @@ def _form(fields: Mapping[str, Any], name: str, dtype: str) -> Form | None:
     if dtype not in FLOATS:
         if stored != dtype or step:
             raise FormatError(f"{name!r} is of dtype {dtype} and stored as {stored!r}")
-        return None
+        return Form(dtype) if dtype in BYTES and "block" in fields else None
+    if stored == PALETTE:
+        return Form(stored, palette=_palette(_get(fields, "palette", str), name, item_bytes(dtype)))
     held = step if dtype == "float64" else float(torch.tensor(step, dtype=torch.float32))
-    if stored not in WIDTHS or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
+    if stored not in (*FLOATS, STEPS) or (stored == STEPS) != (step != 0) or not 0 <= step < math.inf or held != step:
         raise FormatError(f"{name!r} is stored as {stored!r} with step {step}, which this format does not allow")
     return Form(stored, step)
+
+
+def _palette(text: str, name: str, width: int) -> tuple[int, ...]:
+    """Return the magnitudes of a palette."""
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    n, rest = divmod(len(raw), width)
+    found = np.frombuffer(raw[: n * width], f"<u{width}").tolist()
+    if rest or not 1 <= n <= MAX_PALETTE or max(found) >> (8 * width - 1):
+        raise FormatError(
+            f"{name!r} has the palette {text[:40]!r}, 1 to {MAX_PALETTE} magnitudes of {width} bytes in hex are needed"
+        )
+    return tuple(found)
 
 
 def _grid(fields: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> BlockGrid:

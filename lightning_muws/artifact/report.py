@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -51,7 +52,8 @@ class TensorReport:
         dtype: Name of the dtype, such as ``float32``.
         shape: Shape of the tensor.
         block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
-        stored: How the values are written: a dtype, ``steps``, ``bytes``, or ``same as <name>``.
+        stored: How the values are written: a dtype, ``steps``, ``bytes``; or ``same as <name>``, or
+            ``copy of <name>`` if the tensor has the values of an earlier one in separate memory.
         counts: Number of dense, unified and pruned blocks.
         dense_bytes: Bytes in memory; 0 if the tensor shares the memory of an earlier one.
         n_bytes: Estimate of the bytes in the file: the tensor's share of each stream, by its number of symbols.
@@ -132,6 +134,94 @@ class SaveReport(Tabular):
 
 
 @dataclass(frozen=True)
+class CompressedTensor:
+    """One tensor of a compressed checkpoint.
+
+    Args:
+        name: Key in the state_dict.
+        shape: Shape of the tensor.
+        block_shape: ``(outputs, inputs)`` of a block; empty if the tensor is not cut into blocks.
+        counts: Number of dense, unified and pruned blocks.
+        stored: How the values are written, as :class:`TensorReport` has it.
+        n_bytes: Estimate of the bytes in the file.
+        bits: Bits of the file a value.
+        relative_error: ``|w - w'|^2 / |w|^2``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    counts: tuple[int, int, int]
+    stored: str
+    n_bytes: float
+    bits: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class CompressReport(Tabular):
+    """The size and the errors of a compressed checkpoint; ``print`` and notebooks show it as a table.
+
+    Args:
+        path: The file.
+        n_bytes: Bytes of the file.
+        dense_bytes: Bytes of all tensors in memory; shared memory counts once.
+        n_files: How many files were coded until one had the size.
+        tensors: One entry for each tensor.
+    """
+
+    path: str
+    n_bytes: int
+    dense_bytes: int
+    n_files: int
+    tensors: tuple[CompressedTensor, ...]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Dense bytes over the bytes of the file; more is better."""
+        return self.dense_bytes / self.n_bytes
+
+    @property
+    def relative_error(self) -> float:
+        """The mean of ``|w - w'|^2 / |w|^2`` over the tensors of two or more axes."""
+        found = [tensor.relative_error for tensor in self.tensors if len(tensor.shape) >= 2]
+        return math.fsum(found) / max(1, len(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
+        return asdict(self) | {"compression_ratio": self.compression_ratio, "relative_error": self.relative_error}
+
+    def tables(self) -> list[Table]:
+        """Return the table of the tensors."""
+        columns = [
+            Column("tensor", room=24),
+            Column("shape", drop=2),
+            Column("block", drop=1),
+            Column("dense"),
+            Column("unified"),
+            Column("pruned"),
+            Column("stored", room=16, drop=3),
+            Column("bits"),
+            Column("error"),
+        ]
+        rows = [
+            (
+                t.name,
+                "x".join(map(str, t.shape)) or "scalar",
+                "x".join(map(str, t.block_shape)),
+                *([f"{n:,}" for n in t.counts] if t.block_shape else ["", "", ""]),
+                t.stored,
+                f"{t.bits:.2f}",
+                f"{t.relative_error:.2%}" if t.relative_error else "",
+            )
+            for t in self.tensors
+        ]
+        title = f"{self.path}: {self.n_bytes:,} bytes, compression ratio {self.compression_ratio:.2f}"
+        note = f"error: |w - w'|^2 / |w|^2; mean over the weights {self.relative_error:.3%}."
+        return [Table(title=title, columns=columns, rows=rows, notes=[note])]
+
+
+@dataclass(frozen=True)
 class FileInfo(Tabular):
     """The content of a file as its manifest declares it; ``print`` and notebooks show it as tables.
 
@@ -190,7 +280,7 @@ def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes:
     """Return the report on one tensor of a file whose manifest has these entries."""
     stored = displayed(entry.form.stored) if entry.form else "bytes"
     if entry.same_as is not None:
-        stored = f"same as {entries[entry.same_as].name}"
+        stored = f"{'copy of' if entry.is_copy else 'same as'} {entries[entry.same_as].name}"
     return TensorReport(
         name=entry.name,
         dtype=entry.dtype,
@@ -198,7 +288,7 @@ def tensor_report(entry: TensorEntry, entries: tuple[TensorEntry, ...], n_bytes:
         block_shape=entry.grid.block_shape if entry.grid else (),
         stored=stored,
         counts=entry.counts,
-        dense_bytes=entry.n_bytes if entry.same_as is None else 0,
+        dense_bytes=entry.n_bytes if entry.same_as is None or entry.is_copy else 0,
         n_bytes=n_bytes,
         max_error=entry.error,
     )

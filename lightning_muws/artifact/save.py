@@ -20,7 +20,7 @@ from lightning_muws.artifact.precision import Offer, allowed_forms, candidate, f
 from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.source import Source, State, read_state
 from lightning_muws.artifact.values import STEPS, Form, Loss
-from lightning_muws.artifact.writer import CHUNK_BYTES, ChooseGrid, Draft, Drafts
+from lightning_muws.artifact.writer import CHUNK_BYTES, PALETTE_BYTES, ChooseGrid, Draft, Drafts
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.cost import TENSOR_BYTES, check_compression
 from lightning_muws.structure.grid import BlockGrid
@@ -112,7 +112,7 @@ def save_compressed(
         else:
             grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
             allowed = allowed_forms(model, state, lossy or "all", parameters)
-            draft = _fit(state, grids, allowed, compression, drafts)
+            draft = _fit(state, grids, allowed, compression, drafts, choose_grid)
         return draft.put(path, is_lossy=bool(loss or compression))
 
 
@@ -122,6 +122,7 @@ def _fit(
     allowed: Mapping[str, tuple[str, ...]],
     compression: float,
     drafts: Drafts,
+    choose_grid: ChooseGrid,
 ) -> Draft:
     """Return the largest file that is so many times smaller than its tensors."""
     owned = {x.key: name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
@@ -135,7 +136,7 @@ def _fit(
 
     def encode(offers: Mapping[str, Offer]) -> tuple[int, Draft]:
         forms = {name: offer.form for name, offer in offers.items()}
-        draft = drafts.code(state, lambda name, x: grids[name], forms)
+        draft = drafts.code(state, lambda name, x: grids[name] if name in grids else choose_grid(name, x), forms)
         return draft.n_bytes, draft
 
     return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
@@ -164,7 +165,8 @@ def _grid(
     elif x.ndim < 2 or not x.numel():
         grid = None
     else:
-        shape = blocks if isinstance(blocks, tuple) else shared[name] if name in shared else smallest_shape(x)
+        given = blocks if isinstance(blocks, tuple) and x.element_size() > 1 else None
+        shape = given or (shared[name] if name in shared else smallest_shape(x))
         grid = BlockGrid(shape) if shape else None
     if grid is None or 0 in grid.counts(x.shape):
         return None
@@ -210,7 +212,7 @@ def check_manifest(
         entries.append(entry)
     n_bytes = len(dump(Manifest(tuple(entries), (), state.modules, own).to_dict()))
     n_chunks = 2 + 2 * sum(entry.n_bytes for entry in entries) // CHUNK_BYTES  # any two together have CHUNK_BYTES
-    if (n_bytes := n_bytes + n_chunks * CHUNK_ENTRY_BYTES) > MOST:
+    if (n_bytes := n_bytes + n_chunks * CHUNK_ENTRY_BYTES + PALETTE_BYTES) > MOST:
         raise FormatError(
             f"the manifest would have up to {n_bytes} bytes for {len(entries)} tensors, at most {MOST} are allowed: "
             "save the model in several files"

@@ -11,15 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, sign_bit, slabs
-from lightning_muws.errors import SettingError
+from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, plane, rotate, sign_bit, slabs
+from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
 FLOATS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+# of one byte: exact, and in blocks where that makes the file smaller
+BYTES = ("int8", "uint8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+ZEROS = {"int8": 0, "uint8": 128}  # what counts as zero: quantised weights lie on both sides of it
 STEPS = "grid"  # whole multiples of a step, 16 bits each. Format 1.0 writes this word; everywhere else they are "steps"
+PALETTE = "palette"  # indices into a list of magnitudes, 16 bits each
 MAX_STEPS = (1 << 15) - 1
-WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, STEPS: np.dtype(np.uint16)}
+MAX_PALETTE = 4096  # magnitudes in a list
+WIDTHS = {**{name: np.dtype(kind) for name, kind in FLOATS.items()}, **dict.fromkeys((STEPS, PALETTE), np.dtype("u2"))}
+WIDTHS |= dict.fromkeys(BYTES, np.dtype("u1"))
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LEAST_SAVED = 512  # bytes that a palette saves: only readers of format 1.1 know it
 SAMPLED = 4096  # values from which to guess a step
 # Where they lie in a tensor. A stride would fall in step with rows and blocks; multiples of the golden ratio never do.
 SCATTERED = np.arange(SAMPLED) * ((np.sqrt(5) - 1) / 2) % 1
@@ -74,15 +82,17 @@ class Form:
     """How the values of a tensor are written.
 
     Args:
-        stored: A floating dtype, or ``STEPS``: whole multiples of ``step``.
+        stored: A floating dtype; or ``STEPS``: whole multiples of ``step``; or ``PALETTE``.
         step: In units of the weights; exact in float32 (in float64 for a float64 tensor). 0 for a dtype.
         is_lossy: Values need not be multiples of the step: they are rounded, and zeros lose their sign. Readers need
             not know.
+        palette: The patterns of the magnitudes that occur but 0, in rising order, if they are stored as indices.
     """
 
     stored: str
     step: float = 0.0
     is_lossy: bool = False
+    palette: tuple[int, ...] = ()
 
     def patterns(self, x: Tensor, block_shape: tuple[int, int] | None = None) -> Patterns:
         """Return the patterns of values, of the same shape.
@@ -91,6 +101,10 @@ class Form:
             x: Contiguous, on the CPU.
             block_shape: Of a matrix of whole blocks whose unified blocks must not become zero; None where all is flat.
         """
+        if self.stored == PALETTE:
+            return self._indices(bits(x))
+        if self.stored in ZEROS:
+            return _sign_and_magnitude(bits(x) ^ np.uint8(ZEROS[self.stored]))
         if self.stored != STEPS:
             return bits(x.to(getattr(torch, self.stored)))
         values = _numpy(x)
@@ -103,13 +117,39 @@ class Form:
         signed: Patterns = steps | (negative.astype(np.uint16) << np.uint16(15))
         return signed
 
+    def _indices(self, u: Patterns) -> Patterns:
+        """Return the index of each magnitude, 0 for 0, with its sign in the highest bit."""
+        sign = sign_bit(u.dtype)
+        found = np.searchsorted(np.array((0, *self.palette), u.dtype), u & ~sign).astype(np.uint16)
+        signed: Patterns = found | (((u & sign) != 0).astype(np.uint16) << np.uint16(15))
+        return signed
+
     def values(self, u: Patterns, dtype: torch.dtype) -> Tensor:
-        """Return the values of patterns, of the same shape, in this dtype."""
+        """Return the values of patterns, of the same shape, in this dtype.
+
+        Raises:
+            FormatError: A pattern is an index beyond the palette.
+        """
+        if self.stored == PALETTE:
+            magnitudes = np.array((0, *self.palette), f"u{dtype.itemsize}")
+            at = u & np.uint16(MAX_STEPS)
+            if at.size and at.max() >= len(magnitudes):
+                raise FormatError(f"a value has index {at.max()} of a palette of {len(self.palette)} magnitudes")
+            sign = np.where(u >> np.uint16(15), sign_bit(magnitudes.dtype), magnitudes.dtype.type(0))
+            return from_bits(magnitudes[at] | sign, dtype)
+        if self.stored in ZEROS:
+            return from_bits(_sign_and_magnitude(u) ^ np.uint8(ZEROS[self.stored]), dtype)
         if self.stored != STEPS:
             return from_bits(u, getattr(torch, self.stored)).to(dtype)
         wide = _wide(dtype)
         magnitudes = (u & np.uint16(MAX_STEPS)).astype(wide) * wide(self.step)
         return torch.from_numpy(np.where(u >> np.uint16(15), -magnitudes, magnitudes)).to(dtype)
+
+
+def _sign_and_magnitude(u: Patterns) -> Patterns:
+    """Return int8 as its sign and magnitude, so that -3 and 3 have one magnitude; -128 becomes -0. Undoes itself."""
+    negative = np.where(u & np.uint8(127), -u & np.uint8(127) | np.uint8(128), np.uint8(128))
+    return np.where(u >> np.uint8(7), negative, u).astype(np.uint8)
 
 
 def displayed(name: str) -> str:
@@ -149,7 +189,7 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
     low, high = (float(value) for value in torch.aminmax(x.view(-1)))
     top = max(-low, high)
     if not np.isfinite(top):
-        return exact
+        return _with_palette(x.view(-1), exact)
     if loss.value_dtype:
         rounded = Form(loss.value_dtype)
         return rounded if keeps_blocks(x, grid, rounded) else exact
@@ -163,7 +203,41 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
             if coarse > step and top / coarse < MAX_STEPS - 1:
                 return Form(STEPS, float(coarse), is_lossy=True)
-    return Form(STEPS, step) if step else exact
+    return _with_palette(x.view(-1), Form(STEPS, step) if step else exact)
+
+
+def repeats(u: Patterns) -> bool:
+    """Return whether at most a quarter of a sample of a list are different values; most lists take little time."""
+    few, more = (u[:: max(1, len(u) // n)] for n in (SAMPLED // 4, SAMPLED))
+    return len(u) >= SAMPLED // 4 and 5 * len(np.unique(few)) < 4 * len(few) and 4 * len(np.unique(more)) <= len(more)
+
+
+def _with_palette(flat: Tensor, other: Form) -> Form:
+    """Return the form of indices into the magnitudes that occur, if they are few and it is smaller than the other."""
+    sample = flat if len(flat) <= SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
+    few = bits(sample)
+    sign = sign_bit(few.dtype)
+    if len(flat) < SAMPLED or not repeats(few & ~sign):
+        return other
+    found: NDArray[Any] = np.zeros(1, few.dtype)
+    for part in slabs(len(flat), 1):
+        found = np.union1d(found, bits(flat[part]) & ~sign)
+        if len(found) > MAX_PALETTE:
+            return other
+    form = Form(PALETTE, palette=tuple(found[1:].tolist()))
+    own, indices = (_plane_bytes(one.patterns(sample)) / len(few) for one in (other, form))
+    saved = (0.95 * own - indices) * len(flat) - 2 * few.itemsize * len(form.palette)
+    return form if saved > LEAST_SAVED else other
+
+
+def _plane_bytes(u: Patterns) -> float:
+    """Return the order-0 entropy of the byte planes of values."""
+    turned = rotate(u)
+    return sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+
+
+def _scattered(n: int) -> NDArray[np.int64]:
+    return np.unique((SCATTERED * n).astype(np.int64))
 
 
 def _numpy(x: Tensor) -> NDArray[Any]:
@@ -177,9 +251,7 @@ def _wide(dtype: torch.dtype) -> Any:
 
 def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
-    sample = (
-        flat if len(flat) <= SAMPLED else flat[torch.from_numpy(np.unique((SCATTERED * len(flat)).astype(np.int64)))]
-    )
+    sample = flat if len(flat) <= SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
     found = np.unique(np.abs(_numpy(sample)).astype(np.float64))
     seen = [*found[(found > 0) & (found < top)].tolist(), top]
     gap, wide = min(b - a for a, b in pairwise([0.0, *seen])), _wide(flat.dtype)

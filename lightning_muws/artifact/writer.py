@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +21,18 @@ from lightning_muws.artifact.codecs import encode
 from lightning_muws.artifact.container import head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.load import Progress, check_errors
-from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry
+from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry, item_bytes
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import State
-from lightning_muws.artifact.values import Form, Loss, choose, displayed
+from lightning_muws.artifact.streams import slabs
+from lightning_muws.artifact.values import BYTES, Form, Loss, choose, displayed
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+PALETTE_BYTES = 1 << 18  # that the palettes of all tensors take in a manifest at most
+LEAST_COPY = 1 << 10  # bytes of a tensor that is written as the copy of an earlier one
+LEAST_CUT = 1 << 12  # values of one byte that are cut into blocks
+SAMPLED = 1 << 12  # values of a tensor that are compared first
 IN_MEMORY = 8 << 20  # of streams; more of them wait in a file beside the place of the file
 ChooseGrid = Callable[[str, Tensor], BlockGrid | None]
 
@@ -128,8 +134,10 @@ class Writer:
     lengths: dict[str, int] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     coded: dict[str, list[tuple[str, int, int, float]]] = field(default_factory=lambda: defaultdict(list))
+    alike: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # tensors that begin equally, by index
     distances: dict[str, float] = field(default_factory=dict)  # of the tensors, squared
     symbols: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    room: int = field(default_factory=lambda: PALETTE_BYTES)  # that is left for palettes
     done: int = 0
 
     def run(self, choose_grid: ChooseGrid, extra: Mapping[str, Any]) -> Manifest:
@@ -137,6 +145,7 @@ class Writer:
         entries: list[TensorEntry] = []
         seen: dict[Hashable, int] = {}
         total = sum({x.key: x.nbytes for x in self.state.tensors.values()}.values())
+        n_names = Counter(x.key for x in self.state.tensors.values())
         largest = self._largest()
         for i, (name, tensor) in enumerate(self.state.tensors.items()):
             entry = TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -147,10 +156,37 @@ class Writer:
             original = tensor.read()
             x = tensor.change(original) if tensor.change else original
             entry = self._decide(entry, x, choose_grid, largest)
-            entries.append(self._write(i, entry, x, original, total))
+            # no entry may refer to a copy, so that a tensor of several names is none
+            same = self._equal(entry, original, entries) if n_names[tensor.key] == 1 else None
+            if same is not None:
+                self.distances[entry.name] = self.distances.get(entries[same].name, 0.0)
+                self.done += tensor.nbytes
+                self.progress(self.done, total)
+                entries.append(TensorEntry(entry.name, entry.dtype, entry.shape, same_as=same, is_copy=True))
+            else:
+                entries.append(self._write(i, entry, x, original, total))
         if self.state.tensors and (not self.chunks or self.chunks[-1].until < (len(entries), 0)):
             self._flush((len(entries), 0))
         return Manifest(tuple(entries), tuple(self.chunks), self.state.modules, extra)
+
+    def _equal(self, entry: TensorEntry, x: Tensor, entries: list[TensorEntry]) -> int | None:
+        """Return the index of an earlier tensor that is equal bit for bit and written in the same way, if there is one.
+
+        Both are compared whole only if their beginnings are equal, so that different tensors take no time.
+        """
+        if entry.n_bytes < LEAST_COPY:
+            return None
+        start = x.reshape(-1)[:SAMPLED].view(torch.uint8).numpy().tobytes()
+        found = self.alike.setdefault((entry.dtype, entry.shape, hashlib.sha256(start).digest()), [])
+        for i in found:
+            earlier, stored = entries[i], self.state.tensors[entries[i].name]
+            is_alike = (earlier.form, earlier.grid) == (entry.form, entry.grid)
+            if is_alike and bool(stored.change) == bool(self.state.tensors[entry.name].change):
+                other = stored.read()
+                if all(np.array_equal(_raw(x, part), _raw(other, part)) for part in slabs(x.numel(), 1)):
+                    return i
+        found.append(len(entries))
+        return None
 
     def _largest(self) -> float:
         """Return the largest ``|w|`` of the model, if the error is relative to it; else what it is relative to."""
@@ -162,15 +198,27 @@ class Writer:
 
     def _decide(self, entry: TensorEntry, x: Tensor, choose_grid: ChooseGrid, largest: float) -> TensorEntry:
         """Return the entry with its form, and its blocks."""
+        if entry.dtype in BYTES and x.ndim >= 2 and x.numel() >= LEAST_CUT:
+            grid = choose_grid(entry.name, x)
+            return replace(entry, grid=grid, form=Form(entry.dtype) if grid else None)
         if not self.state.tensors[entry.name].is_cuttable:
             return entry
         grid = choose_grid(entry.name, x)
         if entry.name in self.forms:
-            return replace(entry, grid=grid, form=self.forms[entry.name])
+            return replace(entry, grid=grid, form=self._affordable(self.forms[entry.name], entry.dtype))
         loses = self.loss.lossy == "all" or entry.name in self.state.weights
         if self.loss.max_error and loses and self.loss.relative_to == "tensor_max" and x.numel():
             largest = top(x)
-        return replace(entry, grid=grid, form=choose(x, grid, self.loss if loses else Loss(), largest))
+        form = choose(x, grid, self.loss if loses else Loss(), largest)
+        return replace(entry, grid=grid, form=self._affordable(form, entry.dtype))
+
+    def _affordable(self, form: Form, dtype: str) -> Form:
+        """Return the form, or the exact one if the palettes of all tensors would make the manifest too large."""
+        n_bytes = 2 * len(form.palette) * item_bytes(dtype)
+        if n_bytes > self.room:
+            return Form(dtype)
+        self.room -= n_bytes
+        return form
 
     def _write(self, i: int, entry: TensorEntry, x: Tensor, original: Tensor, total: int) -> TensorEntry:
         """Write a tensor, over as many chunks as it takes; return the entry with what was measured."""
@@ -229,3 +277,8 @@ def top(x: Tensor) -> float:
     low, high = torch.aminmax(x.reshape(-1))
     largest = max(-float(low), float(high))
     return largest if np.isfinite(largest) else 0.0
+
+
+def _raw(x: Tensor, part: slice) -> Any:
+    """Return the bytes of some elements of a contiguous tensor."""
+    return x.view(-1)[part].view(torch.uint8).numpy()

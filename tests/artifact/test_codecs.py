@@ -1,6 +1,7 @@
 """The entropy coder: exact, near the entropy, and strict about what it reads."""
 
 import contextlib
+import lzma
 import tracemalloc
 import zlib
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_muws import load_compressed, save_compressed
+from lightning_muws import inspect_compressed, load_compressed, save_compressed
 from lightning_muws.artifact import rans
 from lightning_muws.artifact.codecs import CODERS, Coder, decode, encode, inflate
 from lightning_muws.artifact.entropy import entropy_bytes
@@ -204,3 +205,88 @@ def test_a_file_with_the_new_coder_loads_where_the_row_is_and_is_refused_elsewhe
         assert torch.equal(load_compressed(tmp_path / "m.muws")["w"], state["w"])
     with pytest.raises(FormatError, match="coder 'deflate' is not known"):
         load_compressed(tmp_path / "m.muws")
+
+
+# ---- filters
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blocks_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask of blocks of 4x4."""
+    return mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+FILTERED = [name for name, coder in CODERS.items() if coder.minor]
+
+
+@pytest.mark.parametrize("name", FILTERED)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 70_000), data=st.data())
+def test_a_filtered_stream_round_trips_and_its_damage_is_refused_or_read_as_so_many_bytes(name, seed, n, data):
+    generator = np.random.default_rng(seed)
+    symbols = generator.integers(0, 2, n).astype(np.uint8)
+    if name.startswith("delta"):
+        symbols = np.cumsum(generator.integers(0, 3, n), dtype=np.uint8)
+    coded = CODERS[name].encode(symbols, np.inf)
+    if coded is None:
+        return
+    assert np.array_equal(decode(name, coded, n), symbols)
+    bad = bytearray(coded)
+    for _ in range(data.draw(st.integers(1, 4))):
+        bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(FormatError):
+        assert len(decode(name, bytes(bad), n)) == n
+
+
+@pytest.mark.parametrize(
+    ("tensor", "coder", "most"),
+    [
+        (torch.arange(100_000), "delta-zlib2", 300),
+        (torch.arange(0, 300_000, 3, dtype=torch.int32), "delta-zlib2", 300),
+        (
+            torch.randint(0, 10**7, (50_000,), generator=torch.Generator().manual_seed(0)).sort().values,
+            "delta-rans",
+            66e3,
+        ),
+        (torch.arange(256)[:, None] - torch.arange(256) + 255, "delta-zlib2", 1200),
+        (torch.ones(512, 512, dtype=torch.bool).tril(), "bits-zlib2", 300),
+        (blocks_of(torch.randn(64, 64, generator=seeded(0)) > 0), "bits-zlib", 1000),
+    ],
+    ids=["count", "multiples", "sorted", "relative positions", "causal mask", "block mask"],
+)
+def test_indices_and_masks_are_small(tensor, coder, most, tmp_path):
+    report = save_compressed({"i": tensor}, tmp_path / "m.muws")
+    (stream,) = report.streams
+    assert (stream.name, stream.coder) == ("other", coder)
+    assert stream.n_bytes < most
+    loaded = load_compressed(tmp_path / "m.muws")["i"]
+    assert loaded.dtype == tensor.dtype
+    assert torch.equal(loaded, tensor)
+    assert inspect_compressed(tmp_path / "m.muws").version == "1.1"
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    assert format_reader.read(tmp_path / "m.muws")["i"][2] == raw
+    assert report.n_bytes - report.header_bytes < 512 + 1.05 * min(
+        len(lzma.compress(np.ascontiguousarray(planes).tobytes()))
+        for planes in (np.frombuffer(raw, np.uint8), np.frombuffer(raw, np.uint8).reshape(-1, tensor.element_size()).T)
+    )
+
+
+def test_a_filter_is_used_only_if_it_clearly_pays(tmp_path):
+    for i in range(5):
+        x = torch.randn(64, 64, generator=torch.Generator().manual_seed(i))
+        save_compressed({"w": x, "ids": torch.tensor([3, 1, 2])}, tmp_path / "m.muws")
+        assert inspect_compressed(tmp_path / "m.muws").version == "1.0"
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_a_bomb_in_a_filtered_stream_takes_no_memory(name):
+    bomb = zlib.compress(bytes(1 << 28), 9)
+    bomb = zlib.compress(bomb, 9) if name.endswith("2") else bomb
+    tracemalloc.start()
+    with pytest.raises(FormatError):
+        decode(name, bomb, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

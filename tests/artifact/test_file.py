@@ -144,7 +144,7 @@ def test_it_is_a_safetensors_file(path):
         assert file.get_tensor("c0.kinds").dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", ["1.0-exact", "1.0-lossy"])
+@pytest.mark.parametrize("name", ["1.0-exact", "1.0-lossy", "1.1-exact"])
 def test_golden_files_load_for_ever(name):
     expected = torch.load(GOLDEN / f"{name}.pt", weights_only=True)
     assert_same(load_compressed(GOLDEN / f"{name}.muws"), expected)
@@ -156,6 +156,13 @@ def test_golden_bytes_are_written_as_ever(path):
     """If this fails, files have changed: readers are not harmed if the golden files still load, but say so."""
     save_compressed(load_compressed(GOLDEN / "1.0-exact.muws"), path)
     assert path.read_bytes() == (GOLDEN / "1.0-exact.muws").read_bytes()
+
+
+def test_the_golden_file_of_1_1_has_all_that_1_1_adds():
+    info = inspect_compressed(GOLDEN / "1.1-exact.muws")
+    assert info.version == "1.1"
+    assert [tensor.stored for tensor in info.tensors] == ["palette", "copy of few", "int8", "uint8", "bytes"]
+    assert info.coders["other"].startswith("delta-")
 
 
 # ---- small

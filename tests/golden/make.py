@@ -4,15 +4,31 @@ from pathlib import Path
 
 import torch
 
-from lightning_muws import load_compressed, save_compressed
+from lightning_muws import MicroStructure, load_compressed, save_compressed
 from tests.support.forge import small_model
 from tests.support.strategies import normal
 
 HERE = Path(__file__).parent
 
-if __name__ == "__main__":
+
+def newer() -> dict[str, torch.Tensor]:
+    """Return a state_dict that uses all that format 1.1 adds: copies, filters, a palette, and bytes in blocks."""
+    few = normal(0, 9, dtype=torch.float32)[torch.randint(0, 9, (80, 90), generator=torch.Generator().manual_seed(0))]
+    bytes_ = MicroStructure((4, 4), 0.6, 0.3).project(normal(1, 64, 64)).mul(30).round().clamp(-127, 127).to(torch.int8)
+    uint8, ids = bytes_.int().add(128).to(torch.uint8), torch.arange(0, 9000, 3, dtype=torch.int32)
+    return {"few": few, "again": few.clone(), "q": bytes_, "u": uint8, "ids": ids}
+
+
+def make_1_0() -> None:
+    """Make the files of format 1.0."""
     state = small_model(HERE / "1.0-exact.muws")
     torch.save(state, HERE / "1.0-exact.pt")
     lossy = {k: x for k, x in state.items() if x.is_floating_point()} | {"half": normal(9, 9, 70).half()}
     save_compressed(lossy, HERE / "1.0-lossy.muws", max_error=0.01, extra={"made": "by tests/golden/make.py"})
     torch.save(dict(load_compressed(HERE / "1.0-lossy.muws")), HERE / "1.0-lossy.pt")
+
+
+if __name__ == "__main__":
+    make_1_0()
+    torch.save(newer(), HERE / "1.1-exact.pt")
+    save_compressed(newer(), HERE / "1.1-exact.muws")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "grid": 2}
+WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "grid": 2, "palette": 2}
+BYTES = ("int8", "uint8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+WIDTH |= dict.fromkeys(BYTES, 1)
 ITEM = {"bool": 1, "complex32": 4, "complex64": 8, "complex128": 16}
 
 
@@ -50,6 +52,10 @@ def item(dtype: str) -> int:
     return ITEM.get(dtype) or int("".join(c for c in dtype.split("_")[0] if c.isdigit())) // 8
 
 
+def is_other(entry: dict) -> bool:
+    return entry["dtype"] not in WIDTH or (entry["dtype"] in BYTES and "block" not in entry)
+
+
 def matrix(entry: dict) -> tuple[int, int]:
     shape = entry["shape"]
     rows = shape[1] * entry.get("groups", 1) if entry.get("out_axis") else shape[0]
@@ -73,7 +79,7 @@ def read_chunk(pieces, streams):
     kinds = [k for byte in packed for k in (byte % 5, byte // 5 % 5, byte // 25)][:n_blocks]
     n_signs, needed, at = 0, {}, 0
     for _, e, rows in pieces:
-        if e["dtype"] not in WIDTH:
+        if is_other(e):
             continue
         stored = e.get("stored", e["dtype"])
         if "block" not in e:
@@ -93,10 +99,10 @@ def read_chunk(pieces, streams):
         top = 8 * WIDTH[stored] - 1
         turned = [sum(plane[k] << 8 * i for i, plane in enumerate(planes)) for k in range(n)]
         values[role, stored] = iter([t >> 1 | (t & 1) << top for t in turned])
-    n_other = sum(rows * item(e["dtype"]) for _, e, rows in pieces if e["dtype"] not in WIDTH)
+    n_other = sum(rows * item(e["dtype"]) for _, e, rows in pieces if is_other(e))
     other, kinds = iter(stream("other", n_other)), iter(kinds)
     for index, e, rows in pieces:
-        if e["dtype"] not in WIDTH:
+        if is_other(e):
             planes = [[next(other) for _ in range(rows)] for _ in range(item(e["dtype"]))]
             yield index, [bytes(column) for column in zip(*planes, strict=True)]
             continue
@@ -130,8 +136,21 @@ def read_blocks(e, rows, stored, kinds, signs, values):
 
 
 def decode(coder: str, coded: bytes, n: int) -> list[int]:
-    data = {"raw": lambda: list(coded), "zlib": lambda: list(zlib.decompress(coded)), "rans": lambda: rans(coded, n)}
-    found = data[coder]()
+    change, _, inner = coder.rpartition("-")
+    m = -(-n // 8) if change == "bits" else n
+    data = {
+        "raw": lambda: list(coded),
+        "zlib": lambda: list(zlib.decompress(coded)),
+        "zlib2": lambda: list(zlib.decompress(zlib.decompress(coded))),
+        "rans": lambda: rans(coded, m),
+    }
+    found = data[inner]()
+    assert len(found) == m
+    if change == "delta":
+        total = 0
+        found = [total := (total + byte) % 256 for byte in found]
+    elif change == "bits":
+        found = [byte >> bit & 1 for byte in found for bit in range(8)][:n]
     assert len(found) == n
     return found
 
@@ -182,7 +201,7 @@ def finish(entry: dict, units: list, entries: list) -> tuple[str, tuple[int, ...
     index = entry.get("same_as", next(i for i, e in enumerate(entries) if e is entry))
     stored = entries[index]
     dtype, shape, mine = entry["dtype"], tuple(entry["shape"]), units[index]
-    if dtype not in WIDTH:
+    if is_other(stored):
         return dtype, shape, b"".join(mine)
     if "block" in stored:
         flat = [u for row in mine for u in row]
@@ -198,8 +217,16 @@ def finish(entry: dict, units: list, entries: list) -> tuple[str, tuple[int, ...
 def to_bytes(flat: list[int], entry: dict, dtype: str) -> bytes:
     how = entry.get("stored", dtype)
     width = WIDTH[how]
+    if how in ("int8", "uint8"):
+        zero = 128 if how == "uint8" else 0
+        numbers = (-128 if u == 128 else 128 - u if u > 128 else u for u in flat)
+        return bytes((number + zero) % 256 for number in numbers)
     if how == dtype:
         return b"".join(u.to_bytes(width, "little") for u in flat)
+    if how == "palette":
+        size, raw = WIDTH[dtype], bytes.fromhex(entry["palette"])
+        table = [0, *(int.from_bytes(raw[i : i + size], "little") for i in range(0, len(raw), size))]
+        return b"".join((table[u & 32767] | u >> 15 << 8 * size - 1).to_bytes(size, "little") for u in flat)
     if how == "grid":
         wide = np.float64 if dtype == "float64" else np.float32
         numbers = [wide(u & 32767) * wide(entry["step"]) * (-1 if u >> 15 else 1) for u in flat]
