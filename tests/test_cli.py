@@ -132,6 +132,8 @@ FIELDS = {
     "penalty.rho": "Penalty factor at the start",
     "penalty.rho_growth": "Factor on rho",
     "penalty.rho_max": "Where rho stops growing",
+    "penalty.relative": "divided by the squared norm",
+    "penalty.balance": "rho always grows",
     "retraining.unified": "the one magnitude of a unified block trains",
     "retraining.schedule": "Learning rate schedule",
     "retraining.lr": "Learning rate at the beginning",

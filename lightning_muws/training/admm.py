@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lightning_muws.structure.support import Support
 from lightning_muws.training.method import Method
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.record import on_device
-from lightning_muws.training.residuals import Residuals
+from lightning_muws.training.residuals import Residuals, total
 
 
 class Admm(Method):
@@ -43,11 +44,12 @@ class Admm(Method):
     pruned one, and sign times magnitude on a unified one; U is Z - V. Of a sharded weight (DTensor) each rank keeps its
     part of V; an update gathers one weight at a time.
 
-    Where rho grows, U shrinks by the same factor, which keeps the unscaled dual ``rho * U`` (section 3.4.1).
+    Where rho grows, U shrinks by the same factor, which keeps the unscaled dual ``rho * U`` (section 3.4.1). Each
+    weight has its own rho, as :class:`Penalty` describes; ``rho`` is their mean, before a division by ``|W|^2``.
 
     Args:
         entries: The structure of each weight, by name: a plan's ``covered``.
-        penalty: The penalty factor rho, and how it grows.
+        penalty: The penalty factor rho, and how it changes.
 
     Example:
         >>> from lightning_muws.structure.plan import MicroStructure, make_plan
@@ -60,8 +62,16 @@ class Admm(Method):
     """
 
     def __init__(self, entries: Mapping[str, PlanEntry], penalty: Penalty) -> None:
-        self.entries, self.settings, self.rho = dict(entries), penalty, penalty.rho
+        self.entries, self.settings = dict(entries), penalty
+        self._rhos = dict.fromkeys(entries, penalty.rho)
+        self._scales = dict.fromkeys(entries, 1.0)
         self._splits: dict[str, _Split] = {}
+
+    @property
+    def rho(self) -> float:  # type: ignore[override]
+        """The mean of the penalty factors of all weights."""
+        found = set(self._rhos.values()) or {self.settings.rho}
+        return found.pop() if len(found) == 1 else fmean(self._rhos.values())  # the mean of equal ones may round
 
     @torch.no_grad()
     def start(self, weights: Mapping[str, Tensor]) -> None:
@@ -75,6 +85,8 @@ class Admm(Method):
         """
         for name in self.entries:
             v = weights[name].detach().to(_exact(weights[name]), copy=True)
+            size = norm(v) if self.settings.relative else 1.0
+            self._scales[name] = size**-2 if size else 1.0
             self._splits[name] = self._project_(name, v)
 
     @torch.no_grad()
@@ -91,23 +103,24 @@ class Admm(Method):
         for name, weight in weights.items():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
+            pull = self._rhos[name] * self._scales[name] * scale
             parts = [(local(weight.grad), local(weight.detach()), local(self._splits[name].v))]
             if weight.device.type == "cpu" and all(x.is_contiguous() for x in parts[0]):
                 # temporaries stay in the cache
                 parts = list(zip(*(torch.split(x.view(-1), CHUNK_NUMEL) for x in parts[0]), strict=True))
             for g, w, v in parts:
                 if g.dtype == v.dtype:
-                    g.add_(w - v, alpha=self.rho * scale)
+                    g.add_(w - v, alpha=pull)
                 else:  # half precision: one rounding
-                    g.copy_(g.to(v.dtype).add_(w.to(v.dtype) - v, alpha=self.rho * scale))
+                    g.copy_(g.to(v.dtype).add_(w.to(v.dtype) - v, alpha=pull))
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], due: int = 1) -> dict[str, Residuals]:
-        """Set ``Z = project(W + U)`` and ``U = U + W - Z``, then let rho grow.
+        """Set ``Z = project(W + U)`` and ``U = U + W - Z``, then change rho.
 
         Args:
             weights: The weights, by name.
-            due: For how many updates this one stands: rho grows as often.
+            due: For how many updates this one stands: rho changes as often.
 
         Returns:
             The residuals of each weight.
@@ -115,11 +128,27 @@ class Admm(Method):
         Raises:
             StateError: A weight has NaN or Inf; the update changes nothing for it and those after it.
         """
-        rho = self.settings.grown(self.rho, due)
+        grown = {name: self.settings.grown(rho, due) for name, rho in self._rhos.items()}
+        rhos = grown if self.settings.balance == "none" else self._rhos
         scratch = _Scratch(split.v for split in self._splits.values())
-        residuals = {n: self._update(n, weights[n].detach(), self.rho / rho, scratch) for n in self.entries}
-        self.rho = rho
+        residuals = {n: self._update(n, weights[n].detach(), self._rhos[n] / rhos[n], scratch) for n in self.entries}
+        self._rhos = rhos
+        if self.settings.balance != "none":
+            self._balance(residuals, weights, due)
         return residuals
+
+    def _balance(self, residuals: Mapping[str, Residuals], weights: Mapping[str, Tensor], due: int) -> None:
+        """Change each rho by what the residuals call for, and U with it."""
+        overall = total(residuals, weights)
+        factor = self.settings.balanced(self.rho, overall.primal, overall.dual, due) / self.rho
+        for name, found in residuals.items():
+            old, rho = self._rhos[name], self._rhos[name] * factor
+            if self.settings.balance == "weight":
+                rho = self.settings.balanced(old, found.primal, found.dual, due)
+            if rho != old:
+                z, v = self.z(name), self._splits[name].v
+                v.copy_(z.sub_(z - v, alpha=old / rho))  # V = Z - U * old / rho
+                self._rhos[name] = rho
 
     def _update(self, name: str, weight: Tensor, shrink: float, scratch: _Scratch) -> Residuals:
         """Update the V of one weight in place, where U is multiplied by ``shrink`` as rho is divided by it.
@@ -169,9 +198,12 @@ class Admm(Method):
 
     @torch.no_grad()
     def penalty(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, a scalar."""
-        squares = [whole((w.detach() - self._splits[name].v).square().sum()) for name, w in weights.items()]
-        return self.rho / 2 * torch.stack(squares or [torch.zeros(())]).sum()  # a budget may keep all weights dense
+        """Return ``sum rho / 2 * |W - Z + U|^2`` over these weights, with the rho of each, a scalar."""
+        parts = []
+        for name, weight in weights.items():
+            square = whole((weight.detach() - self._splits[name].v).square().sum())
+            parts.append(self._rhos[name] * self._scales[name] / 2 * square)
+        return torch.stack(parts or [torch.zeros(())]).sum()  # a budget may keep all weights dense
 
     def z(self, name: str) -> Tensor:
         """Return the structured copy Z of a weight: the weight's shape, float32 or float64, sharded like it."""
@@ -190,12 +222,12 @@ class Admm(Method):
         return {"penalty": self.penalty(weights)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rho, and V and the choice of blocks of each weight, as plain dicts, floats and tensors."""
+        """Return each rho, and V and the choice of blocks of each weight, as plain dicts, floats and tensors."""
         weights = {}
         for name, (support, magnitudes) in self.choices().items():
             v = self._splits[name].v
             weights[name] = {"v": whole(v), **choice_state(v, support, magnitudes)}
-        return {"rho": self.rho, "weights": weights}
+        return {"rho": dict(self._rhos), "scale": dict(self._scales), "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Load what :meth:`state_dict` returned, onto the devices and into the dtypes of these weights."""
@@ -203,7 +235,8 @@ class Admm(Method):
             tensors = on_device(saved, weights[name], _exact(weights[name]))
             support, magnitudes = load_choice(weights[name], tensors, self.entries[name].grid)
             self._splits[name] = _Split(like(tensors["v"], weights[name]), magnitudes, support.state_dict())
-        self.rho = state["rho"]  # above a lower rho_max, the next update lowers it and scales U
+        self._rhos = dict(state["rho"])  # above a lower rho_max, the next update lowers it and scales U
+        self._scales = dict(state["scale"])
 
 
 @dataclass

@@ -163,8 +163,10 @@ class Budget:
             first = {name: replace(bound, is_auto=False) for name, bound in bounds.items()}
             try:
                 prepare(tensors, first, compression, buffers=buffers)
-            except SettingError:  # other block shapes may reach it
-                prepare(tensors, bounds, compression, buffers=buffers)
+            except SettingError:
+                if first == bounds:
+                    raise
+                prepare(tensors, bounds, compression, buffers=buffers)  # other block shapes may reach it
 
     def _within_error(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
         assert self.max_relative_error is not None  # noqa: S101  choose() calls this for an error only

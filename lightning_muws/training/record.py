@@ -28,9 +28,9 @@ def plain(value: object) -> Any:
     """Return a setting as plain values; a dataclass as a dict of its fields with its class name under ``type``.
 
     Example:
-        >>> from lightning_muws import Penalty
-        >>> plain(Penalty())
-        {'type': 'Penalty', 'rho': 0.003, 'rho_growth': 1.15, 'rho_max': 1.0}
+        >>> from lightning_muws import Retraining
+        >>> plain(Retraining())
+        {'type': 'Retraining', 'unified': 'tied', 'schedule': 'restart', 'lr': 0.0}
     """
     if dataclasses.is_dataclass(value):
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -384,8 +384,8 @@ class CompressionRun:
         budget, whose choice comes from the state. A dense run depends on none of these. All other settings may change:
 
         - ``phases.admm_start``, ``admm_end`` and ``update_every`` hold from the next :meth:`tick` on.
-        - ``penalty.rho_growth`` and ``rho_max`` hold from the next update on. ``penalty.rho`` is where a method
-          starts; a method that has started goes on from the rho of the state.
+        - ``penalty.rho_growth``, ``rho_max`` and ``balance`` hold from the next update on. ``penalty.rho`` and
+          ``relative`` are how a method starts; a method that has started goes on from the rho of the state.
         - ``retraining.schedule`` and ``lr`` belong to the caller, as do a callback's ``save_to`` and
           ``validate_projected``.
 

@@ -21,7 +21,7 @@ NUMBERS = {
     Phases: ["admm_start", "admm_end", "update_every"],
     Retraining: ["lr"],
 }
-WORDS = {Phases: ["interval", "method"], Retraining: ["unified", "schedule"]}
+WORDS = {Phases: ["interval", "method"], Penalty: ["balance"], Retraining: ["unified", "schedule"]}
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
