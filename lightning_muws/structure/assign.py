@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_muws.structure.kinds import Kind
+
 # Times are of `cheapest` on one CPU core, normal weights in blocks of 16, half of them pruned and a quarter unified.
 SAMPLE_ABOVE = 1 << 12  # with fewer blocks a sample costs what it saves; with 65,536 it takes 4 ms instead of 25
 GALLOP = 1.2  # factor on the multiplier until it is too large; 1.05 to 1.5 take the same time, 2 takes longer
@@ -200,3 +202,68 @@ def _mixed(unify_cost: Tensor, gain: Tensor, n_pruned: int, total: int, low: Ten
     comes, goes = (at_high & ~at_low & cheap).nonzero()[:short], (at_low & ~at_high & ~cheap).nonzero()[:short]
     at_low[comes], at_low[goes] = True, False
     return at_low
+
+
+def choose_kinds(costs: Tensor, pruned: tuple[int, int], unified: tuple[int, int]) -> Tensor:
+    """Return the kinds of blocks whose costs sum to the least, with the numbers of pruned and unified ones in bounds.
+
+    The least sum is a convex function of the two numbers (it is the optimum of an assignment problem in its right-hand
+    side). If the free optimum is out of bounds, the best one therefore has one number at the bound it broke.
+
+    Args:
+        costs: ``(3, n)`` floating: what each block costs dense, unified and pruned.
+        pruned: The least and the largest number of pruned blocks.
+        unified: The least and the largest number of unified blocks.
+
+    Returns:
+        ``(n,)`` int64, a :class:`Kind` a block.
+
+    Example:
+        >>> choose_kinds(torch.tensor([[0.0, 5.0], [1.0, 4.0], [2.0, 2.0]]), (0, 2), (1, 2)).tolist()
+        [1, 2]
+    """
+    n_blocks = costs.shape[1]
+    pruned = pruned[0], min(pruned[1], n_blocks - unified[0])
+    unified = unified[0], min(unified[1], n_blocks - pruned[0])
+    free = _cheaper(costs, Kind.UNIFIED, Kind.DENSE)
+    free = torch.where(
+        costs[Kind.PRUNED] < torch.minimum(costs[Kind.DENSE], costs[Kind.UNIFIED]), int(Kind.PRUNED), free
+    )
+    found = []
+    for kind, other, bounds, others in (
+        (Kind.PRUNED, Kind.UNIFIED, pruned, unified),
+        (Kind.UNIFIED, Kind.PRUNED, unified, pruned),
+    ):
+        n = _clamped(free, kind, bounds)
+        if n != int((free == kind).sum()):
+            kinds = _fixed(costs, kind, other, n)
+            m = _clamped(kinds, other, others)
+            if m != int((kinds == other).sum()):
+                kinds = _both(costs, *((n, m) if kind == Kind.PRUNED else (m, n)))
+            found.append(kinds)
+    if not found:
+        return free
+    return min(found, key=lambda kinds: float(costs.gather(0, kinds[None]).sum(dtype=torch.float64)))
+
+
+def _cheaper(costs: Tensor, kind: Kind, other: Kind) -> Tensor:
+    return torch.where(costs[kind] < costs[other], int(kind), int(other))
+
+
+def _clamped(kinds: Tensor, kind: Kind, bounds: tuple[int, int]) -> int:
+    """Return the number of blocks of a kind, or the bound that it breaks."""
+    return min(max(int((kinds == kind).sum()), bounds[0]), bounds[1])
+
+
+def _fixed(costs: Tensor, kind: Kind, other: Kind, n: int) -> Tensor:
+    """Return the cheapest kinds with exactly ``n`` blocks of one kind."""
+    rest = _cheaper(costs, other, Kind.DENSE)
+    return rest.masked_fill(smallest(costs[kind] - torch.minimum(costs[other], costs[Kind.DENSE]), n), int(kind))
+
+
+def _both(costs: Tensor, n_pruned: int, n_unified: int) -> Tensor:
+    """Return the cheapest kinds with exactly so many pruned and unified blocks."""
+    gain = costs[Kind.PRUNED] - costs[Kind.UNIFIED]
+    gain = gain - gain.min().clamp_max(0)  # the same for each pruned block, so that no choice changes
+    pruned, unified = cheapest(costs[Kind.UNIFIED] - costs[Kind.DENSE], gain, n_pruned, n_unified)
+    return unified.to(torch.int64) + int(Kind.PRUNED) * pruned.to(torch.int64)

@@ -7,8 +7,9 @@ is bisected until the bits of all tensors fit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import SettingError, StateError
-from lightning_muws.structure.assign import cheapest, smallest
+from lightning_muws.structure.assign import choose_kinds
 from lightning_muws.structure.cost import (
     FINEST,
+    ROUGH,
     SAMPLED,
     SEARCH,
     TENSOR_BYTES,
@@ -38,6 +40,7 @@ from lightning_muws.structure.grid import CHUNK_NUMEL, BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.structure.shapes import fitting, tiles
 from lightning_muws.structure.sharded import whole
 
 ROUNDS = 3  # of choosing kinds and measuring what their symbols then cost
@@ -55,6 +58,7 @@ class Bounds:
         signs: In a unified block: ``free`` or ``shared``, as in :class:`MicroStructure`.
         prune_ratio: The least and the largest share of the blocks that are pruned.
         unify_ratio: The least and the largest share of the blocks that are unified.
+        is_auto: Whether another block shape may take the place of the grid's: the cheapest of ``fitting``.
 
     Raises:
         SettingError: A value is not allowed.
@@ -68,6 +72,7 @@ class Bounds:
     signs: Literal["free", "shared"] = "free"
     prune_ratio: tuple[float, float] = (0.0, 1.0)
     unify_ratio: tuple[float, float] = (0.0, 1.0)
+    is_auto: bool = False
 
     def __post_init__(self) -> None:
         if self.signs not in ("free", "shared"):
@@ -83,14 +88,18 @@ class Bounds:
 
     @classmethod
     def of(cls, entry: PlanEntry) -> Bounds:
-        """Return the bounds of a plan's entry: none if its structure is open, else exactly its counts of blocks."""
+        """Return the bounds of a plan's entry: the ranges of its ratios, or exactly its counts of blocks."""
         structure = entry.structure
-        signs = structure.signs if isinstance(structure, MicroStructure) else "free"
-        if isinstance(structure, MicroStructure) and structure.is_open:
-            return cls(entry.grid, signs)
+        if isinstance(structure, MicroStructure):
+            return cls(entry.grid, structure.signs, *structure.ranges, is_auto=structure.block_shape == "auto")
         counts, n = structure.counts(entry.grid, entry.shape), max(1, entry.n_blocks)
         prune_ratio, unify_ratio = counts[Kind.PRUNED] / n, counts[Kind.UNIFIED] / n
-        return cls(entry.grid, signs, (prune_ratio, prune_ratio), (unify_ratio, unify_ratio))
+        return cls(entry.grid, "free", (prune_ratio, prune_ratio), (unify_ratio, unify_ratio))
+
+    def fitting(self, shape: torch.Size | tuple[int, ...]) -> tuple[Bounds, ...]:
+        """Return these bounds with each grid that a weight of this shape may get."""
+        grids = fitting(self.grid, shape) if self.is_auto else (self.grid,)
+        return tuple(replace(self, grid=grid, is_auto=False) for grid in grids)
 
     def counts(self, n_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the least and the largest number of blocks that are pruned, and that are unified."""
@@ -174,23 +183,127 @@ def allocate(
         >>> sum(found.shares["weight"].counts), 6 <= found.compression < 6.1
         (256, True)
     """
-    check_compression(compression)
-    given, layers = importance or {}, {}
-    for name, x in tensors.items():
-        layer = measure(name, x.detach(), bounds.get(name), given.get(name), name in buffers)
-        layers[name] = replace(layer, recovery=recovery)
+    layers, size, reachable, guess = prepare(tensors, bounds, compression, importance, buffers, recovery)
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
+    multiplier = search(size, dense_bytes / compression, guess=guess)
+    shares = {name: layer.share(multiplier) for name, layer in layers.items()}
+    n_bytes = file_bytes(share.n_bytes for share in shares.values())
+    return Allocation(multiplier, n_bytes, dense_bytes / n_bytes, reachable, shares)
 
+
+class Prepared(NamedTuple):
+    """What an allocation knows before it searches for the multiplier.
+
+    Args:
+        layers: What was measured of each tensor, by name.
+        size: About how many bytes a file has in which a bit costs the multiplier that is given.
+        reachable: The smallest and the largest compression that a budget reaches.
+        guess: Near the multiplier; 0 if nothing is known of it.
+    """
+
+    layers: dict[str, Layer]
+    size: Callable[[float], float]
+    reachable: tuple[float, float]
+    guess: float
+
+
+def prepare(
+    tensors: Mapping[str, Tensor],
+    bounds: Mapping[str, Bounds],
+    compression: float,
+    importance: Mapping[str, float] | None = None,
+    buffers: Collection[str] = (),
+    recovery: float = RECOVERY,
+) -> Prepared:
+    """Do what :func:`allocate` does before its search: choose block shapes, measure, and find what can be reached.
+
+    Arguments and errors are those of :func:`allocate`.
+    """
+    check_compression(compression)
+    given, layers, samples = importance or {}, {}, {}
+    for name, x in tensors.items():
+        bound, x = bounds.get(name), x.detach()
+        is_auto = bound is not None and bound.is_auto
+        layer = measure(name, x, None if is_auto else bound, given.get(name), name in buffers)
+        layers[name] = layer = replace(layer, recovery=recovery)
+        if bound and is_auto and layer.unit:
+            samples[name] = samples_of(whole(x), layer, bound)
+    dense_bytes = sum(layer.dense_bytes for layer in layers.values())
+    shapes, guess = choose_shapes(layers, samples, dense_bytes / compression)
+    for name, bound in shapes.items():
+        layers[name] = cut(layers[name], whole(tensors[name].detach()), bound)
+
+    @functools.cache
     def size(multiplier: float) -> float:
         return file_bytes(layer.share(multiplier).n_bytes for layer in layers.values())
 
     reachable = dense_bytes / size(SEARCH[0]), dense_bytes / size(SEARCH[1])
     if compression > reachable[1]:
         raise unreachable(compression, reachable)
-    multiplier = search(size, dense_bytes / compression)
-    shares = {name: layer.share(multiplier) for name, layer in layers.items()}
-    n_bytes = file_bytes(share.n_bytes for share in shares.values())
-    return Allocation(multiplier, n_bytes, dense_bytes / n_bytes, reachable, shares)
+    return Prepared(layers, size, reachable, guess)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of a tensor in one block shape.
+
+    Args:
+        bounds: How the tensor is cut and what is allowed.
+        layer: Of the sample.
+        scale: Weights of the tensor over those of the sample.
+    """
+
+    bounds: Bounds
+    layer: Layer
+    scale: float
+
+    def n_bytes(self, multiplier: float) -> float:
+        """Return about how many bytes the tensor takes if a bit costs ``multiplier``."""
+        return TENSOR_BYTES + self.scale * (self.layer.share(multiplier).n_bytes - TENSOR_BYTES)
+
+
+def samples_of(x: Tensor, layer: Layer, bounds: Bounds) -> list[Sample]:
+    """Return a sample of a weight in each block shape that it may get; the same weights in all of them.
+
+    Args:
+        x: The weight, on no more than one rank.
+        layer: What :func:`measure` returns of it without bounds.
+        bounds: Its bounds, with any block shape.
+    """
+    found = []
+    for bound in bounds.fitting(x.shape):
+        matrix = tiles(bound.grid.matrix(x))
+        scale, n_blocks = x.numel() / matrix.numel(), math.prod(bound.grid.counts(x.shape))
+        part = cut(layer, matrix, replace(bound, grid=BlockGrid(bound.grid.block_shape)))
+        n_edge = x.numel() - n_blocks * bound.grid.block_numel  # tiles have no edges: count those of the weight
+        found.append(Sample(bound, replace(part, n_free=round(n_edge / scale)), scale))
+    return found
+
+
+def choose_shapes(
+    layers: Mapping[str, Layer], samples: Mapping[str, list[Sample]], target: float
+) -> tuple[dict[str, Bounds], float]:
+    """Return the bounds with the cheapest block shape of each sampled tensor, and about what a bit costs.
+
+    The multiplier is that of the first shape of each: the cheapest shapes change little with it.
+
+    Args:
+        layers: All tensors, by name.
+        samples: Those whose shape is chosen, in each shape.
+        target: Bytes that the file shall have.
+    """
+    if not samples:
+        return {}, 0.0
+    first = {name: tried[0] for name, tried in samples.items()}
+    multiplier = search(functools.partial(_estimate, layers, first), target, slack=ROUGH)
+    costs = {name: [one.scale * one.layer.cost(multiplier) for one in tried] for name, tried in samples.items()}
+    return {name: samples[name][x.index(min(x))].bounds for name, x in costs.items()}, multiplier
+
+
+def _estimate(layers: Mapping[str, Layer], picked: Mapping[str, Sample], multiplier: float) -> float:
+    """Return about how many bytes a file has, of which some tensors are known by a sample."""
+    fixed = [layer.share(multiplier).n_bytes for name, layer in layers.items() if name not in picked]
+    return file_bytes([*fixed, *(one.n_bytes(multiplier) for one in picked.values())])
 
 
 def measure(
@@ -219,15 +332,16 @@ def measure(
     energy = math.fsum(float(part.square().sum(dtype=torch.float64)) for part in parts)
     k = 1 / energy if importance is None else importance * unit**2
     plain_bits = EXACT * 8 * dense_bytes
-    if bounds is None or 0 in bounds.grid.counts(x.shape):
-        free = (sample(flat) / unit).to(torch.float32).cpu()
-        return Layer(dense_bytes, plain_bits, unit, top / unit, k, free, x.numel())
-    return _cut(Layer(dense_bytes, plain_bits, unit, top / unit, k), x, bounds)
+    free = (sample(flat) / unit).to(torch.float32).cpu()
+    layer = Layer(dense_bytes, plain_bits, unit, top / unit, k, free, x.numel())
+    return cut(layer, x, bounds) if bounds else layer
 
 
-def _cut(layer: Layer, x: Tensor, bounds: Bounds) -> Layer:
-    """Return the layer with the distances of its blocks, and a sample of them."""
+def cut(layer: Layer, x: Tensor, bounds: Bounds) -> Layer:
+    """Return the layer with the distances of its blocks, and a sample of them; as it is if no block fits into it."""
     grid = bounds.grid
+    if 0 in grid.counts(x.shape):
+        return layer
     matrix = grid.matrix(x)
     covered = grid.covered(matrix)
     unify, gain = (cost.flatten() for cost in MicroStructure(signs=bounds.signs).costs(covered, grid, 1 / layer.unit))
@@ -312,6 +426,13 @@ class Layer:
         )
         return Share(tuple(counts), structure, prices.step * self.unit, n_bits / 8 + TENSOR_BYTES)
 
+    def cost(self, multiplier: float) -> float:
+        """Return the bits of a cut tensor's cheapest kinds and step, and what their distances cost in bits."""
+        prices, kinds = self.settle(multiplier)
+        blocks = self.costs(multiplier, prices).gather(0, kinds[None]).sum(dtype=torch.float64)
+        edges = self.n_free * (prices.free.bits + self.importance / multiplier * prices.free.error)
+        return float(blocks) + edges
+
     def settle(self, multiplier: float) -> tuple[Prices, Tensor]:
         """Return the prices of symbols and the cheapest kinds ``(n_blocks,)``, each found from the other in turn."""
         assert self.bounds is not None  # noqa: S101  only cut tensors are settled
@@ -372,68 +493,3 @@ def _symbols(kinds: Tensor, one_sign: Tensor) -> Tensor:
     n_dense, n_unified, n_pruned = torch.bincount(kinds, minlength=3).tolist()
     n_one = int(((kinds == Kind.UNIFIED) & one_sign).sum())
     return torch.tensor([n_dense, n_unified - n_one, n_one // 2, n_one - n_one // 2, n_pruned])
-
-
-def choose_kinds(costs: Tensor, pruned: tuple[int, int], unified: tuple[int, int]) -> Tensor:
-    """Return the kinds of blocks whose costs sum to the least, with the numbers of pruned and unified ones in bounds.
-
-    The least sum is a convex function of the two numbers (it is the optimum of an assignment problem in its right-hand
-    side). If the free optimum is out of bounds, the best one therefore has one number at the bound it broke.
-
-    Args:
-        costs: ``(3, n)`` floating: what each block costs dense, unified and pruned.
-        pruned: The least and the largest number of pruned blocks.
-        unified: The least and the largest number of unified blocks.
-
-    Returns:
-        ``(n,)`` int64, a :class:`Kind` a block.
-
-    Example:
-        >>> choose_kinds(torch.tensor([[0.0, 5.0], [1.0, 4.0], [2.0, 2.0]]), (0, 2), (1, 2)).tolist()
-        [1, 2]
-    """
-    n_blocks = costs.shape[1]
-    pruned = pruned[0], min(pruned[1], n_blocks - unified[0])
-    unified = unified[0], min(unified[1], n_blocks - pruned[0])
-    free = _cheaper(costs, Kind.UNIFIED, Kind.DENSE)
-    free = torch.where(
-        costs[Kind.PRUNED] < torch.minimum(costs[Kind.DENSE], costs[Kind.UNIFIED]), int(Kind.PRUNED), free
-    )
-    found = []
-    for kind, other, bounds, others in (
-        (Kind.PRUNED, Kind.UNIFIED, pruned, unified),
-        (Kind.UNIFIED, Kind.PRUNED, unified, pruned),
-    ):
-        n = _clamped(free, kind, bounds)
-        if n != int((free == kind).sum()):
-            kinds = _fixed(costs, kind, other, n)
-            m = _clamped(kinds, other, others)
-            if m != int((kinds == other).sum()):
-                kinds = _both(costs, *((n, m) if kind == Kind.PRUNED else (m, n)))
-            found.append(kinds)
-    if not found:
-        return free
-    return min(found, key=lambda kinds: float(costs.gather(0, kinds[None]).sum(dtype=torch.float64)))
-
-
-def _cheaper(costs: Tensor, kind: Kind, other: Kind) -> Tensor:
-    return torch.where(costs[kind] < costs[other], int(kind), int(other))
-
-
-def _clamped(kinds: Tensor, kind: Kind, bounds: tuple[int, int]) -> int:
-    """Return the number of blocks of a kind, or the bound that it breaks."""
-    return min(max(int((kinds == kind).sum()), bounds[0]), bounds[1])
-
-
-def _fixed(costs: Tensor, kind: Kind, other: Kind, n: int) -> Tensor:
-    """Return the cheapest kinds with exactly ``n`` blocks of one kind."""
-    rest = _cheaper(costs, other, Kind.DENSE)
-    return rest.masked_fill(smallest(costs[kind] - torch.minimum(costs[other], costs[Kind.DENSE]), n), int(kind))
-
-
-def _both(costs: Tensor, n_pruned: int, n_unified: int) -> Tensor:
-    """Return the cheapest kinds with exactly so many pruned and unified blocks."""
-    gain = costs[Kind.PRUNED] - costs[Kind.UNIFIED]
-    gain = gain - gain.min().clamp_max(0)  # the same for each pruned block, so that no choice changes
-    pruned, unified = cheapest(costs[Kind.UNIFIED] - costs[Kind.DENSE], gain, n_pruned, n_unified)
-    return unified.to(torch.int64) + int(Kind.PRUNED) * pruned.to(torch.int64)

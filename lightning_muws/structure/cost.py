@@ -16,6 +16,8 @@ MAX_TURNS = 60  # of a search
 SAMPLED = 1 << 14  # values of a tensor that its entropies are estimated from
 SEARCH = (1e-20, 1e4)  # multipliers; distances are shares of a tensor's energy, so that no network needs others
 SLACK = 0.002  # a search ends when the size is this close, as a share of it
+ROUGH = 0.05  # the same for a search on samples
+NEAR = 4.0  # a guess of a multiplier is wrong by less than this factor
 LANE_BITS = 32 / 2048  # a range coder's states, spread over the symbols
 FILE_BYTES = 900.0  # header, streams' places, and what the manifest has besides its tensors
 TENSOR_BYTES = 35.0  # a tensor's line in the compressed manifest
@@ -58,15 +60,28 @@ def file_bytes(tensor_bytes: Iterable[float]) -> float:
     return FILE_BYTES + sum(tensor_bytes)
 
 
-def search(size: Callable[[float], float], target: float, low: float = SEARCH[0], high: float = SEARCH[1]) -> float:
-    """Return a multiplier whose size is at most ``target``, and within ``SLACK`` of it if the size is that fine.
+def search(
+    size: Callable[[float], float],
+    target: float,
+    low: float = SEARCH[0],
+    high: float = SEARCH[1],
+    guess: float = 0.0,
+    slack: float = SLACK,
+) -> float:
+    """Return a multiplier whose size is at most ``target``, and within ``slack`` of it if the size is that fine.
 
     Args:
         size: Of a multiplier; falls as the multiplier grows.
         target: The largest size allowed.
         low: A multiplier, returned if its size is small enough.
         high: A multiplier, returned if no smaller one has a small enough size.
+        guess: A multiplier that may be near the result, which saves time; 0 for none.
+        slack: As a share of the target.
     """
+    if guess:
+        nearest = max(low, guess / NEAR), min(high, guess * NEAR)
+        if size(nearest[1]) <= target < size(nearest[0]):
+            low, high = nearest
     large, small = size(low), size(high)
     if large <= target:
         return low
@@ -75,14 +90,14 @@ def search(size: Callable[[float], float], target: float, low: float = SEARCH[0]
     for turn in range(MAX_TURNS):
         share = 0.5
         if high / low < 100 and turn % 3:  # near by, the logarithm of the size is almost linear in the multiplier's
-            share = min(max(math.log(large / (target * (1 - SLACK / 2))) / math.log(large / small), 0.05), 0.95)
+            share = min(max(math.log(large / (target * (1 - slack / 2))) / math.log(large / small), 0.05), 0.95)
         middle = low * (high / low) ** share
         found = size(middle)
         if found > target:
             low, large = middle, found
         else:
             high, small = middle, found
-        if target * (1 - SLACK) <= small or high / low < 1 + 1e-9:
+        if target * (1 - slack) <= small or high / low < 1 + 1e-9:
             break
     return high
 

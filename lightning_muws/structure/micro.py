@@ -22,10 +22,17 @@ from lightning_muws.structure.support import Support, mean
 class MicroStructure:
     """The set of weights of which given shares of the blocks are pruned, and unified.
 
+    A number as a ratio sets it. With a budget (see :class:`lightning_muws.Budget`), two ratios of 0 leave both to the
+    budget, and so does a range such as ``prune_ratio=(0, 0.3)``, inside its limits; a 0 beside a range is free.
+
     Args:
-        block_shape: Outputs and inputs of a block, on the weight seen as the matrix ``(out, in * kernel)``.
+        block_shape: Outputs and inputs of a block, on the weight seen as the matrix ``(out, in * kernel)``; ``auto``:
+            each weight gets the one of a few shapes that costs least, when its structure is chosen
+            (:mod:`lightning_muws.structure.shapes`).
         prune_ratio: Share of the blocks that are all zero, in [0, 1]: ``round(prune_ratio * n_blocks)`` of each weight.
-        unify_ratio: Share of the blocks whose weights share one magnitude, in [0, 1]; with prune_ratio at most 1.
+            Or the least and the largest share that a budget may choose: ``(0, 0)`` never prunes.
+        unify_ratio: Share of the blocks whose weights share one magnitude, in [0, 1]; with prune_ratio at most 1. Or
+            the least and the largest share that a budget may choose.
         signs: In a unified block, ``free``: each weight keeps its sign; ``shared``: all weights are one value.
 
     Raises:
@@ -37,20 +44,23 @@ class MicroStructure:
                 [ 5.,  5.]])
     """
 
-    block_shape: tuple[int, int] = (4, 4)
-    prune_ratio: float = 0.0
-    unify_ratio: float = 0.0
+    block_shape: tuple[int, int] | Literal["auto"] = (4, 4)
+    prune_ratio: float | tuple[float, float] = 0.0
+    unify_ratio: float | tuple[float, float] = 0.0
     signs: Literal["free", "shared"] = "free"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_shape", BlockGrid(self.block_shape).block_shape)
+        shape = self.block_shape
+        if isinstance(shape, str) and shape != "auto":
+            raise SettingError(
+                f"block_shape={shape!r} is not allowed: give two whole numbers >= 1, such as (4, 4), or 'auto'"
+            )
+        if not isinstance(shape, str):
+            object.__setattr__(self, "block_shape", BlockGrid(shape).block_shape)
         for name in ("prune_ratio", "unify_ratio"):
-            value: object = getattr(self, name)  # a configuration file may have put anything there
-            ratio = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
-            if not 0 <= ratio <= 1:
-                raise SettingError(f"{name}={value!r} is not allowed: give a share of the blocks from 0 to 1")
-            object.__setattr__(self, name, ratio)
-        if self.prune_ratio + self.unify_ratio > 1 + 1e-9:
+            object.__setattr__(self, name, _ratio(name, getattr(self, name)))
+        prune_ratio, unify_ratio = (x[0] if isinstance(x, tuple) else x for x in (self.prune_ratio, self.unify_ratio))
+        if prune_ratio + unify_ratio > 1 + 1e-9:
             raise SettingError(
                 f"prune_ratio={self.prune_ratio} and unify_ratio={self.unify_ratio} sum to more than 1: "
                 "they are shares of all blocks, so lower one of them"
@@ -61,18 +71,35 @@ class MicroStructure:
 
     @property
     def grid(self) -> BlockGrid:
-        """The grid of its blocks on a weight whose outputs are on axis 0."""
-        return BlockGrid(self.block_shape)
+        """The grid of its blocks on a weight whose outputs are on axis 0; 4x4 until an ``auto`` shape is chosen."""
+        return BlockGrid() if self.block_shape == "auto" else BlockGrid(self.block_shape)
 
     @property
     def is_open(self) -> bool:
-        """Whether both ratios are 0, which leaves them to a budget."""
-        return self.prune_ratio == self.unify_ratio == 0
+        """Whether a budget chooses its ratios: both are 0, or one is a range."""
+        return self.has_range or self.prune_ratio == self.unify_ratio == 0
+
+    @property
+    def has_range(self) -> bool:
+        """Whether a ratio is a range, from which only a budget can choose."""
+        return isinstance(self.prune_ratio, tuple) or isinstance(self.unify_ratio, tuple)
+
+    @property
+    def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The least and the largest share of the blocks that are pruned, and unified.
+
+        Example:
+            >>> MicroStructure(prune_ratio=(0, 0.3)).ranges, MicroStructure(prune_ratio=0.5).ranges
+            (((0.0, 0.3), (0.0, 1.0)), ((0.5, 0.5), (0.0, 0.0)))
+        """
+        prune_ratio, unify_ratio = (_range(x, self.is_open) for x in (self.prune_ratio, self.unify_ratio))
+        return prune_ratio, unify_ratio
 
     def quotas(self, n_blocks: int) -> tuple[int, int]:
-        """Return how many of ``n_blocks`` blocks are pruned, and unified."""
-        n_pruned = round(self.prune_ratio * n_blocks)
-        return n_pruned, min(round(self.unify_ratio * n_blocks), n_blocks - n_pruned)
+        """Return how many of ``n_blocks`` blocks are pruned, and unified; of a range, the least share."""
+        prune_ratio, unify_ratio = (least for least, _ in self.ranges)
+        n_pruned = round(prune_ratio * n_blocks)
+        return n_pruned, min(round(unify_ratio * n_blocks), n_blocks - n_pruned)
 
     def counts(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> dict[Kind, int]:
         """Return how many blocks of a weight of this shape stay dense, are unified, and are pruned."""
@@ -82,12 +109,14 @@ class MicroStructure:
 
     def objection(self, grid: BlockGrid, shape: torch.Size | tuple[int, ...]) -> str:
         """Return why the structure leaves a weight of this shape as it is; empty if it changes the weight."""
+        if self.has_range:
+            return "a ratio is a range, from which only a budget chooses"
         if self.is_open:
             return "prune_ratio and unify_ratio are 0"
         n_blocks = math.prod(grid.counts(shape))
         if n_blocks == 0:
-            return f"smaller than one block of {self.block_shape}"
-        return "" if sum(self.quotas(n_blocks)) else f"the ratios of {n_blocks} blocks round to none"
+            return f"smaller than one block of {grid.block_shape}"
+        return "" if any(self.quotas(n_blocks)) else f"the ratios of {n_blocks} blocks round to none"
 
     def project(self, weight: Tensor, grid: BlockGrid | None = None, name: str = "weight") -> Tensor:
         """Return the nearest point of the set, ``argmin |z - weight|``.
@@ -163,6 +192,27 @@ class MicroStructure:
             unify_cost[rows] = (grid.sum(x.square_()) - n * shift.square()).clamp_min_(0)
             gain[rows] = n * (first + shift).square()
         return unify_cost, gain
+
+
+def _ratio(name: str, value: object) -> float | tuple[float, float]:
+    """Return a checked ratio: a share, or the least and the largest one; a configuration file may have anything.
+
+    Raises:
+        SettingError: It is neither.
+    """
+    given = value if isinstance(value, (tuple, list)) and len(value) == 2 else [value]
+    shares = [float(x) for x in given if isinstance(x, Real) and not isinstance(x, bool)]
+    if len(shares) != len(given) or not 0 <= shares[0] <= shares[-1] <= 1:
+        raise SettingError(
+            f"{name}={value!r} is not allowed: give a share of the blocks from 0 to 1, or a least and a largest one"
+        )
+    return (shares[0], shares[1]) if len(shares) == 2 else shares[0]
+
+
+def _range(ratio: float | tuple[float, float], is_open: bool) -> tuple[float, float]:
+    if isinstance(ratio, tuple):
+        return ratio
+    return (0.0, 1.0) if is_open and ratio == 0 else (ratio, ratio)
 
 
 def cost_scale(covered: Tensor, dtype: torch.dtype, n: int) -> float:

@@ -18,6 +18,7 @@ from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.nm import NMStructure
+from lightning_muws.structure.shapes import SHAPES, fitting
 from lightning_muws.structure.structure import Structure, check_structure
 from lightning_muws.tables import Column, Table, Tabular
 
@@ -159,7 +160,8 @@ class Plan(Tabular):
         kinds = [f"{counts[kind]:,}" for kind in (Kind.PRUNED, Kind.UNIFIED)]
         if _is_open(entry.structure):
             kinds = ["open", "open"]
-        block = "x".join(map(str, entry.structure.block_shape))
+        shape = entry.structure.block_shape
+        block = shape if shape == "auto" else "x".join(map(str, shape))
         return *row, block, *kinds, f"{entry.n_blocks:,}", f"{entry.n_edge:,}"
 
 
@@ -183,15 +185,19 @@ def make_plan(
         rules: Exceptions, the last matching one wins.
         optimized: The parameters that the optimizers hold. Other weights are left out, unless the rule that decides
             about them has a ``name``. None covers weights whether an optimizer holds them or not.
-        open_ratios: Cover weights whose ratios are both 0: a budget chooses their ratios later.
+        open_ratios: Cover weights whose ratios are both 0, or ranges: a budget chooses their ratios later.
 
     Raises:
-        SettingError: ``structure`` is no structure, or ``rules`` is no list of rules.
+        SettingError: ``structure`` is no structure, ``rules`` is no list of rules, or a ratio is a range although
+            ``open_ratios`` is False.
         PlanError: A rule matches no parameter, or only such as no structure fits; or nothing is covered, or a parameter
             is not initialised yet.
     """
     check_structure(structure)
     check_rules(rules)
+    if not open_ratios:
+        for given in (structure, *(rule.structure for rule in rules)):
+            _check_no_range(given)
     held = None if optimized is None else {id(p) for p in optimized}
     entries: list[PlanEntry] = []
     matched: list[list[PlanEntry]] = [[] for _ in rules]
@@ -254,8 +260,14 @@ def clean_name(name: str) -> str:
 
 
 def _grid(parameter: nn.Parameter, owner: nn.Module, rule: LayerRule) -> BlockGrid:
-    """Return how a weight is cut into the blocks of a rule's structure."""
-    block_shape, batched = rule.structure.block_shape, rule.batched
+    """Return how a weight is cut into the blocks of a rule's structure; for ``auto`` into the first shape that fits."""
+    block_shape = rule.structure.block_shape
+    if block_shape != "auto":
+        return _cut(parameter, owner, rule.batched, block_shape)
+    return fitting(_cut(parameter, owner, rule.batched, SHAPES[0]), parameter.shape)[0]
+
+
+def _cut(parameter: nn.Parameter, owner: nn.Module, batched: str, block_shape: tuple[int, int]) -> BlockGrid:
     if batched in ("out_in", "in_out") and parameter.ndim == 3:
         return BlockGrid(block_shape, out_axis=int(batched == "in_out"), batched=True)
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
@@ -296,8 +308,21 @@ def _objection(entry: PlanEntry, open_ratios: bool) -> str:
     """Return why the structure leaves the weight as it is; empty if it does not, or if its ratios are still open."""
     structure = entry.structure
     if open_ratios and isinstance(structure, MicroStructure) and structure.is_open:
-        structure = replace(structure, unify_ratio=1.0)  # the largest change that a budget may choose
+        structure = replace(structure, prune_ratio=0.0, unify_ratio=1.0)  # the largest change that a budget may choose
     return structure.objection(entry.grid, entry.shape)
+
+
+def _check_no_range(structure: Structure) -> None:
+    """Check that no ratio is a range.
+
+    Raises:
+        SettingError: One is.
+    """
+    if isinstance(structure, MicroStructure) and structure.has_range:
+        raise SettingError(
+            f"{structure!r} has a range, from which only a budget chooses: give one number as the ratio, or a budget "
+            "such as compression=20"
+        )
 
 
 def _is_open(structure: Structure) -> bool:

@@ -94,9 +94,10 @@ class LayerTimes:
         """
         if structure is None or structure.is_open:
             return self.seconds
+        (prune_ratio, _), (unify_ratio, _) = structure.ranges
         for curve in self.curves:
-            if (curve.block_shape, curve.is_unified) == (structure.block_shape, structure.unify_ratio > 0):
-                return curve.at(structure.prune_ratio)
+            if (curve.block_shape, curve.is_unified) == (structure.block_shape, unify_ratio > 0):
+                return curve.at(prune_ratio)
         raise SettingError(f"no time was measured for {structure}: measure again with this block shape")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -38,8 +38,8 @@ class Structure(Protocol):
     """
 
     @property
-    def block_shape(self) -> tuple[int, int]:
-        """Outputs and inputs of a block."""
+    def block_shape(self) -> tuple[int, int] | Literal["auto"]:
+        """Outputs and inputs of a block; ``auto`` until the shape is chosen."""
         ...
 
     def nearest(self, weight: Tensor, grid: BlockGrid, name: str = "weight") -> Choice:

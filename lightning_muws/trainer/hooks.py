@@ -69,8 +69,8 @@ class CompressionHooks:
                 :func:`lightning_muws.accelerate` makes the compressed one, such as 2. At the start of fit, the layers
                 are timed on this machine with pruned blocks, for the module's ``example_input_array``, or without one
                 for the first sample of the training data. When the method starts, the block shape and the ratios of
-                each weight are chosen by these times. A block shape other than the default one stays. The file is
-                lossless.
+                each weight are chosen by these times. A block shape other than the default or ``auto`` stays. The file
+                is lossless.
             max_relative_error: In place of ``compression``: the largest relative error of a block that is pruned or
                 unified when the method starts, such as 0.3. A block is unified if that changes it by at most this share
                 of its norm, and pruned if its norm is at most this share of the root mean square of the layer's blocks
@@ -266,11 +266,11 @@ class CompressionHooks:
             self._begin_retraining(trainer)
 
     def _follow_budget(self, pl_module: Any, run: CompressionRun) -> None:
-        """Put the structures that the budget chose into the plan; say so if they are new."""
-        if run.budget is None or self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
+        """Put the structures that the run chose into the plan; say so if they are new."""
+        if self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
             return
         self.plan = plan
-        rank_zero_info(f"muws: for {run.budget}, {coverage.summary(pl_module, plan)}")
+        rank_zero_info(f"muws: for {run.budget or 'these ratios'}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.budget import Allocation, Bounds, allocate
+from lightning_muws.structure.budget import Allocation, Bounds, allocate, prepare
 from lightning_muws.structure.cost import check_compression, check_speedup
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name
+from lightning_muws.structure.shapes import nearest_grid
+from lightning_muws.structure.sharded import whole
 from lightning_muws.structure.speed import NetworkTimes, TimeAllocation, allocate_time
 from lightning_muws.structure.tolerance import check_max_relative_error, within
 
@@ -24,7 +26,7 @@ class Budget:
     """One number for the whole network, in place of ratios for each weight. Give exactly one of the three.
 
     The structures of open weights, which have both ratios 0, are chosen for it. All other structures stay as they are.
-    A speedup chooses block shapes, too, where the open structure has the default one.
+    A speedup chooses block shapes, too, where the open structure has the default one or ``auto``.
 
     Args:
         compression: How many times smaller than the tensors of the module the file shall be, above 1.
@@ -85,11 +87,18 @@ class Budget:
                 of a compression.
             StateError: A parameter has NaN or Inf.
         """
+        tensors, bounds, compression, buffers = self._sized(module, entries)
+        return allocate(tensors, bounds, compression, buffers=buffers)
+
+    def _sized(
+        self, module: nn.Module, entries: Mapping[str, PlanEntry]
+    ) -> tuple[dict[str, Tensor], dict[str, Bounds], float, dict[str, Tensor]]:
+        """Return what an allocation needs: tensors, the bounds of the covered ones, the compression, the buffers."""
         if self.compression is None:
             raise SettingError(f"{self} has no size to share out: give Budget(compression=...)")
         parameters, buffers = _stored(module)
         bounds = {name: Bounds.of(entry) for name, entry in entries.items()}
-        return allocate(parameters | buffers, bounds, self.compression, buffers=buffers)
+        return parameters | buffers, bounds, self.compression, buffers
 
     @torch.no_grad()
     def allocate_time(
@@ -136,14 +145,28 @@ class Budget:
             SettingError: The budget cannot be met; the message has what can.
             StateError: A parameter has NaN or Inf.
         """
-        given = open_structures(entries)
         if self.speedup is not None:
             found: Mapping[str, MicroStructure] = self.allocate_time(module, entries, times).structures
         elif self.max_relative_error is not None:
             found = self._within_error(module, entries)
         else:
             found = self.allocate(module, entries).structures
-        return {name: found.get(name, structure) for name, structure in given.items()}
+        return {name: found.get(name, dense(entries[name])) for name in open_structures(entries)}
+
+    @torch.no_grad()
+    def check(self, module: nn.Module, entries: Mapping[str, PlanEntry], times: NetworkTimes | None = None) -> None:
+        """Check that the budget can be met, in less time than :meth:`choose`, whose arguments and errors it has."""
+        if self.compression is None:
+            self.choose(module, entries, times)
+        else:
+            tensors, bounds, compression, buffers = self._sized(module, entries)
+            first = {name: replace(bound, is_auto=False) for name, bound in bounds.items()}
+            try:
+                prepare(tensors, first, compression, buffers=buffers)
+            except SettingError:
+                if first == bounds:
+                    raise
+                prepare(tensors, bounds, compression, buffers=buffers)  # other block shapes may reach it
 
     def _within_error(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
         assert self.max_relative_error is not None  # noqa: S101  choose() calls this for an error only
@@ -152,17 +175,49 @@ class Budget:
 
 
 def open_structures(entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
-    """Return the structures whose ratios a budget chooses, by the names of their weights."""
+    """Return the structures that are still to be chosen, in their ratios or their block shape, by name."""
     structures = {name: entry.structure for name, entry in entries.items()}
-    return {name: s for name, s in structures.items() if isinstance(s, MicroStructure) and s.is_open}
+    return {
+        name: s
+        for name, s in structures.items()
+        if isinstance(s, MicroStructure) and (s.is_open or s.block_shape == "auto")
+    }
+
+
+@torch.no_grad()
+def choose_shapes(weights: Mapping[str, Tensor], entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
+    """Return the structures with an ``auto`` block shape and set ratios, with the shape of the least distance, by name.
+
+    It needs no budget. A collective where tensors are sharded.
+
+    Args:
+        weights: The covered weights, by name.
+        entries: Their entries; no structure is open in its ratios.
+
+    Raises:
+        StateError: A weight has NaN or Inf.
+    """
+    found = {}
+    for name, structure in open_structures(entries).items():
+        grid = nearest_grid(whole(weights[name]), structure, entries[name].grid, name)
+        found[name] = replace(structure, block_shape=grid.block_shape)
+    return found
+
+
+def dense(entry: PlanEntry) -> MicroStructure:
+    """Return the structure of a weight for which a budget chooses nothing: its set ratios, or none."""
+    structure = entry.structure
+    if not isinstance(structure, MicroStructure) or structure.is_open:
+        return MicroStructure(entry.grid.block_shape)
+    return replace(structure, block_shape=entry.grid.block_shape)
 
 
 def settled(entries: Mapping[str, PlanEntry], chosen: Mapping[str, MicroStructure]) -> dict[str, PlanEntry]:
-    """Return the entries with the structures that a budget chose; those of weights that stay dense have a reason."""
+    """Return the entries with the structures that were chosen; those of weights that stay dense have a reason."""
 
     def settle(entry: PlanEntry) -> PlanEntry:
         structure = chosen.get(entry.name)
-        if structure is None:
+        if structure is None or structure.block_shape == "auto":
             return entry
         grid = replace(entry.grid, block_shape=structure.block_shape)
         return replace(entry, structure=structure, grid=grid, reason=KEPT if structure.is_open else "")

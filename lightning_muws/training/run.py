@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.speed import NetworkTimes
 from lightning_muws.structure.support import Support
-from lightning_muws.training.budget import Budget, open_structures, settled
+from lightning_muws.training.budget import Budget, choose_shapes, open_structures, settled
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint, check_finite
 from lightning_muws.training.method import Method
@@ -157,7 +157,7 @@ class CompressionRun:
 
     @property
     def planned(self) -> dict[str, PlanEntry]:
-        """The entries that were given, by name; with the structures that the budget chose, once it has."""
+        """The entries that were given, by name; with the structures that were chosen, once they are."""
         return settled(self._given[1], self._chosen or {})
 
     def check_budget(self) -> None:
@@ -170,7 +170,7 @@ class CompressionRun:
             StateError: A parameter has NaN or Inf.
         """
         if self.budget and self._module and self._chosen is None:
-            self.budget.choose(self._module, self._given[1], self.times)
+            self.budget.check(self._module, self._given[1], self.times)
 
     @property
     def needs_times(self) -> bool:
@@ -198,7 +198,7 @@ class CompressionRun:
         if now >= timeline.end:
             self.freeze(now, optimizers)
         elif self.method is None and now >= timeline.start:
-            self._spend_budget()
+            self._choose_structures()
             method = self._new_method()
             method.start(self.weights)
             self.method = method
@@ -221,7 +221,7 @@ class CompressionRun:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
         rho = self.method.rho if self.method else 0.0
-        self._spend_budget()
+        self._choose_structures()
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None
         self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
@@ -229,15 +229,21 @@ class CompressionRun:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
         self._owned = {}  # retraining may have new optimizers: do not keep the old moments alive
 
-    def _spend_budget(self) -> None:
-        """Choose the structures for the budget, if there is one and it has not been done."""
-        if self.budget and self._module and self._chosen is None:
-            self._adopt(self.budget.choose(self._module, self._given[1], self.times))
-            if self.budget.speedup is not None and self.times and self._chosen is not None:
-                self.predicted_speedup = self.times.speedup(self._chosen)
+    def _choose_structures(self) -> None:
+        """Choose what is open in the structures, for the budget if there is one, unless it has been done."""
+        if self._chosen is not None:
+            return
+        weights, entries = self._given
+        if self.budget and self._module:
+            chosen = self.budget.choose(self._module, entries, self.times)
+            self._adopt(chosen)
+            if self.budget.speedup is not None and self.times:
+                self.predicted_speedup = self.times.speedup(chosen)
+        elif open_structures(entries):
+            self._adopt(choose_shapes(weights, entries))
 
     def _adopt(self, chosen: dict[str, MicroStructure] | None) -> None:
-        """Give the weights the structures that a budget chose; None for those that were given."""
+        """Give the weights the structures that were chosen; None for those that were given."""
         weights, _ = self._given
         self._chosen = chosen
         self.entries = {name: entry for name, entry in self.planned.items() if not entry.reason}
@@ -367,9 +373,7 @@ class CompressionRun:
         elif self.method:
             state["method"] = self.method.state_dict()
         if self._chosen is not None:
-            state["budget"] = {
-                name: [s.prune_ratio, s.unify_ratio, list(s.block_shape)] for name, s in self._chosen.items()
-            }
+            state["chosen"] = {name: plain(structure) for name, structure in self._chosen.items()}
             state["predicted_speedup"] = self.predicted_speedup
         return state
 
@@ -396,7 +400,7 @@ class CompressionRun:
             )
         refuse_differences(state["settings"], self._settings(state["phase"]))
         self.method = self.constraint = None
-        self._adopt(self._restored(state["budget"]) if "budget" in state else None)
+        self._adopt(_restored(state["chosen"]) if "chosen" in state else None)
         self.predicted_speedup = state.get("predicted_speedup")
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
@@ -418,17 +422,14 @@ class CompressionRun:
         times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
         return {**times, **given}
 
-    def _restored(self, chosen: Mapping[str, Sequence[Any]]) -> dict[str, MicroStructure]:
-        """Return the structures whose ratios and block shapes a state has."""
-        given = open_structures(self._given[1])
-        return {
-            name: replace(given[name], prune_ratio=pruned, unify_ratio=unified, block_shape=tuple(block_shape))
-            for name, (pruned, unified, block_shape) in chosen.items()
-        }
-
     def _new_method(self) -> Method:
         return METHODS[self.phases.method](self.entries, self.penalty)
 
     def _remember(self, now: float, rho: float, residuals: Mapping[str, Residuals]) -> None:
         overall = total(residuals, self.weights)
         self.history.append(Update(now, rho, overall.primal, overall.dual))
+
+
+def _restored(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, MicroStructure]:
+    """Return the structures that a state has."""
+    return {name: MicroStructure(**{key: x for key, x in s.items() if key != "type"}) for name, s in chosen.items()}

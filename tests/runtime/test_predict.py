@@ -225,7 +225,7 @@ def test_a_kernel_that_raises_is_left_out(monkeypatch):
 def test_random_weights_are_inside_their_structure(structure: Structure):
     layer = nn.Conv2d(8, 16, 3)
     entry = make_plan(nn.Sequential(layer), structure).covered["0.weight"]
-    random = shares.with_random_weights(layer, structure, entry)
+    random = shares.with_random_weights(layer, structure, entry.grid)
     assert random.weight is not layer.weight
     assert torch.equal(structure.project(random.weight, entry.grid), random.weight)
     x = normal(0, 1, 8, 5, 5, dtype=torch.float32)
@@ -268,3 +268,11 @@ def test_real_clocks_time_layers_of_all_types(monkeypatch):
     for layer in times.layers.values():
         assert layer.seconds > 0
         assert all(s > 0 for curve in layer.curves for s in curve.seconds)
+
+
+def test_an_auto_shape_is_open_and_set_ratios_are_not(monkeypatch):
+    fake(monkeypatch, 2)
+    rules = [LayerRule("0.*", structure=MicroStructure("auto", 0.5)), LayerRule("1.*", structure=MicroStructure("auto"))]
+    times = times_of(mlp(32, 32, 32, 32), torch.ones(2, 32), *rules)
+    assert times.layers["0.weight"].curves == ()
+    assert times.layers["1.weight"].curves == times.layers["2.weight"].curves

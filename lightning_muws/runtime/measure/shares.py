@@ -21,6 +21,7 @@ from lightning_muws.runtime.measure.layer import between, pick
 from lightning_muws.runtime.rewrite.observe import FAILURES, Calls
 from lightning_muws.runtime.shapes import shapes_for_speed
 from lightning_muws.runtime.timing import Timing, gain, race
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry
 from lightning_muws.structure.speed import Curve
@@ -91,46 +92,47 @@ class Bench:
         if entry is None:
             return Measured(form, dense, dense)
         if not is_open(entry):
-            gains = self._race(layer, [self.kernel(layer, entry.structure)])[2]
+            gains = self._race(layer, [self.kernel(layer, entry.structure, entry.grid)])[2]
             return Measured(form, dense, dense / gains[0])
         curves = []
-        for structures in self._candidates(layer, entry):
-            gains = self._race(layer, [self.kernel(layer, structure) for structure in structures])[2]
-            shape, is_unified = structures[0].block_shape, structures[0].unify_ratio > 0
-            curves.append(Curve(shape, SHARES, tuple(dense / gained for gained in gains), is_unified))
+        for grid, is_unified in self._candidates(layer, entry):
+            structures = [at_share(entry, grid, share, is_unified) for share in SHARES]
+            if is_unified and not any(n in self._build(layer, structures[0], grid) for n in FOR_UNIFIED):
+                continue
+            gains = self._race(layer, [self.kernel(layer, structure, grid) for structure in structures])[2]
+            curves.append(Curve(grid.block_shape, SHARES, tuple(dense / gained for gained in gains), is_unified))
         return Measured(form, dense, dense, tuple(curves))
 
-    def _candidates(self, layer: Layer, entry: PlanEntry) -> list[list[MicroStructure]]:
-        """Return the structures to measure for an open weight: for each curve one a share."""
+    def _candidates(self, layer: Layer, entry: PlanEntry) -> list[tuple[BlockGrid, bool]]:
+        """Return the grids to measure for an open weight, each with whether the blocks left are unified."""
         x, taps = self.calls[layer].inputs[0], math.prod(layer.weight.shape[2:])
         shapes, unified = shapes_for_speed(taps, is_native(layer, x)), SQUARES
-        if (given := entry.structure.block_shape) != MicroStructure().block_shape:
-            shapes = unified = (given,)  # the user's own
-        curves = [
-            [at_share(entry, shape, share, is_unified) for share in SHARES]
+        if entry.structure.block_shape not in (MicroStructure().block_shape, "auto"):
+            shapes = unified = (entry.grid.block_shape,)  # the user's own
+        grids = [
+            (replace(entry.grid, block_shape=shape), is_unified)
             for is_unified, choices in ((False, shapes), (True, unified))
             for shape in choices
-            if (grid := replace(entry.grid, block_shape=shape)).fits(entry.shape) and 0 not in grid.counts(entry.shape)
         ]
-        return [c for c in curves if not c[0].unify_ratio or any(n in self._build(layer, c[0]) for n in FOR_UNIFIED)]
+        return [(g, u) for g, u in grids if g.fits(entry.shape) and 0 not in g.counts(entry.shape)]
 
-    def kernel(self, layer: Layer, structure: Structure) -> nn.Module | None:
+    def kernel(self, layer: Layer, structure: Structure, grid: BlockGrid) -> nn.Module | None:
         """Return the fastest kernel for a layer with random weights inside a structure; None if there is none."""
-        built = self._build(layer, structure)
+        built = self._build(layer, structure, grid)
         if len(built) < 2:
             return next(iter(built.values()), None)
         times = race({name: self._task(layer, module) for name, module in built.items()}, self.clock, KERNEL)
         return built[min(built, key=lambda name: median(times[name]))]
 
-    def _build(self, layer: Layer, structure: Structure) -> dict[str, nn.Module]:
+    def _build(self, layer: Layer, structure: Structure, grid: BlockGrid) -> dict[str, nn.Module]:
         """Return all kernels that apply to a layer with random weights inside a structure, by name."""
-        x, random = self.calls[layer].inputs[0], with_random_weights(layer, structure, self.entries[layer])
+        x, random = self.calls[layer].inputs[0], with_random_weights(layer, structure, grid)
         built: dict[str, nn.Module] = {}
         for name, build in KERNELS.items():
             if name in DENSE or name in ROUNDED:
                 continue
             try:
-                if (module := build(random, structure.block_shape, x)) is not None:
+                if (module := build(random, grid.block_shape, x)) is not None:
                     module(x)
                     built[name] = module
             except FAILURES:  # accelerate leaves such a kernel out, too
@@ -163,17 +165,16 @@ def is_open(entry: PlanEntry) -> bool:
     return isinstance(entry.structure, MicroStructure) and entry.structure.is_open
 
 
-def at_share(entry: PlanEntry, block_shape: tuple[int, int], share: float, is_unified: bool) -> MicroStructure:
+def at_share(entry: PlanEntry, grid: BlockGrid, share: float, is_unified: bool) -> MicroStructure:
     """Return the structure with this share of blocks pruned, and all others dense or unified."""
     signs = entry.structure.signs if isinstance(entry.structure, MicroStructure) else "free"
-    return MicroStructure(block_shape, share, 1 - share if is_unified else 0.0, signs)
+    return MicroStructure(grid.block_shape, share, 1 - share if is_unified else 0.0, signs)
 
 
-def with_random_weights(layer: Layer, structure: Structure, entry: PlanEntry) -> Layer:
+def with_random_weights(layer: Layer, structure: Structure, grid: BlockGrid) -> Layer:
     """Return a copy of a layer whose weights are random and inside a structure."""
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(layer.weight.shape, generator=generator) * math.sqrt(2 / max(1, layer.weight[0].numel()))
-    grid = replace(entry.grid, block_shape=structure.block_shape)
     random = copy.copy(layer)
     random._parameters = dict(layer._parameters)
     inside = structure.project(weight.to(layer.weight.dtype), grid).to(layer.weight.device)
