@@ -272,7 +272,10 @@ def test_real_clocks_time_layers_of_all_types(monkeypatch):
 
 def test_an_auto_shape_is_open_and_set_ratios_are_not(monkeypatch):
     fake(monkeypatch, 2)
-    rules = [LayerRule("0.*", structure=MicroStructure("auto", 0.5)), LayerRule("1.*", structure=MicroStructure("auto"))]
+    rules = [
+        LayerRule("0.*", structure=MicroStructure("auto", 0.5)),
+        LayerRule("1.*", structure=MicroStructure("auto")),
+    ]
     times = times_of(mlp(32, 32, 32, 32), torch.ones(2, 32), *rules)
     assert times.layers["0.weight"].curves == ()
     assert times.layers["1.weight"].curves == times.layers["2.weight"].curves
