@@ -279,3 +279,10 @@ def test_an_auto_shape_is_open_and_set_ratios_are_not(monkeypatch):
     times = times_of(mlp(32, 32, 32, 32), torch.ones(2, 32), *rules)
     assert times.layers["0.weight"].curves == ()
     assert times.layers["1.weight"].curves == times.layers["2.weight"].curves
+
+
+def test_compiled_parts_have_the_names_that_plans_give_them(monkeypatch):
+    fake(monkeypatch, 2)
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(32, 32)), backend="eager"), nn.Linear(32, 32))
+    assert times_of(model, torch.ones(2, 32)).layers.keys() == {"0.0.weight", "1.weight"}
+    assert times_of(torch.compile(mlp(32, 32), backend="eager"), torch.ones(2, 32)).layers.keys() == {"0.weight"}

@@ -230,6 +230,28 @@ def test_batches_by_name_and_whole_batches_are_cut_to_one_sample():
     assert [tuple(x.shape) for x in timer.examples[0]] == [(1, 1, 8, 8), (1,)]
 
 
+class Manual(Net):
+    """Steps by itself and clips between."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(self(batch[0])))
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+
+
+def test_a_module_that_steps_by_itself_is_timed_too():
+    ours = callback()
+    fit(Manual(), ours, max_epochs=6)
+    ours.verify()
+    assert ours.report.predicted_speedup >= 2
+
+
 class Streamed(Net):
     def train_dataloader(self):
         class Stream(torch.utils.data.IterableDataset):
