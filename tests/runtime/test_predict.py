@@ -35,7 +35,8 @@ def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0, gains=True):
 
     def of_layers(tasks, clock, timing=None, keep=(), between=None):
         races.append(list(tasks))
-        seconds = {name: dense * (1 - shares.SHARES[int(name)]) for name in tasks if name.isdecimal()}
+        last = len(shares.SHARES) - 1
+        seconds = {name: dense * (1 - shares.SHARES[min(int(name), last)]) for name in tasks if name.isdecimal()}
         return {name: [seconds.get(name, dense)] * 3 for name in tasks}
 
     def of_networks(tasks, clock, timing=None, keep=(), between=None):
@@ -141,7 +142,9 @@ def test_unified_blocks_have_curves_where_a_kernel_gains_from_them(monkeypatch):
     fake(monkeypatch, 1)
     for batch, expected in ((1, {(4, 4), (8, 8), (16, 16)}), (2, set())):
         layer = times_of(mlp(32, 32), torch.ones(batch, 32)).layers["0.weight"]
-        assert {curve.block_shape for curve in layer.curves if curve.is_unified} == expected
+        unified = [curve for curve in layer.curves if curve.is_unified]
+        assert {curve.block_shape for curve in unified} == expected
+        assert all(curve.prune_ratios == (0.0, *SHARES) for curve in unified)
 
 
 def test_a_layer_that_runs_twice_counts_twice(monkeypatch):

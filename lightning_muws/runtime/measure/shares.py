@@ -96,11 +96,12 @@ class Bench:
             return Measured(form, dense, dense / gains[0])
         curves = []
         for grid, is_unified in self._candidates(layer, entry):
-            structures = [at_share(entry, grid, share, is_unified) for share in SHARES]
+            ratios = (0.0, *SHARES) if is_unified else SHARES
+            structures = [at_share(entry, grid, ratio, is_unified) for ratio in ratios]
             if is_unified and not any(n in self._build(layer, structures[0], grid) for n in FOR_UNIFIED):
                 continue
             gains = self._race(layer, [self.kernel(layer, structure, grid) for structure in structures])[2]
-            curves.append(Curve(grid.block_shape, SHARES, tuple(dense / gained for gained in gains), is_unified))
+            curves.append(Curve(grid.block_shape, ratios, tuple(dense / gained for gained in gains), is_unified))
         return Measured(form, dense, dense, tuple(curves))
 
     def _candidates(self, layer: Layer, entry: PlanEntry) -> list[tuple[BlockGrid, bool]]:
