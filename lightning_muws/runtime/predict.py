@@ -117,15 +117,15 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
     forms = dense_forms(work.source, work.root, work.example)
     times = race(_tasks(forms), work.clock, NETWORK_TIMING)
     best = min(times, key=lambda form: median(times[form]))
-    sums, tasks = [], {best: forms[best]}
-    for level in LEVELS:
+    sums, gains = [], []
+    for level in LEVELS:  # each against the dense form alone, as accelerate does: more networks would share the caches
         root, seconds = _at_level(work, bench, names, level)
+        fast = fast_forms(root, work.example)
+        raced = race(_tasks({best: forms[best], **fast}), work.clock, NETWORK_TIMING, keep=[best, *fast])
         sums.append(seconds)
-        tasks |= {f"{level} {form}": network for form, network in fast_forms(root, work.example).items()}
-    raced = race(_tasks(tasks), work.clock, NETWORK_TIMING, keep=list(tasks))
-    dense, gains = median(raced[best]), {form: gain(raced[best], ts) for form, ts in raced.items()}
-    totals = [dense / max(g for form, g in gains.items() if form.startswith(f"{level} ")) for level in LEVELS]
-    rest, scale = fit(sums, totals)
+        gains.append(max(gain(raced[best], raced[form]) for form in fast))
+    dense = median(times[best])
+    rest, scale = fit(sums, [dense / gained for gained in gains])
     layers: dict[str, LayerTimes] = {}
     for layer, name in names.items():
         found = bench.measure(layer)

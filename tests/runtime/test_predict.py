@@ -10,11 +10,13 @@ from torch import nn
 from lightning_muws import LayerRule, MicroStructure, NMStructure, layer_times
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime import predict
+from lightning_muws.runtime.accelerate import Acceleration, Settings
 from lightning_muws.runtime.kernels import KERNELS
 from lightning_muws.runtime.measure import shares
 from lightning_muws.runtime.measure.shares import SHARES
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.predict import LEVELS, fit
+from lightning_muws.runtime.rewrite.observe import Example
 from lightning_muws.structure.budget import Bounds
 from lightning_muws.structure.plan import make_plan
 from lightning_muws.structure.speed import allocate_time
@@ -39,8 +41,13 @@ def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0, gains=True):
         seconds = {name: dense * (1 - shares.SHARES[min(int(name), last)]) for name in tasks if name.isdecimal()}
         return {name: [seconds.get(name, dense)] * 3 for name in tasks}
 
+    levels = []
+
     def of_networks(tasks, clock, timing=None, keep=(), between=None):
-        seconds = {f"{s} fast": REST + scale * n_layers * dense * (1 - gains * s) for s in LEVELS}
+        if "fast" not in tasks:  # the dense forms, before the levels
+            levels[:] = LEVELS
+            return {name: [network] * 3 for name in tasks}
+        seconds = {"fast": REST + scale * n_layers * dense * (1 - gains * levels.pop(0))}
         return {name: [seconds.get(name, network)] * 3 for name in tasks}
 
     monkeypatch.setattr(shares, "race", of_layers)
@@ -289,3 +296,11 @@ def test_compiled_parts_have_the_names_that_plans_give_them(monkeypatch):
     model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(32, 32)), backend="eager"), nn.Linear(32, 32))
     assert times_of(model, torch.ones(2, 32)).layers.keys() == {"0.0.weight", "1.weight"}
     assert times_of(torch.compile(mlp(32, 32), backend="eager"), torch.ones(2, 32)).layers.keys() == {"0.weight"}
+
+
+def test_layers_of_a_small_network_are_timed_warm_and_of_a_large_one_cold():
+    settings, x = Settings(), Example.of(torch.ones(1, 8))
+    small = Acceleration.of(nn.Linear(8, 8).eval(), x, settings).criteria(())
+    large = Acceleration.of(nn.Sequential(nn.Linear(8, 2**17), nn.ReLU()).eval(), x, settings).criteria(())
+    assert (small.n_bytes, large.n_bytes) == (4 * 72, 4 * 9 * 2**17)
+    assert small.timing.sample_s > large.timing.sample_s == 0
