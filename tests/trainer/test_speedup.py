@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_muws import LayerRule, MicroStructure, Phases, WeightUnificationCallback, accelerate, load_compressed
 from lightning_muws.errors import MuwsError, SettingError, StateError
+from lightning_muws.trainer import measuring
 from lightning_muws.training.budget import KEPT
 from tests.support.clocks import fake_times
 from tests.support.explicit import PHASES
@@ -347,6 +348,16 @@ def test_a_timer_that_fails_says_what_it_said():
 
     with pytest.raises(MuwsError, match="no clock"):
         fit(Net(), callback(broken), max_epochs=6)
+
+
+def test_sharded_weights_are_refused_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(measuring, "is_sharded", lambda parameter: True)
+    timer = Timer()
+    with pytest.raises(
+        SettingError, match=r"speedup cannot be measured with sharded weights, such as layer\.0\.weight"
+    ):
+        fit(Net(), callback(timer), max_epochs=6)
+    assert timer.examples == []
 
 
 @pytest.mark.slow
