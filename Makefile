@@ -9,7 +9,7 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-drop sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-drop bench-speed sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
+	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch comes first and pinned, so that nothing else installs another build of it.
@@ -74,6 +75,9 @@ bench-size: $(READY)
 
 bench-drop: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/drop.py $(ARGS)
+
+bench-speed: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/speedup.py $(ARGS)
 
 sweep: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)

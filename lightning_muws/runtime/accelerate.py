@@ -25,6 +25,8 @@ from lightning_muws.runtime.shapes import infer_shape_for_kernels
 from lightning_muws.runtime.timing import Timing, clock_for
 
 LAYER_TIMING = Timing(rounds=9, least_rounds=3, budget_s=0.5)
+CACHED_BYTES = 1 << 22  # a network of at most so many finds its weights in the caches: each layer runs warm
+WARM = replace(LAYER_TIMING, sample_s=0.001)  # a layer alone runs cold once, and as in such a network from then on
 NETWORK_TIMING = Timing(rounds=15, least_rounds=5, budget_s=4.0, sample_s=0.01)
 NETWORK_FACTOR = 10.0  # a network's error may be this many times a layer's
 PREFIX = "_orig_mod."  # in the names of what torch.compile wraps
@@ -131,13 +133,14 @@ class Acceleration:
 
     def criteria(self, kernels: Sequence[str]) -> Criteria:
         """Return how kernels of these names are judged."""
+        n_bytes = sum(p.numel() * p.element_size() for p in self.root.parameters())
         return Criteria(
             kernels=kernels,
             min_gain=self.settings.min_gain,
             rounded=self.settings.dtype == "bfloat16",
             clock=self.clock,
-            timing=LAYER_TIMING,
-            n_bytes=sum(p.numel() * p.element_size() for p in self.root.parameters()),
+            timing=WARM if n_bytes <= CACHED_BYTES else LAYER_TIMING,
+            n_bytes=n_bytes,
         )
 
 

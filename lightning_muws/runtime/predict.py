@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 from torch import nn
@@ -22,6 +23,7 @@ from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
 from lightning_muws.runtime.measure.shares import Bench, at_share, is_open
 from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
 from lightning_muws.runtime.timing import gain, race
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
 from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes
 from lightning_muws.structure.structure import Structure
@@ -115,15 +117,15 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
     forms = dense_forms(work.source, work.root, work.example)
     times = race(_tasks(forms), work.clock, NETWORK_TIMING)
     best = min(times, key=lambda form: median(times[form]))
-    sums, tasks = [], {best: forms[best]}
-    for level in LEVELS:
+    sums, gains = [], []
+    for level in LEVELS:  # each against the dense form alone, as accelerate does: more networks would share the caches
         root, seconds = _at_level(work, bench, names, level)
+        fast = fast_forms(root, work.example)
+        raced = race(_tasks({best: forms[best], **fast}), work.clock, NETWORK_TIMING, keep=[best, *fast])
         sums.append(seconds)
-        tasks |= {f"{level} {form}": network for form, network in fast_forms(root, work.example).items()}
-    raced = race(_tasks(tasks), work.clock, NETWORK_TIMING, keep=list(tasks))
-    dense, gains = median(raced[best]), {form: gain(raced[best], ts) for form, ts in raced.items()}
-    totals = [dense / max(g for form, g in gains.items() if form.startswith(f"{level} ")) for level in LEVELS]
-    rest, scale = fit(sums, totals)
+        gains.append(max(gain(raced[best], raced[form]) for form in fast))
+    dense = median(times[best])
+    rest, scale = fit(sums, [dense / gained for gained in gains])
     layers: dict[str, LayerTimes] = {}
     for layer, name in names.items():
         found = bench.measure(layer)
@@ -139,12 +141,12 @@ def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], leve
     twins = dict(zip(work.root.modules(), root.modules(), strict=True))
     total = 0.0
     for layer in _measurable(work):
-        found, structure = bench.measure(layer), None
+        found, module = bench.measure(layer), None
         seconds = found.dense
         if layer in names:
-            seconds, structure = _choice(bench, layer, level)
+            seconds, structure, grid = _choice(bench, layer, level)
             total += seconds
-        module = bench.kernel(layer, structure) if structure and seconds < found.dense else None
+            module = bench.kernel(layer, structure, grid) if seconds < found.dense else None
         if module is None and found.form != "dense":
             module = KERNELS[found.form](layer, (1, 1), work.calls[layer].inputs[0])
         if module is not None:
@@ -152,13 +154,14 @@ def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], leve
     return root, total
 
 
-def _choice(bench: Bench, layer: Layer, level: float) -> tuple[float, Structure]:
-    """Return the seconds and the structure of a layer with this share of its blocks pruned."""
+def _choice(bench: Bench, layer: Layer, level: float) -> tuple[float, Structure, BlockGrid]:
+    """Return the seconds, the structure and the grid of a layer with this share of its blocks pruned."""
     found, entry = bench.measure(layer), bench.entries[layer]
     if not is_open(entry) or not found.curves:
-        return found.fixed, entry.structure
+        return found.fixed, entry.structure, entry.grid
     curve = min(found.curves, key=lambda curve: curve.at(level))
-    return curve.at(level), at_share(entry, curve.block_shape, level, curve.is_unified)
+    grid = replace(entry.grid, block_shape=curve.block_shape)
+    return curve.at(level), at_share(entry, grid, level, curve.is_unified), grid
 
 
 def _scaled(curve: Curve, scale: float) -> Curve:

@@ -94,7 +94,7 @@ class LayerTimes:
         """
         if structure is None or structure.is_open:
             return self.seconds
-        (prune_ratio, _), (unify_ratio, _) = structure.ranges  # both are settled: their two ends are equal
+        (prune_ratio, _), (unify_ratio, _) = structure.ranges
         for curve in self.curves:
             if (curve.block_shape, curve.is_unified) == (structure.block_shape, unify_ratio > 0):
                 return curve.at(prune_ratio)

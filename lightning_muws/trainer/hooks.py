@@ -74,8 +74,8 @@ class CompressionHooks:
                 :func:`lightning_muws.accelerate` makes the compressed one, such as 2. At the start of fit, the layers
                 are timed on this machine with pruned blocks, for the module's ``example_input_array``, or without one
                 for the first sample of the training data. When the method starts, the block shape and the ratios of
-                each weight are chosen by these times. A block shape other than the default one stays. The file is
-                lossless.
+                each weight are chosen by these times. A block shape other than the default or ``auto`` stays. The file
+                is lossless.
             max_relative_error: In place of ``compression``: the largest relative error of a block that is pruned or
                 unified when the method starts, such as 0.3. A block is unified if that changes it by at most this share
                 of its norm, and pruned if its norm is at most this share of the root mean square of the layer's blocks

@@ -15,6 +15,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_muws.errors import MuwsError, SettingError
 from lightning_muws.structure.plan import PlanEntry
@@ -96,7 +97,7 @@ def _sample(loader: Any) -> Any:
     """
     dataset: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
-    if not hasattr(dataset, "__getitem__") or collate is None:
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset) or collate is None:
         raise SettingError(f"the training data has no first sample to time the layers with: {ADVICE}")
     try:
         sample = dataset[0]

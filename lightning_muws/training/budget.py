@@ -26,7 +26,7 @@ class Budget:
     """One number for the whole network, in place of ratios for each weight. Give exactly one of the three.
 
     The structures of open weights, which have both ratios 0, are chosen for it. All other structures stay as they are.
-    A speedup chooses block shapes, too, where the open structure has the default one.
+    A speedup chooses block shapes, too, where the open structure has the default one or ``auto``.
 
     Args:
         compression: How many times smaller than the tensors of the module the file shall be, above 1.

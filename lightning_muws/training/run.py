@@ -235,9 +235,10 @@ class CompressionRun:
             return
         weights, entries = self._given
         if self.budget and self._module:
-            self._adopt(self.budget.choose(self._module, entries, self.times))
-            if self.budget.speedup is not None and self.times and self._chosen is not None:
-                self.predicted_speedup = self.times.speedup(self._chosen)
+            chosen = self.budget.choose(self._module, entries, self.times)
+            self._adopt(chosen)
+            if self.budget.speedup is not None and self.times:
+                self.predicted_speedup = self.times.speedup(chosen)
         elif open_structures(entries):
             self._adopt(choose_shapes(weights, entries))
 

@@ -10,11 +10,13 @@ from torch import nn
 from lightning_muws import LayerRule, MicroStructure, NMStructure, layer_times
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime import predict
+from lightning_muws.runtime.accelerate import Acceleration, Settings
 from lightning_muws.runtime.kernels import KERNELS
 from lightning_muws.runtime.measure import shares
 from lightning_muws.runtime.measure.shares import SHARES
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.predict import LEVELS, fit
+from lightning_muws.runtime.rewrite.observe import Example
 from lightning_muws.structure.budget import Bounds
 from lightning_muws.structure.plan import make_plan
 from lightning_muws.structure.speed import allocate_time
@@ -35,11 +37,17 @@ def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0, gains=True):
 
     def of_layers(tasks, clock, timing=None, keep=(), between=None):
         races.append(list(tasks))
-        seconds = {name: dense * (1 - shares.SHARES[int(name)]) for name in tasks if name.isdecimal()}
+        last = len(shares.SHARES) - 1
+        seconds = {name: dense * (1 - shares.SHARES[min(int(name), last)]) for name in tasks if name.isdecimal()}
         return {name: [seconds.get(name, dense)] * 3 for name in tasks}
 
+    levels = []
+
     def of_networks(tasks, clock, timing=None, keep=(), between=None):
-        seconds = {f"{s} fast": REST + scale * n_layers * dense * (1 - gains * s) for s in LEVELS}
+        if "fast" not in tasks:  # the dense forms, before the levels
+            levels[:] = LEVELS
+            return {name: [network] * 3 for name in tasks}
+        seconds = {"fast": REST + scale * n_layers * dense * (1 - gains * levels.pop(0))}
         return {name: [seconds.get(name, network)] * 3 for name in tasks}
 
     monkeypatch.setattr(shares, "race", of_layers)
@@ -141,7 +149,9 @@ def test_unified_blocks_have_curves_where_a_kernel_gains_from_them(monkeypatch):
     fake(monkeypatch, 1)
     for batch, expected in ((1, {(4, 4), (8, 8), (16, 16)}), (2, set())):
         layer = times_of(mlp(32, 32), torch.ones(batch, 32)).layers["0.weight"]
-        assert {curve.block_shape for curve in layer.curves if curve.is_unified} == expected
+        unified = [curve for curve in layer.curves if curve.is_unified]
+        assert {curve.block_shape for curve in unified} == expected
+        assert all(curve.prune_ratios == (0.0, *SHARES) for curve in unified)
 
 
 def test_a_layer_that_runs_twice_counts_twice(monkeypatch):
@@ -225,7 +235,7 @@ def test_a_kernel_that_raises_is_left_out(monkeypatch):
 def test_random_weights_are_inside_their_structure(structure: Structure):
     layer = nn.Conv2d(8, 16, 3)
     entry = make_plan(nn.Sequential(layer), structure).covered["0.weight"]
-    random = shares.with_random_weights(layer, structure, entry)
+    random = shares.with_random_weights(layer, structure, entry.grid)
     assert random.weight is not layer.weight
     assert torch.equal(structure.project(random.weight, entry.grid), random.weight)
     x = normal(0, 1, 8, 5, 5, dtype=torch.float32)
@@ -268,3 +278,29 @@ def test_real_clocks_time_layers_of_all_types(monkeypatch):
     for layer in times.layers.values():
         assert layer.seconds > 0
         assert all(s > 0 for curve in layer.curves for s in curve.seconds)
+
+
+def test_an_auto_shape_is_open_and_set_ratios_are_not(monkeypatch):
+    fake(monkeypatch, 2)
+    rules = [
+        LayerRule("0.*", structure=MicroStructure("auto", 0.5)),
+        LayerRule("1.*", structure=MicroStructure("auto")),
+    ]
+    times = times_of(mlp(32, 32, 32, 32), torch.ones(2, 32), *rules)
+    assert times.layers["0.weight"].curves == ()
+    assert times.layers["1.weight"].curves == times.layers["2.weight"].curves
+
+
+def test_compiled_parts_have_the_names_that_plans_give_them(monkeypatch):
+    fake(monkeypatch, 2)
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(32, 32)), backend="eager"), nn.Linear(32, 32))
+    assert times_of(model, torch.ones(2, 32)).layers.keys() == {"0.0.weight", "1.weight"}
+    assert times_of(torch.compile(mlp(32, 32), backend="eager"), torch.ones(2, 32)).layers.keys() == {"0.weight"}
+
+
+def test_layers_of_a_small_network_are_timed_warm_and_of_a_large_one_cold():
+    settings, x = Settings(), Example.of(torch.ones(1, 8))
+    small = Acceleration.of(nn.Linear(8, 8).eval(), x, settings).criteria(())
+    large = Acceleration.of(nn.Sequential(nn.Linear(8, 2**17), nn.ReLU()).eval(), x, settings).criteria(())
+    assert (small.n_bytes, large.n_bytes) == (4 * 72, 4 * 9 * 2**17)
+    assert small.timing.sample_s > large.timing.sample_s == 0

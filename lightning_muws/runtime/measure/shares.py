@@ -92,41 +92,42 @@ class Bench:
         if entry is None:
             return Measured(form, dense, dense)
         if not is_open(entry):
-            gains = self._race(layer, [self.kernel(layer, entry.structure)])[2]
+            gains = self._race(layer, [self.kernel(layer, entry.structure, entry.grid)])[2]
             return Measured(form, dense, dense / gains[0])
         curves = []
-        for structures in self._candidates(layer, entry):
-            gains = self._race(layer, [self.kernel(layer, structure) for structure in structures])[2]
-            shape, is_unified = structures[0].grid.block_shape, structures[0].ranges[1][0] > 0
-            curves.append(Curve(shape, SHARES, tuple(dense / gained for gained in gains), is_unified))
+        for grid, is_unified in self._candidates(layer, entry):
+            ratios = (0.0, *SHARES) if is_unified else SHARES
+            structures = [at_share(entry, grid, ratio, is_unified) for ratio in ratios]
+            if is_unified and not any(n in self._build(layer, structures[0], grid) for n in FOR_UNIFIED):
+                continue
+            gains = self._race(layer, [self.kernel(layer, structure, grid) for structure in structures])[2]
+            curves.append(Curve(grid.block_shape, ratios, tuple(dense / gained for gained in gains), is_unified))
         return Measured(form, dense, dense, tuple(curves))
 
-    def _candidates(self, layer: Layer, entry: PlanEntry) -> list[list[MicroStructure]]:
-        """Return the structures to measure for an open weight: for each curve one a share."""
+    def _candidates(self, layer: Layer, entry: PlanEntry) -> list[tuple[BlockGrid, bool]]:
+        """Return the grids to measure for an open weight, each with whether the blocks left are unified."""
         x, taps = self.calls[layer].inputs[0], math.prod(layer.weight.shape[2:])
         shapes, unified = shapes_for_speed(taps, is_native(layer, x)), SQUARES
-        if entry.structure.block_shape not in ("auto", MicroStructure().block_shape):
+        if entry.structure.block_shape not in (MicroStructure().block_shape, "auto"):
             shapes = unified = (entry.grid.block_shape,)  # the user's own
-        curves = [
-            [at_share(entry, shape, share, is_unified) for share in SHARES]
+        grids = [
+            (replace(entry.grid, block_shape=shape), is_unified)
             for is_unified, choices in ((False, shapes), (True, unified))
             for shape in choices
-            if (grid := replace(entry.grid, block_shape=shape)).fits(entry.shape) and 0 not in grid.counts(entry.shape)
         ]
-        return [c for c in curves if not c[0].unify_ratio or any(n in self._build(layer, c[0]) for n in FOR_UNIFIED)]
+        return [(g, u) for g, u in grids if g.fits(entry.shape) and 0 not in g.counts(entry.shape)]
 
-    def kernel(self, layer: Layer, structure: Structure) -> nn.Module | None:
+    def kernel(self, layer: Layer, structure: Structure, grid: BlockGrid) -> nn.Module | None:
         """Return the fastest kernel for a layer with random weights inside a structure; None if there is none."""
-        built = self._build(layer, structure)
+        built = self._build(layer, structure, grid)
         if len(built) < 2:
             return next(iter(built.values()), None)
         times = race({name: self._task(layer, module) for name, module in built.items()}, self.clock, KERNEL)
         return built[min(built, key=lambda name: median(times[name]))]
 
-    def _build(self, layer: Layer, structure: Structure) -> dict[str, nn.Module]:
+    def _build(self, layer: Layer, structure: Structure, grid: BlockGrid) -> dict[str, nn.Module]:
         """Return all kernels that apply to a layer with random weights inside a structure, by name."""
-        x, grid = self.calls[layer].inputs[0], grid_of(self.entries[layer], structure)
-        random = with_random_weights(layer, structure, grid)
+        x, random = self.calls[layer].inputs[0], with_random_weights(layer, structure, grid)
         built: dict[str, nn.Module] = {}
         for name, build in KERNELS.items():
             if name in DENSE or name in ROUNDED:
@@ -165,16 +166,10 @@ def is_open(entry: PlanEntry) -> bool:
     return isinstance(entry.structure, MicroStructure) and entry.structure.is_open
 
 
-def at_share(entry: PlanEntry, block_shape: tuple[int, int], share: float, is_unified: bool) -> MicroStructure:
+def at_share(entry: PlanEntry, grid: BlockGrid, share: float, is_unified: bool) -> MicroStructure:
     """Return the structure with this share of blocks pruned, and all others dense or unified."""
     signs = entry.structure.signs if isinstance(entry.structure, MicroStructure) else "free"
-    return MicroStructure(block_shape, share, 1 - share if is_unified else 0.0, signs)
-
-
-def grid_of(entry: PlanEntry, structure: Structure) -> BlockGrid:
-    """Return how a structure cuts a weight."""
-    shape = structure.block_shape
-    return entry.grid if shape == "auto" else replace(entry.grid, block_shape=shape)
+    return MicroStructure(grid.block_shape, share, 1 - share if is_unified else 0.0, signs)
 
 
 def with_random_weights(layer: Layer, structure: Structure, grid: BlockGrid) -> Layer:
