@@ -128,8 +128,10 @@ class Budget:
             first = {name: replace(bound, is_auto=False) for name, bound in bounds.items()}
             try:
                 prepare(tensors, first, compression, buffers=buffers)
-            except SettingError:  # other block shapes may reach it
-                prepare(tensors, bounds, compression, buffers=buffers)
+            except SettingError:
+                if first == bounds:
+                    raise
+                prepare(tensors, bounds, compression, buffers=buffers)  # other block shapes may reach it
 
     def _for_speedup(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, MicroStructure]:
         raise SettingError(f"{self} is not available: ask for a compression or a max_relative_error")

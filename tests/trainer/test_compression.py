@@ -13,6 +13,7 @@ from lightning_muws import (
     NMStructure,
     Phases,
     WeightUnificationCallback,
+    inspect_compressed,
     load_compressed,
 )
 from lightning_muws.cli import MuwsCLI
@@ -80,9 +81,10 @@ def test_buffers_keep_their_precision_and_biases_are_stored_in_steps(tmp_path):
 
 
 @pytest.mark.filterwarnings(PROVIDED)
-def test_every_checkpoint_leads_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("structure", [MicroStructure(), MicroStructure("auto", prune_ratio=(0, 0.5))])
+def test_every_checkpoint_leads_to_the_same_bits(structure, tmp_path):
     def callback():
-        return WeightUnificationCallback(compression=8, phases=PHASES)
+        return WeightUnificationCallback(structure, compression=8, phases=PHASES)
 
     module, ours = Wide(), callback()
     saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
@@ -186,6 +188,43 @@ def test_a_relative_error_takes_the_place_of_a_size_and_the_file_is_lossless(tmp
         WeightUnificationCallback(MicroStructure(prune_ratio=0.5), max_relative_error=0.5)
 
 
+def test_auto_shapes_and_ranges_are_in_the_report_and_in_the_file(tmp_path):
+    module, path = Wide(), tmp_path / "m.muws"
+    never = LayerRule("layer.3.*", structure=MicroStructure("auto", prune_ratio=(0, 0)))
+    callback = WeightUnificationCallback(MicroStructure("auto"), [never], PHASES, compression=12, save_to=path)
+    fit(module, callback, max_epochs=6)
+    callback.verify()
+    assert raw_bytes(module) / path.stat().st_size >= 12
+    shapes = {tensor.name: tensor.block_shape for tensor in inspect_compressed(path).tensors if tensor.block_shape}
+    assert shapes == {layer.name: layer.block_shape for layer in callback.report.layers}
+    assert shapes == {name: entry.grid.block_shape for name, entry in callback.plan.covered.items()}
+    assert "auto" not in str(callback.plan)
+    layers = {layer.name: layer for layer in callback.report.layers}
+    assert layers["layer.3.weight"].n_pruned == 0 < layers["layer.3.weight"].n_unified
+
+
+def test_set_ratios_with_auto_need_no_budget(tmp_path):
+    module, path = Wide(), tmp_path / "m.muws"
+    callback = WeightUnificationCallback(MicroStructure("auto", prune_ratio=0.5), phases=PHASES, save_to=path)
+    fit(module, callback, max_epochs=6)
+    callback.verify()
+    assert all(layer.block_shape in {(4, 4), (1, 16), (16, 1)} for layer in callback.report.layers)
+    assert "auto" not in str(callback.plan)
+    loaded = load_compressed(path)
+    assert all(same_bytes(x, loaded[name]) for name, x in module.state_dict().items())
+
+
+def test_a_range_without_a_budget_is_refused_at_the_start_of_fit():
+    for callback in (
+        WeightUnificationCallback(MicroStructure(prune_ratio=(0, 0.3))),
+        WeightUnificationCallback(rules=[LayerRule("layer.0.*", structure=MicroStructure(unify_ratio=(0, 0.3)))]),
+    ):
+        with pytest.raises(
+            SettingError, match=r"ratio=\(0.0, 0.3\).* has a range, from which only a budget chooses: give"
+        ):
+            fit(Wide(), callback, max_epochs=6)
+
+
 def test_two_budgets_are_refused_when_the_callback_is_made():
     with pytest.raises(SettingError, match=r"compression=20 and max_relative_error=0.3 contradict each other"):
         WeightUnificationCallback(compression=20, max_relative_error=0.3)
@@ -215,13 +254,14 @@ def test_one_flag_is_enough(in_yaml, tmp_path, monkeypatch):
     words += [f"--trainer.{name}=false" for name in off]
     if in_yaml:
         config = tmp_path / "config.yaml"
-        config.write_text("compress: {compression: 6}\n")
+        config.write_text("compress: {compression: 6, structure: {block_shape: auto, prune_ratio: [0, 0.5]}}\n")
         words += ["--config", str(config)]
     else:
         words += ["--compress.compression", "6"]
     words.append(f"--compress.save_to={tmp_path / 'm.muws'}")
     cli = MuwsCLI(Flat, BoringDataModule, args=words, save_config_callback=None)
     assert raw_bytes(cli.model) / (tmp_path / "m.muws").stat().st_size >= 6
+    assert cli.trainer.callbacks[0].structure == (MicroStructure("auto", (0, 0.5)) if in_yaml else MicroStructure())
 
 
 class Flat(TwoLayers):

@@ -22,6 +22,7 @@ from tests.support.strategies import normal, same_bits
 PHASES = Phases(admm_start=1, admm_end=4, update_every=1)
 TIMELINE = PHASES.on(6)
 OPEN = MicroStructure((2, 4))
+AUTO = MicroStructure("auto")
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -32,11 +33,25 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def make(
-    module: nn.Module, budget: float | Budget = 12, rules: tuple[LayerRule, ...] = (), phases: Phases = PHASES
+    module: nn.Module,
+    budget: float | Budget = 12,
+    rules: tuple[LayerRule, ...] = (),
+    phases: Phases = PHASES,
+    structure: MicroStructure = OPEN,
 ) -> CompressionRun:
-    plan = make_plan(module, OPEN, rules, open_ratios=True)
+    plan = make_plan(module, structure, rules, open_ratios=True)
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     return CompressionRun(plan.weights(module), plan.covered, phases, budget=budget, module=module)
+
+
+def striped(seed: int = 0) -> nn.Sequential:
+    """Return a network with a layer whose rows, and one whose columns, have weights of many sizes."""
+    made = nn.Sequential(nn.Linear(192, 160), nn.BatchNorm1d(160), nn.Linear(160, 128), nn.Linear(128, 8))
+    for i, parameter in enumerate(made.parameters()):
+        parameter.data = normal(seed + i, *parameter.shape, dtype=torch.float32) * 0.1
+    made[0].weight.data *= 3 ** normal(seed, 160, 12, dtype=torch.float32).repeat_interleave(16, 1)
+    made[2].weight.data *= 3 ** normal(seed, 8, 160, dtype=torch.float32).repeat_interleave(16, 0)
+    return made
 
 
 def step(module: nn.Module, run: CompressionRun, seed: int) -> None:
@@ -94,6 +109,91 @@ def test_a_relative_error_chooses_structures_once_and_the_weights_stay_that_near
     run.verify()
     with pytest.raises(StateError, match=r"budget max_relative_error is 0.5 in the checkpoint and 0.4 in the settings"):
         make(network(), Budget(max_relative_error=0.4), rules).load_state_dict(run.state_dict())
+
+
+def test_auto_gives_each_weight_a_shape_and_the_file_has_the_size(tmp_path):
+    module = striped()
+    run = make(module, 14, phases=Phases(admm_start=0, admm_end=0), structure=AUTO)
+    run.check_budget()
+    run.tick(0, run.phases.on(6), [])
+    run.verify()
+    shapes = {name: entry.grid.block_shape for name, entry in run.entries.items()}
+    assert all(entry.structure.block_shape == shapes[name] for name, entry in run.entries.items())
+    assert shapes["0.weight"][0] < shapes["0.weight"][1]
+    assert shapes["2.weight"][0] > shapes["2.weight"][1]
+    blocks = {name: entry.grid for name, entry in run.entries.items()}
+    report = save_compressed(module, tmp_path / "m.muws", blocks=blocks, compression=14)
+    assert report.compression_ratio >= 14
+
+
+def test_auto_reaches_what_the_first_shapes_do_not():
+    module, first = striped(), MicroStructure((4, 4), unify_ratio=(0.9, 1.0))
+    beyond = 1.01 * Budget(5).allocate(module, make_plan(module, first, open_ratios=True).covered).reachable[1]
+    with pytest.raises(SettingError, match="cannot be reached"):
+        make(module, beyond, structure=first).check_budget()
+    make(module, beyond, structure=MicroStructure("auto", unify_ratio=(0.9, 1.0))).check_budget()
+
+
+def test_a_range_holds_through_the_run():
+    module = striped()
+    run = make(module, 20, (LayerRule("2.*", structure=MicroStructure(prune_ratio=(0, 0))),))
+    for epoch in range(6):
+        run.tick(epoch, TIMELINE, [])
+    assert run.entries["2.weight"].structure.prune_ratio == 0
+    assert run.entries["2.weight"].structure.unify_ratio > 0.5
+    assert run.entries["0.weight"].structure.prune_ratio > 0.3
+    assert run.supports["2.weight"].counts()[Kind.PRUNED] == 0
+
+
+def test_what_a_bound_makes_unreachable_is_refused_by_the_check_at_the_start():
+    module, bound = striped(), MicroStructure(prune_ratio=(0, 0), unify_ratio=(0.9, 1.0))  # a sign for each weight
+    with pytest.raises(SettingError, match=r"compression=40 cannot be reached.* allows [\d.]+ to 2[\d.]+, so ask"):
+        make(module, 40, structure=bound).check_budget()
+    make(module, 14, structure=bound).check_budget()
+    make(module, 40).check_budget()
+
+
+def test_set_ratios_get_the_nearest_shape_without_a_budget():
+    module, structure = striped(), MicroStructure("auto", prune_ratio=0.5)
+    plan = make_plan(module, structure)
+    assert {entry.grid.block_shape for entry in plan.covered.values()} == {(4, 4)}
+    run = CompressionRun(plan.weights(module), plan.covered, PHASES)
+    run.tick(1, TIMELINE, [])
+    shapes = {name: entry.grid.block_shape for name, entry in run.entries.items()}
+    assert (shapes["0.weight"], shapes["2.weight"]) == ((1, 16), (16, 1))
+    for name, entry in run.entries.items():
+        assert entry.structure == MicroStructure(shapes[name], prune_ratio=0.5)
+    state = run.state_dict()
+    again = CompressionRun(plan.weights(module), plan.covered, PHASES)
+    again.load_state_dict(state)
+    assert again.entries == run.entries
+    for epoch in range(2, 6):
+        step(module, run, epoch)
+        run.tick(epoch, TIMELINE, [])
+    run.verify()
+
+
+def test_a_rule_with_set_ratios_and_auto_gets_a_shape_inside_the_budget():
+    rule = LayerRule("2.*", structure=MicroStructure("auto", prune_ratio=0.25, unify_ratio=0.5))
+    run = make(striped(), 14, (rule,))
+    run.tick(1, TIMELINE, [])
+    entry = run.entries["2.weight"]
+    assert entry.structure.quotas(entry.n_blocks) == rule.structure.quotas(entry.n_blocks)
+    assert entry.grid.block_shape == entry.structure.block_shape
+    assert entry.grid.block_shape[0] > entry.grid.block_shape[1]
+
+
+def test_a_weight_of_zeros_keeps_what_was_given():
+    module = striped()
+    module[0].weight.data.zero_()
+    rule = LayerRule("0.*", structure=MicroStructure("auto", prune_ratio=0.25))
+    run = make(module, 10, (rule,), structure=AUTO)
+    run.tick(1, TIMELINE, [])
+    assert run.entries["0.weight"].structure == MicroStructure((4, 4), prune_ratio=0.25)
+    run = make(module, 10, structure=AUTO)
+    run.tick(1, TIMELINE, [])
+    assert run.planned["0.weight"].reason == KEPT
+    assert run.planned["0.weight"].structure == MicroStructure((4, 4))
 
 
 def test_a_budget_needs_the_module_and_is_a_budget():
@@ -174,10 +274,11 @@ def test_a_weight_that_the_budget_keeps_dense_is_not_covered_and_the_plan_has_th
     run.verify()
 
 
+@pytest.mark.parametrize("structure", [OPEN, AUTO, MicroStructure("auto", prune_ratio=(0, 0.25))])
 @pytest.mark.parametrize("saved_at", [0, 1, 2, 4, 5])
-def test_a_state_restores_the_choice_and_chooses_nothing_again(saved_at):
-    module = network()
-    run = make(module)
+def test_a_state_restores_the_choice_and_chooses_nothing_again(saved_at, structure):
+    module = striped()
+    run = make(module, structure=structure)
     for epoch in range(saved_at + 1):
         run.tick(epoch, TIMELINE, [])
         step(module, run, epoch)
@@ -186,8 +287,8 @@ def test_a_state_restores_the_choice_and_chooses_nothing_again(saved_at):
         run.tick(epoch, TIMELINE, [])
         step(module, run, epoch)
 
-    other = network(7)
-    resumed = make(other)
+    other = striped(7)
+    resumed = make(other, structure=structure)
     resumed.tick(1, TIMELINE, [])  # a choice that the state replaces
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
@@ -197,6 +298,7 @@ def test_a_state_restores_the_choice_and_chooses_nothing_again(saved_at):
         step(other, resumed, epoch)
     assert resumed.entries == run.entries
     assert resumed.fingerprint() == run.fingerprint()
+    assert all(entry.grid.block_shape == entry.structure.block_shape for entry in run.entries.values())
     assert all(same_bits(x, y) for x, y in zip(module.parameters(), other.parameters(), strict=True))
 
 
