@@ -111,7 +111,8 @@ class CompressionReport(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
-        return asdict(self) | {"sparsity": self.sparsity, "ideal_ratio": self.ideal_ratio}
+        drop = asdict(self.drop) | {"drop": self.drop.drop, "is_kept": self.drop.is_kept} if self.drop else None
+        return asdict(self) | {"drop": drop, "sparsity": self.sparsity, "ideal_ratio": self.ideal_ratio}
 
     def tables(self) -> list[Table]:
         """Return the table of the layers, and that of the residuals if there was an update."""

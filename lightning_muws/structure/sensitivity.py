@@ -59,16 +59,20 @@ class LayerSensitivity:
     points: tuple[Point | None, ...]
 
     def slope(self, dense_loss: float) -> float:
-        """Return what a squared distance of 1 adds to the loss: the median over the points, and at least 0.
+        """Return what a squared distance of 1 adds to the loss: at least 0.
 
-        A median, because the loss of a small distance is noise and that of a large one saturates.
+        ``argmin_k sum |loss - dense_loss - k * distance|`` over the points with a finite loss: the median of the
+        slopes, weighted with the distances (Bloomfield and Steiger 1983). The loss grows faster than the squared
+        distance, so that the slopes of small distances are mostly noise.
         """
-        slopes = [
-            (point.loss - dense_loss) / point.distance
-            for point in self.points
-            if point and point.distance and math.isfinite(point.loss)
-        ]
-        return max(0.0, median(slopes)) if slopes else 0.0
+        points = [p for p in self.points if p and p.distance and math.isfinite(p.loss)]
+        slopes = sorted(((p.loss - dense_loss) / p.distance, p.distance) for p in points)
+        left = sum(distance for _, distance in slopes) / 2
+        for slope, distance in slopes:
+            left -= distance
+            if left <= 0:
+                return max(0.0, slope)
+        return 0.0
 
 
 @dataclass(frozen=True)

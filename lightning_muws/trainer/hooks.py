@@ -84,7 +84,8 @@ class CompressionHooks:
             max_drop: In place of ``compression``: how far ``monitor`` may drop, in its own units, such as 0.005. When
                 the method starts, the Trainer's validation measures the dense network and several compressed ones. The
                 largest compression whose drop after training is predicted to be allowed is chosen; after fit the drop
-                is measured on the weights as a file holds them, and ``drop`` and the report have it.
+                is measured on the weights as a file holds them, and ``drop`` and the report have it. It counts from the
+                dense network of that moment, so start from a trained network, or let the method start late.
             monitor: The metric for ``max_drop``, as the validation logs it, such as ``val_accuracy``. Larger is better,
                 unless the name has ``loss`` or ``error`` in it or begins with ``-``, such as ``-val_rmse``.
 

@@ -90,7 +90,7 @@ class Probe:
                     value = torch.as_tensor(drop.find(self.run(trainer)), device=trainer.strategy.root_device)
             finally:
                 reshard(module)
-            return float(trainer.strategy.reduce(value.detach().clone().to(torch.float64), reduce_op="mean"))
+            return float(trainer.strategy.reduce(value.detach().to(torch.float32, copy=True), reduce_op="mean"))
 
         return measured
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.budget import RECOVERY, Allocation
+from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name
 from lightning_muws.structure.sharded import like, whole
 from lightning_muws.structure.stored import as_stored
@@ -79,7 +80,7 @@ class Drop:
             StateError: A parameter has NaN or Inf.
         """
         try:
-            Budget(LEAST).allocate(module, entries)
+            Budget(LEAST).check(module, entries)
         except SettingError as error:
             raise SettingError(
                 f"{self} needs a network that can be made at least {LEAST:g} x smaller: {error}"
@@ -254,6 +255,8 @@ def compressed(
                 entry = entries.get(name)
                 structure = share.structure if name in is_open or entry is None else entry.structure
                 grid = entry.grid if entry else None
+                if grid and isinstance(structure, MicroStructure):  # its block shape may be another one
+                    grid = replace(grid, block_shape=structure.grid.block_shape)
                 stored = as_stored(whole(parameter.detach()), share.step, structure, grid, recovery, name)
                 raw.append((parameter, parameter.detach().clone()))
                 parameter.copy_(like(stored, parameter))

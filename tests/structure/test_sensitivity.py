@@ -158,13 +158,28 @@ def test_the_importance_is_the_slope_and_the_median_layer_loses_1_with_its_energ
     assert min(report_of(-3.0, 5.0, 7.0).importance().values()) > 0
 
 
-def test_one_wild_point_does_not_change_the_importance():
+def slope_of(*points: Point | None) -> float:
+    return LayerSensitivity("w", (8, 8), 4.0, points).slope(1.0)
+
+
+def test_one_wild_point_of_a_small_distance_does_not_change_the_slope():
     layer = report_of(2.0).layers[0]
-    wild = (*layer.points[:2], Point(10.0, 2.0, math.inf))
-    assert LayerSensitivity("w", (8, 8), 4.0, wild).slope(1.0) == pytest.approx(2.0)
-    wild = (*layer.points[:2], Point(10.0, 2.0, 1e9))
-    assert LayerSensitivity("w", (8, 8), 4.0, wild).slope(1.0) == pytest.approx(2.0)
-    assert LayerSensitivity("w", (8, 8), 4.0, (None, None, None)).slope(1.0) == 0.0
+    assert slope_of(*layer.points) == pytest.approx(2.0)
+    assert slope_of(Point(2.0, 0.5, 1e9), *layer.points[1:]) == pytest.approx(2.0)
+    assert slope_of(Point(2.0, 0.5, -1e9), *layer.points[1:]) == pytest.approx(2.0)
+    assert slope_of(*layer.points[:2], Point(10.0, 2.0, math.inf)) == pytest.approx(2.0)
+    assert slope_of(None, None) == slope_of(Point(2.0, 0.0, 1.0)) == 0.0
+
+
+def test_no_other_slope_has_a_smaller_sum_of_errors():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        distances, growths = torch.rand(2, 5, generator=generator, dtype=torch.float64)
+        points = [Point(2.0, d, 1.0 + x) for d, x in zip(distances.tolist(), growths.tolist(), strict=True)]
+        tried = torch.linspace(0, 50, 5001, dtype=torch.float64)
+        errors = (growths - tried[:, None] * distances).abs().sum(1)
+        found = slope_of(*points)
+        assert (growths - found * distances).abs().sum() <= errors.min() + 1e-12
 
 
 def test_the_report_is_a_table_and_json():

@@ -158,6 +158,21 @@ def test_a_compressed_module_holds_the_structure_and_the_steps_and_gets_its_bits
     torch.testing.assert_close(now["4.weight"] / step, (before["4.weight"] / step).round())
 
 
+def test_a_block_shape_that_the_budget_chose_is_the_one_that_is_compressed():
+    module = network()
+    with torch.no_grad():  # blocks of 2 x 8 are what suits
+        module[3].weight.copy_(torch.randn(32, 8).repeat_interleave(2, 0).repeat_interleave(8, 1))
+    entries = make_plan(module, MicroStructure("auto"), open_ratios=True).covered
+    allocation = Budget(8).allocate(module, entries)
+    shapes = {name: structure.block_shape for name, structure in allocation.structures.items()}
+    assert set(shapes.values()) != {(4, 4)}
+    with compressed(module, entries, allocation):
+        for name, structure in allocation.structures.items():
+            blocks = structure.grid.split(module.get_parameter(name).detach())
+            same = (blocks.abs() == blocks[:, :1].abs()).all(1)
+            assert int(same.sum()) >= sum(allocation.shares[name].counts[1:])
+
+
 def test_a_module_gets_its_bits_back_after_an_exception():
     module = network()
     entries, before = covered(module), {name: x.clone() for name, x in module.state_dict().items()}
