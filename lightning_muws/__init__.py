@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
     from lightning_muws.artifact.save import save_compressed
     from lightning_muws.callback import WeightUnificationCallback
+    from lightning_muws.compress import compress
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.structure.micro import MicroStructure
@@ -53,6 +54,7 @@ __all__ = [
     "Retraining",
     "WeightUnificationCallback",
     "accelerate",
+    "compress",
     "inspect_compressed",
     "load_compressed",
     "save_compressed",
@@ -72,6 +74,7 @@ _HOMES = {
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
     "accelerate": "lightning_muws.runtime.accelerate",
+    "compress": "lightning_muws.compress",
     "inspect_compressed": "lightning_muws.artifact.load",
     "load_compressed": "lightning_muws.artifact.load",
     "save_compressed": "lightning_muws.artifact.save",
