@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
     from lightning_muws.artifact.save import save_compressed
     from lightning_muws.callback import WeightUnificationCallback
-    from lightning_muws.compress import compress
+    from lightning_muws.compression import compress
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
+    from lightning_muws.sizes import export
     from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
@@ -55,6 +56,7 @@ __all__ = [
     "WeightUnificationCallback",
     "accelerate",
     "compress",
+    "export",
     "inspect_compressed",
     "load_compressed",
     "save_compressed",
@@ -74,7 +76,8 @@ _HOMES = {
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
     "accelerate": "lightning_muws.runtime.accelerate",
-    "compress": "lightning_muws.compress",
+    "compress": "lightning_muws.compression",
+    "export": "lightning_muws.sizes",
     "inspect_compressed": "lightning_muws.artifact.load",
     "load_compressed": "lightning_muws.artifact.load",
     "save_compressed": "lightning_muws.artifact.save",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  what everybody calls it
+
+from lightning_muws.structure.grid import BlockGrid
 
 SLAB_NUMEL = 1 << 22  # entries of unfolded inputs that are in memory at once
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,10 +21,18 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
 
 
-def groups_of(module: nn.Module) -> int:
-    """Return how many groups of outputs have separate inputs."""
-    groups = getattr(module, "groups", 1)
-    return groups if isinstance(groups, int) else 1
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return the parameters of a layer."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)  # noqa: S101  is_linear
+    return weight, bias if isinstance(bias, Tensor) else None
+
+
+def layer_grid(module: nn.Module) -> BlockGrid:
+    """Return how the weight of a layer is seen as a matrix ``(out, in * kernel)``; blocks of one weight."""
+    if isinstance(module, TRANSPOSED):
+        return BlockGrid((1, 1), 1, module.groups)
+    return BlockGrid((1, 1))
 
 
 def columns(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -36,15 +47,15 @@ def columns(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """
     if isinstance(module, nn.Linear):
         flat = x.reshape(-1, 1, x.shape[-1])
-        yield from flat.split(max(1, SLAB_NUMEL // max(1, x.shape[-1])))
+        yield from torch.split(flat, max(1, SLAB_NUMEL // max(1, x.shape[-1])))
         return
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))  # noqa: S101  is_linear
     windows = _windows(module, x if x.ndim == len(module.kernel_size) + 2 else x[None])
     n = module.in_channels // module.groups * math.prod(module.kernel_size)
     batch = max(1, SLAB_NUMEL // max(1, windows[0].numel()))
     rows = max(1, SLAB_NUMEL * windows.shape[2] // max(1, batch * windows[0].numel()))
-    for part in windows.split(batch):
-        for slab in part.split(rows, dim=2):
+    for part in torch.split(windows, batch):
+        for slab in torch.split(part, rows, dim=2):
             # (batch, in, *positions, *kernel) to (batch, *positions, in, *kernel)
             yield slab.movedim(1, 1 + len(module.kernel_size)).reshape(-1, module.groups, n)
 
@@ -68,7 +79,8 @@ def _spread(module: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(module, TRANSPOSED)  # noqa: S101  only transposed convolutions come here
     sizes = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, stride) for stride in module.stride))] = x
+    at = (slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride))
+    spread[at] = x
     pads: list[int] = []
     for i in reversed(range(len(sizes))):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) - int(module.padding[i])

@@ -29,7 +29,7 @@ class _Walker:
         self.at: str | None = None  # the layer that it waits at; None if it has arrived at the end
         self.input: Tensor | None = None
         self.error: Exception | None = None
-        self.last = ""  # the layer that it came through last
+        self.last = ""  # the layer that it reached last
         self._go, self._here, self._is_stopped = threading.Semaphore(0), threading.Semaphore(0), False
         self.thread = threading.Thread(target=self._main, args=(run,), daemon=True)
         self.thread.start()
@@ -88,7 +88,7 @@ def walk(
         How often the first batch went through each layer.
 
     Raises:
-        StateError: The model fails on a batch; the message names the layer that it had come through last.
+        StateError: The model fails on a batch; the message names the last layer that was called.
     """
     walkers: list[_Walker] = []
     visited: set[str] = set()
@@ -131,7 +131,7 @@ def walk(
 def _resume(walkers: Sequence[_Walker], i: int) -> None:
     walkers[i].resume()
     if error := walkers[i].error:
-        place = f"after layer {walkers[i].last}" if walkers[i].last else "before its first layer"
+        place = f"at layer {walkers[i].last} or behind it" if walkers[i].last else "before its first layer"
         raise StateError(
             f"the model fails on calibration batch {i} {place}: {type(error).__name__}: {error}; "
             "give batches that its forward accepts, or forward= to feed them"

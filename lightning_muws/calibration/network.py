@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.calibration.batches import Forward
-from lightning_muws.calibration.layers import is_linear
+from lightning_muws.calibration.layers import is_linear, layer_grid, weight_and_bias
 from lightning_muws.calibration.lockstep import walk
 from lightning_muws.calibration.moments import Moments, energy, output_error, second_moments, toward_dense
 from lightning_muws.calibration.norms import is_batch_norm, running_statistics
@@ -54,7 +54,12 @@ class Target:
 
 
 class Fitted(NamedTuple):
-    """The error of a layer's output as a share of its size, ``|y - y'| / |y|``: rounded to the nearest, and refitted."""
+    """The error of a layer's outputs as a share of their size, ``|y - y'| / |y|``.
+
+    Args:
+        error_nearest: If the weight were rounded to the nearest.
+        error: Of the refitted weight.
+    """
 
     error_nearest: float
     error: float
@@ -143,48 +148,48 @@ class CalibratedNetwork:
 
     def _fit(self, name: str, moments: Moments, target: Target) -> Fitted:
         """Write the fitted weight and bias of a layer, and return their errors."""
-        module, n_free = self.twins[name][0], self._refits_bias(name)
-        rate, grid, shape = target.rate, target.grid, module.weight.shape
-        matrix = self._matrix(name)
-        wanted = toward_dense(matrix, moments, DAMPING)
-        n = matrix.shape[1] - n_free
-        kinds = None
-        if target.choose is not None:  # inputs that are often large count more, as in Sun et al. 2024 (Wanda)
-            scale = (
-                moments.own.diagonal(dim1=1, dim2=2)[:, :n].sqrt().repeat_interleave(len(matrix) // len(moments.own), 0)
-            )
-            kinds = target.choose(grid.weight((wanted[:, :n] * scale).contiguous(), shape))
+        weight, bias = weight_and_bias(self.twins[name][0])
+        rate, grid, n_free = target.rate, target.grid, self._refits_bias(name)
         cut = grid if target.is_cut else None
-        found = refit(wanted, moments.own, rate, cut, kinds, n_free) if rate.step else wanted
-        plain = nearest(module.weight.detach(), rate.step, cut, target.fallback, rate.shares_signs)
-        module.weight.copy_(
-            nearest(grid.weight(found[:, :n].contiguous(), shape).to(module.weight), rate.step, None, None, False)
-        )
-        before, bias = torch.cat([grid.matrix(plain).to(matrix), matrix[:, n:]], 1), getattr(module, "bias", None)
+        matrix = self._matrix(name)
+        n = matrix.shape[1] - n_free
+        wanted = toward_dense(matrix, moments, DAMPING)
+
+        def back(x: Tensor) -> Tensor:
+            return grid.weight(x[:, :n].contiguous(), weight.shape).to(weight.dtype)
+
+        plain = grid.matrix(nearest(weight.detach(), rate.step, cut, target.fallback, rate.shares_signs))
+        found = wanted
+        if rate.step:
+            kinds = None
+            if target.choose is not None:  # weights of large inputs count more, as in Sun et al. 2024 (Wanda)
+                sizes = moments.own.diagonal(dim1=1, dim2=2).sqrt()
+                kinds = target.choose(back(wanted * sizes.repeat_interleave(len(matrix) // len(sizes), 0)))
+            found = refit(wanted, moments.own, rate, cut, kinds, n_free)
+        weight.copy_(nearest(back(found), rate.step, None, None, False))  # the products that a file has, to the bit
         if n_free and bias is not None:
             bias.copy_(found[:, n])
-        dense_energy = self.observed[name].energy
-        shares = (output_error(matrix, x, moments, dense_energy) / max(dense_energy, 1e-300) for x in (before, found))
-        return Fitted(*(math.sqrt(share) for share in shares))
+        size = self.observed[name].energy
+        rivals = torch.cat([plain.to(matrix), matrix[:, n:]], 1), found
+        return Fitted(*(math.sqrt(output_error(matrix, x, moments, size) / size) for x in rivals))
 
     def _runs(self, model: nn.Module) -> list[Callable[[], object]]:
         return [lambda batch=batch: self.forward(model, batch) for batch in self.batches]  # type: ignore[misc]
 
     def _refits_bias(self, name: str) -> int:
         """Return 1 if the layer has a bias that no other layer shares, else 0."""
-        biases = [getattr(module, "bias", None) for modules in self.layers.values() for module in modules]
-        (own, *others) = self.layers[name]
-        bias = getattr(own, "bias", None)
-        return int(bias is not None and not others and sum(b is bias for b in biases) == 1)
+        own, *others = (weight_and_bias(module)[1] for module in self.layers[name])
+        shared = sum(getattr(module, "bias", None) is own for module in self.dense.modules()) > 1
+        return int(own is not None and not others and not shared)
 
     def _matrix(self, name: str) -> Tensor:
         """Return the weight of a layer of the dense network as ``(out, n)`` float32, its bias as the last column."""
         module = self.layers[name][0]
-        weight, bias = (
-            layer_grid(module).matrix(module.weight.detach()).to(torch.float32),
-            getattr(module, "bias", None),
-        )
-        return torch.cat([weight, bias.detach().to(weight)[:, None]], 1) if self._refits_bias(name) else weight
+        weight, bias = weight_and_bias(module)
+        matrix = layer_grid(module).matrix(weight.detach()).to(torch.float32)
+        if bias is None or not self._refits_bias(name):
+            return matrix
+        return torch.cat([matrix, bias.detach().to(matrix)[:, None]], 1)
 
     def _moments(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments | None:
         """Return the moments of a layer's inputs.
@@ -227,13 +232,6 @@ def refuse_non_finite(name: str, inputs: Sequence[Tensor]) -> None:
             raise StateError(
                 f"the layer of {name} gets NaN or Inf from calibration batch {i}: give batches of finite values"
             )
-
-
-def layer_grid(module: nn.Module) -> BlockGrid:
-    """Return how the weight of a layer is seen as a matrix."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return BlockGrid((1, 1), 1, module.groups)
-    return BlockGrid((1, 1))
 
 
 def _layers(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -1,4 +1,4 @@
-"""Refit: a weight on a grid of values and blocks that changes the outputs of its layer least. Pure functions of tensors.
+"""Refit: a weight of few values and in blocks that changes the outputs of its layer least. Pure functions of tensors.
 
 Notation of Frantar et al. 2023 (GPTQ, arXiv:2210.17323): a layer has outputs ``W x``, its inputs the second moments
 ``H = E[x x^T]``, and the error of a weight Q is ``tr((W - Q) H (W - Q)^T)``. Columns are settled one after another. The
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_muws.calibration.moments import energy
 from lightning_muws.structure.cost import FINEST
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
@@ -65,7 +66,8 @@ def inverse_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     # with the columns in reverse order, H = L L^T gives H^-1 = L^-T L^-1, whose factor L^-1 is upper when turned back
     lower = torch.linalg.cholesky(damped.flip(1, 2))
     eye = torch.eye(n, dtype=moments.dtype, device=moments.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
+    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(1, 2)
+    return factor
 
 
 def column_order(moments: Tensor, cols: int, n_free: int = 0) -> Tensor:
@@ -115,7 +117,8 @@ def refit(
         damping: See :func:`inverse_factor`.
 
     Returns:
-        Same shape and dtype; all columns but the last ``n_free`` are multiples of the step.
+        Same shape and dtype; all columns but the last ``n_free`` are multiples of the step. If bits cost
+        nothing and the nearest such weight has a smaller error, that one.
 
     Example:
         >>> weight = torch.tensor([[0.6, 1.2]])
@@ -132,7 +135,13 @@ def refit(
     settled = task.run(weight[:, order], fixed, n_free)
     found = torch.empty_like(settled)
     found[:, order] = settled
-    return found.add_(0.0)  # -0.0 + 0.0 is 0.0: a sign on zero would be a bit of the file
+    found.add_(0.0)  # -0.0 + 0.0 is 0.0: a sign on zero would be a bit of the file
+    if rate.bit:
+        return found
+    n, flat = weight.shape[1] - n_free, grid and BlockGrid(grid.block_shape)
+    plain = torch.cat([nearest(weight[:, :n], rate.step, flat, kinds, rate.shares_signs), weight[:, n:]], 1)
+    # columns are settled greedily, which now and then is worse
+    return min(found, plain, key=lambda q: energy(weight - q, moments))
 
 
 class _Task:
@@ -187,8 +196,8 @@ class _Task:
             for start, stop in zip(pieces[first:last], pieces[first + 1 : last + 1], strict=True):
                 here, behind = slice(start, stop), slice(stop, panel.stop)
                 factor = self.factor[:, here, here]
-                given = None if kinds is None else kinds[:, start // cols]
-                settled = self._settle(w[..., here], factor, given if start < covered else None, start < covered)
+                given = kinds[:, start // cols] if kinds is not None and start < covered else None
+                settled = self._settle(w[..., here], factor, given, start < covered)
                 error = _solve(w[..., here] - settled, factor)
                 w[..., here] = settled
                 w[..., behind] -= error @ self.factor[:, here, behind]
@@ -248,7 +257,8 @@ class _Task:
 
 def _solve(x: Tensor, factor: Tensor) -> Tensor:
     """Return ``x U^-1`` for the upper triangular part U of a factor that belongs to some columns."""
-    return torch.linalg.solve_triangular(factor, x, upper=True, left=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor, x, upper=True, left=False)
+    return solved
 
 
 def _code_lengths(steps: Tensor, most: int) -> Tensor:

@@ -19,7 +19,8 @@ from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.artifact.source import identity, read_state
 from lightning_muws.calibration.batches import Forward, feed, read_batches
-from lightning_muws.calibration.network import CalibratedNetwork, Fitted, Observed, Target, half, layer_grid
+from lightning_muws.calibration.layers import layer_grid
+from lightning_muws.calibration.network import CalibratedNetwork, Fitted, Observed, Target, half
 from lightning_muws.calibration.refit import Rate, nearest
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.budget import Bounds, Layer, measure
@@ -46,8 +47,8 @@ class CompressedLayer:
         counts: Its blocks: dense, unified, pruned; zeros if it is not cut.
         step: Distance of neighbouring values, in units of the weight; 0 if they are exact.
         weight_error: ``|W - W'| / |W|``.
-        error_nearest: ``|y - y'| / |y|`` of the layer's outputs on the calibration batches if the weight were rounded to
-            the nearest; NaN without calibration, or if the layer is never called.
+        error_nearest: ``|y - y'| / |y|`` of the layer's outputs on the calibration batches if its weight were rounded
+            to the nearest; NaN without calibration, or if the layer is never called.
         error: The same for the refitted weight.
         n_bytes: About how many bytes of the file it takes.
     """
@@ -72,6 +73,7 @@ class CompressReport(Tabular):
         n_bytes: Bytes of the file that ``save_compressed(model)`` writes.
         dense_bytes: Bytes of all tensors in memory; shared memory counts once.
         n_trials: How many sizes were tried.
+        weight_error: ``|W - W'| / |W|`` of all these weights together.
     """
 
     layers: tuple[CompressedLayer, ...]
@@ -79,6 +81,7 @@ class CompressReport(Tabular):
     n_bytes: int
     dense_bytes: int
     n_trials: int
+    weight_error: float
 
     @property
     def compression_ratio(self) -> float:
@@ -131,8 +134,8 @@ class CompressReport(Tabular):
                 total=["all", "", "", "", "", "", "", "", mean, f"{self.n_bytes:,}"],
                 notes=[
                     "dense, unified, pruned: blocks; step: values are multiples of it; weight error: |W - W'| / |W|; "
-                    "nearest, refitted: |y - y'| / |y| of the layer's outputs on the calibration batches, if the weight "
-                    "were rounded to the nearest, and as it is. Empty: no batch reached the layer."
+                    "nearest, refitted: |y - y'| / |y| of the layer's outputs on the calibration batches, if its "
+                    "weight were rounded to the nearest, and as it is. Empty: no batch reached the layer."
                 ],
             )
         ]
@@ -161,8 +164,8 @@ def compress(
         compression: How many times smaller the file is at least, above 1; it is at most 5 % smaller than needed,
             wherever such a file exists.
         calibration: An iterable of some batches of typical inputs. A tensor is given to the model as it is, a tuple or
-            list as positional arguments (those beyond what ``forward`` accepts, such as labels, are left out), a mapping
-            as named arguments. All batches are in memory at once, with the inputs of one layer.
+            list as positional arguments (those beyond what ``forward`` accepts, such as labels, are left out), a
+            mapping as named arguments. All batches are in memory at once, with the inputs of one layer.
         structure: For all weights that no rule matches. One with both ratios 0 leaves the kinds of blocks open.
         rules: Exceptions, the last matching one wins; see :class:`LayerRule`.
         forward: Runs the model on a batch, ``forward(model, batch)``, where the rule above does not fit.
@@ -356,25 +359,28 @@ class _Task:
     def report(self, found: _Found, compression: float, n_trials: int) -> CompressReport:
         """Return the report on what was found."""
         n_bytes = {tensor.name: tensor.n_bytes for tensor in found.saved.tensors}
-        layers = []
+        layers, apart, size = [], 0.0, 0.0
         for name, x in self.originals.items():
             if x.ndim < 2 or not x.is_floating_point() or name in self.buffers:
                 continue
             entry, own, errors = self.entries.get(name), found.state[name], found.fitted.get(name)
-            size = float(x.double().norm())
+            squares = float(x.double().square().sum()), float((x.double() - own.double()).square().sum())
+            size, apart = size + squares[0], apart + squares[1]
             layers.append(
                 CompressedLayer(
                     name,
                     tuple(x.shape),
                     _counts(own, entry) if entry else (0, 0, 0),
                     found.steps[name],
-                    float((x.double() - own.double()).norm()) / size if size else 0.0,
+                    _share(squares[1], squares[0]),
                     errors.error_nearest if errors else math.nan,
                     errors.error if errors else math.nan,
                     n_bytes[name],
                 )
             )
-        return CompressReport(tuple(layers), compression, found.saved.n_bytes, found.saved.dense_bytes, n_trials)
+        return CompressReport(
+            tuple(layers), compression, found.saved.n_bytes, found.saved.dense_bytes, n_trials, _share(apart, size)
+        )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
@@ -383,6 +389,10 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     for name, x in read_state(model).tensors.items():
         found.setdefault(identity(x), (name, x))
     return dict(found.values())
+
+
+def _share(apart: float, size: float) -> float:
+    return math.sqrt(apart / size) if size else 0.0
 
 
 def _is_open(entry: PlanEntry) -> bool:
