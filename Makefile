@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack bench bench-size sweep clean
+.PHONY: help demo test check docs attack bench bench-size bench-compress sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make attack  damage files in 10,000 ways, and kill a writing process 200 times (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
+	@echo "make bench-compress  compression without training of two pretrained networks (40 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch comes first and pinned, so that nothing else installs another build of it.
@@ -63,6 +64,9 @@ bench: $(READY)
 
 bench-size: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/budget.py $(ARGS)
+
+bench-compress: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 sweep: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)

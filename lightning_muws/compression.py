@@ -287,10 +287,10 @@ class _Task:
 
     def _try(self, multiplier: float) -> _Found:
         """Compress all tensors at one price for a bit, and return what comes out."""
-        steps = {}
-        total = sum(x.numel() for x in self.originals.values())
-        fed = [name for name in self.originals if name in self.observed]
-        n_done = 0
+        network = self.network
+        fed = [] if network is None else list(self.observed)
+        biases = {_bias_of(name) for name in fed if network is not None and network.refits_bias(name)}
+        total, n_done, steps = sum(x.numel() for x in self.originals.values()), 0, {}
 
         def done(name: str) -> None:
             nonlocal n_done
@@ -300,15 +300,14 @@ class _Task:
         for name, x in self.tensors.items():
             x.copy_(self.originals[name])
             steps[name] = _single(self.layers[name].share(multiplier).step)
-        biases = {name for name in steps if name.endswith("bias") and f"{name[:-4]}weight" in fed}
-        for name in steps.keys() - set(fed) - biases:
-            self._round(name, steps[name], multiplier)
-            done(name)
+        for name in self.tensors:  # what layers are refitted for comes first
+            if name not in biases and name not in self.observed:
+                self._round(name, steps[name], multiplier)
+                done(name)
         fitted: dict[str, Fitted] = {}
-        if self.network is not None:
-            fitted = self.network.fit({name: self._target(name, steps[name], multiplier) for name in fed}, done)
+        if network is not None:
+            fitted = network.fit({name: self._target(network, name, steps, multiplier) for name in fed}, done)
         for name in biases:
-            self._round(name, steps[name], multiplier)
             done(name)
         with tempfile.TemporaryDirectory() as folder:
             saved = save_compressed(self.compressed, Path(folder) / "model.muws")
@@ -334,19 +333,18 @@ class _Task:
         _, kinds = self.layers[entry.name].settle(multiplier)
         return kinds.to(torch.uint8).view(entry.grid.counts(entry.shape)).to(original.device)
 
-    def _target(self, name: str, step: float, multiplier: float) -> Target:
-        layer, entry, energy = self.layers[name], self.entries.get(name), self.observed[name].energy
-        bit = multiplier * energy
+    def _target(self, network: CalibratedNetwork, name: str, steps: Mapping[str, float], multiplier: float) -> Target:
+        layer, entry, step = self.layers[name], self.entries.get(name), steps[name]
+        bit, bias_step = multiplier * self.observed[name].energy, steps.get(_bias_of(name), 0.0)
         if entry is None:
-            module = self.network.layers[name][0]  # type: ignore[union-attr]
-            return Target(layer_grid(module), Rate(step, bit), is_cut=False)
+            return Target(layer_grid(network.layers[name][0]), Rate(step, bit), False, bias_step)
         prices, _ = layer.settle(multiplier)
         dense, unified, _, pruned = prices.kinds
         rate = Rate(step, bit, (dense, unified, pruned), prices.magnitude.bits, _shares_signs(entry))
         choose = None
         if not _is_open(entry):
             choose = lambda x: entry.structure.nearest(x, entry.grid, name).support.kinds  # noqa: E731
-        return Target(entry.grid, rate, True, self._kinds(entry, multiplier), choose)
+        return Target(entry.grid, rate, True, bias_step, self._kinds(entry, multiplier), choose)
 
     def result(self, found: _Found) -> nn.Module:
         """Return the compressed model with the training flags of the given one."""
@@ -401,6 +399,11 @@ def _is_open(entry: PlanEntry) -> bool:
 
 def _shares_signs(entry: PlanEntry) -> bool:
     return isinstance(entry.structure, MicroStructure) and entry.structure.signs == "shared"
+
+
+def _bias_of(name: str) -> str:
+    """Return the name of the bias of the layer whose weight has this name."""
+    return f"{name.removesuffix('weight')}bias"
 
 
 def _single(step: float) -> float:

@@ -42,6 +42,7 @@ class Target:
         grid: How the weight is seen as a matrix, and cut into blocks.
         rate: Its step, and what bits cost; a step of 0 leaves the weight as it is.
         is_cut: Whether its blocks may be unified and pruned.
+        bias_step: The step of its bias; 0 leaves the bias exact.
         fallback: ``(down, across)`` uint8, the kinds of its blocks if it is rounded to the nearest.
         choose: Returns the kinds of blocks of a weight of the layer's shape; None chooses the cheapest ones.
     """
@@ -49,6 +50,7 @@ class Target:
     grid: BlockGrid
     rate: Rate
     is_cut: bool
+    bias_step: float = 0.0
     fallback: Tensor | None = None
     choose: Callable[[Tensor], Tensor] | None = None
 
@@ -106,7 +108,7 @@ class CalibratedNetwork:
             return
         matrix = self._matrix(name)
         factor = inverse_factor(moments.own.to(torch.float64))
-        scale = factor.diagonal(dim1=1, dim2=2)[:, : matrix.shape[1] - self._refits_bias(name)]
+        scale = factor.diagonal(dim1=1, dim2=2)[:, : matrix.shape[1] - self.refits_bias(name)]
         self.observed[name] = Observed(energy(matrix, moments.own), float((1 / scale.square()).mean()))
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ class CalibratedNetwork:
     def _fit(self, name: str, moments: Moments, target: Target) -> Fitted:
         """Write the fitted weight and bias of a layer, and return their errors."""
         weight, bias = weight_and_bias(self.twins[name][0])
-        rate, grid, n_free = target.rate, target.grid, self._refits_bias(name)
+        rate, grid, n_free = target.rate, target.grid, self.refits_bias(name)
         cut = grid if target.is_cut else None
         matrix = self._matrix(name)
         n = matrix.shape[1] - n_free
@@ -168,7 +170,7 @@ class CalibratedNetwork:
             found = refit(wanted, moments.own, rate, cut, kinds, n_free)
         weight.copy_(nearest(back(found), rate.step, None, None, False))  # the products that a file has, to the bit
         if n_free and bias is not None:
-            bias.copy_(found[:, n])
+            bias.copy_(nearest(found[:, n].to(bias.dtype), target.bias_step, None, None, False))
         size = self.observed[name].energy
         rivals = torch.cat([plain.to(matrix), matrix[:, n:]], 1), found
         return Fitted(*(math.sqrt(output_error(matrix, x, moments, size) / size) for x in rivals))
@@ -176,7 +178,7 @@ class CalibratedNetwork:
     def _runs(self, model: nn.Module) -> list[Callable[[], object]]:
         return [lambda batch=batch: self.forward(model, batch) for batch in self.batches]  # type: ignore[misc]
 
-    def _refits_bias(self, name: str) -> int:
+    def refits_bias(self, name: str) -> int:
         """Return 1 if the layer has a bias that no other layer shares, else 0."""
         own, *others = (weight_and_bias(module)[1] for module in self.layers[name])
         shared = sum(getattr(module, "bias", None) is own for module in self.dense.modules()) > 1
@@ -187,7 +189,7 @@ class CalibratedNetwork:
         module = self.layers[name][0]
         weight, bias = weight_and_bias(module)
         matrix = layer_grid(module).matrix(weight.detach()).to(torch.float32)
-        if bias is None or not self._refits_bias(name):
+        if bias is None or not self.refits_bias(name):
             return matrix
         return torch.cat([matrix, bias.detach().to(matrix)[:, None]], 1)
 
@@ -195,9 +197,14 @@ class CalibratedNetwork:
         """Return the moments of a layer's inputs.
 
         Raises:
-            StateError: They overflow.
+            StateError: They overflow, or have a wrong shape.
         """
-        found = second_moments(self.layers[name][0], pairs, bool(self._refits_bias(name)))
+        try:
+            found = second_moments(self.layers[name][0], pairs, bool(self.refits_bias(name)))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise StateError(
+                f"the layer of {name} cannot be fed by the calibration batches: {error}; give inputs that it accepts"
+            ) from error
         if found is not None and not all(torch.isfinite(x).all() for x in found):
             raise StateError(f"the inputs of {name} are so large that their squares overflow: scale the batches")
         return found
@@ -235,12 +242,17 @@ def refuse_non_finite(name: str, inputs: Sequence[Tensor]) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the layers that are linear in their inputs by the name of their weight; those that share it together."""
+    """Return the layers that are linear in their inputs by the name of their weight; those that share it together.
+
+    A weight that another kind of module uses as well, such as an embedding, is left out: its errors matter there too.
+    """
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    others = {id(p) for module in model.modules() if not is_linear(module) for p in module._parameters.values()}
     found: dict[str, list[nn.Module]] = {}
-    for module in model.modules():
-        if is_linear(module) and (name := names.get(id(module._parameters.get("weight")))):
-            found.setdefault(name, []).append(module)
+    for module in filter(is_linear, model.modules()):
+        key = id(module._parameters.get("weight"))
+        if key in names and key not in others:
+            found.setdefault(names[key], []).append(module)
     return found
 
 

@@ -20,9 +20,9 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=4), nn.ReLU(),
-            nn.ConvTranspose2d(32, 32, 2, stride=2, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+            nn.ConvTranspose2d(32, 32, 2, stride=2, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         )  # fmt: skip
-        self.head = nn.Sequential(nn.Linear(512, 64), nn.Dropout(0.5), nn.ReLU(), nn.Linear(64, 10))
+        self.head = nn.Sequential(nn.Linear(128, 128), nn.Dropout(0.5), nn.ReLU(), nn.Linear(128, 16))
 
     def forward(self, x):
         return self.head(self.body(x))
@@ -34,9 +34,9 @@ def net(seed: int = 0) -> Net:
         return Net()
 
 
-def images(n: int = 4, seed: int = 0) -> list[torch.Tensor]:
+def images(n: int = 2, seed: int = 0) -> list[torch.Tensor]:
     rough = [normal(seed + i, 8, 3, 4, 4, dtype=torch.float32) for i in range(n)]
-    return [nn.functional.interpolate(x, 12, mode="bilinear") for x in rough]
+    return [nn.functional.interpolate(x, 8, mode="bilinear") for x in rough]
 
 
 def lost(model: nn.Module, small: nn.Module, seed: int = 99) -> float:
@@ -46,7 +46,7 @@ def lost(model: nn.Module, small: nn.Module, seed: int = 99) -> float:
         return float((copy.deepcopy(small).eval()(x) - y).norm() / (y - y.mean(0)).norm())
 
 
-@pytest.mark.parametrize("compression", [4, 8, 20])
+@pytest.mark.parametrize("compression", [4, 20])
 @pytest.mark.parametrize("calibration", [None, images()], ids=["without data", "with data"])
 def test_the_file_has_the_requested_size_and_loads_equal(tmp_path, compression, calibration):
     model = net()
@@ -63,13 +63,12 @@ def test_the_file_has_the_requested_size_and_loads_equal(tmp_path, compression, 
     assert f"{report.compression_ratio:.2f} times smaller" in str(report)
 
 
-@pytest.mark.parametrize("compression", [8, 12])
-def test_calibration_keeps_the_outputs_better(compression):
-    model = net()
+def test_calibration_keeps_the_outputs_better():
+    model, compression = net(), 10
     for x in images(8, 50):  # running statistics that fit the data
         model.train()(x)
     model.eval()
-    with_data, report = compress(model, compression, images(12))
+    with_data, report = compress(model, compression, images(6))
     without, _ = compress(model, compression)
     assert lost(model, with_data) < 0.7 * lost(model, without)
     assert all(layer.error < layer.error_nearest for layer in report.layers)
@@ -141,7 +140,7 @@ def test_shared_weights_repeated_layers_and_layers_never_called_are_compressed(t
     assert small.head.weight is small.embed.weight
     assert small.twin.weight is small.once.weight
     errors = {layer.name: layer.error for layer in report.layers}
-    assert not math.isnan(errors["again.weight"] + errors["once.weight"])
+    assert not math.isnan(errors["again.weight"] + errors["twin.weight"])
     assert math.isnan(errors["never.weight"])
     assert math.isnan(errors["embed.weight"])
     saved = save_compressed(small, tmp_path / "m.muws")
@@ -150,7 +149,7 @@ def test_shared_weights_repeated_layers_and_layers_never_called_are_compressed(t
 
 
 def test_the_batches_of_a_data_loader_feed_a_model_of_one_argument():
-    loader = DataLoader(TensorDataset(torch.cat(images()), torch.zeros(32)), batch_size=8)
+    loader = DataLoader(TensorDataset(torch.cat(images()), torch.zeros(16)), batch_size=8)
     by_loader, by_list = compress(net(), 8, loader)[0], compress(net(), 8, images())[0]
     by_hand = compress(net(), 8, loader, forward=lambda model, batch: model(batch[0]))[0]
     for name, x in by_list.state_dict().items():
@@ -168,7 +167,7 @@ def test_a_structure_with_ratios_is_kept(structure, calibration):
     small, report = compress(net(), 8, calibration, structure=structure)
     weight = small.head[0].weight.detach()
     if isinstance(structure, NMStructure):
-        assert ((weight.view(64, -1, 4) != 0).sum(2) <= 2).all()
+        assert ((weight.view(128, -1, 4) != 0).sum(2) <= 2).all()
     else:
         layer = next(x for x in report.layers if x.name == "head.0.weight")
         n = sum(layer.counts)
@@ -208,9 +207,9 @@ def test_progress_goes_up_to_all_weights():
         ({"compression": 100000}, SettingError, "cannot be reached"),
         ({"model": "net"}, SettingError, "model is a str, a torch.nn.Module is needed"),
         ({"calibration": []}, SettingError, "calibration has no batches"),
-        ({"calibration": [torch.ones(2, 4, 12, 12)]}, StateError, r"batch 0 at layer body.0.weight or behind it"),
-        ({"calibration": [torch.ones(2, 3, 2, 2)]}, StateError, r"batch 0 at layer body.3.weight or behind it"),
-        ({"calibration": [*images(1), torch.full((2, 3, 12, 12), math.nan)]}, StateError, r"body.0.weight gets NaN"),
+        ({"calibration": [torch.ones(2, 4, 8, 8)]}, StateError, r"body.0.weight cannot be fed"),
+        ({"calibration": [torch.ones(2, 3, 2, 2)]}, StateError, r"body.3.weight cannot be fed"),
+        ({"calibration": [*images(1), torch.full((2, 3, 8, 8), math.nan)]}, StateError, r"body.0.weight gets NaN"),
         ({"rules": [LayerRule("tail.*", skip=True)]}, PlanError, "no parameter matches"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
