@@ -1,6 +1,7 @@
 """compress on whole models: the size of the file, equality after loading, and what bad input gets."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_calibration_keeps_the_outputs_better():
 
 
 def test_values_are_multiples_of_the_steps_that_the_report_has():
-    small, report = compress(net(), 10, images())
+    small, report = compress(flat(), 10, images())
     state = small.state_dict()
     for layer in report.layers:
         steps = state[layer.name] / layer.step
@@ -97,9 +98,22 @@ def test_training_flags_gradients_and_devices_stay():
     assert all(p.grad is None for p in small.parameters())
 
 
+def flat() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
 def test_the_result_is_the_same_each_time():
-    first, second = (compress(net(), 8, images())[0].state_dict() for _ in range(2))
+    first, second = (compress(flat(), 8, images())[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_report_fits_a_terminal_and_json():
+    _, report = compress(flat(), 8, images())
+    assert max(map(len, report.text(80).splitlines())) <= 80
+    assert "refitted" in report.text(80)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["layers"][0]["name"] == "1.weight"
 
 
 def test_batch_norms_get_the_statistics_of_the_compressed_network():
@@ -150,11 +164,27 @@ def test_shared_weights_repeated_layers_and_layers_never_called_are_compressed(t
 
 def test_the_batches_of_a_data_loader_feed_a_model_of_one_argument():
     loader = DataLoader(TensorDataset(torch.cat(images()), torch.zeros(16)), batch_size=8)
-    by_loader, by_list = compress(net(), 8, loader)[0], compress(net(), 8, images())[0]
-    by_hand = compress(net(), 8, loader, forward=lambda model, batch: model(batch[0]))[0]
-    for name, x in by_list.state_dict().items():
-        assert torch.equal(by_loader.state_dict()[name], x)
-        assert torch.equal(by_hand.state_dict()[name], x)
+    by_list = compress(flat(), 8, images())[0].state_dict()
+    by_loader = compress(flat(), 8, loader)[0].state_dict()
+    by_hand = compress(flat(), 8, loader, forward=lambda model, batch: model(batch[0]))[0].state_dict()
+    for name, x in by_list.items():
+        assert torch.equal(by_loader[name], x)
+        assert torch.equal(by_hand[name], x)
+
+
+def test_an_encoder_layer_is_refitted_where_modules_are_called():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    _, report = compress(model, 5, [normal(0, 8, 10, 32, dtype=torch.float32)])
+    fed = {layer.name: not math.isnan(layer.error) for layer in report.layers}
+    assert fed == {
+        "self_attn.in_proj_weight": False,  # attention multiplies by these two itself
+        "self_attn.out_proj.weight": False,
+        "linear1.weight": True,
+        "linear2.weight": True,
+    }
+    assert 5 <= report.compression_ratio <= 5.25
 
 
 @pytest.mark.parametrize(
@@ -194,7 +224,7 @@ def test_other_dtypes_are_compressed_to_the_size(tmp_path, dtype):
 
 def test_progress_goes_up_to_all_weights():
     seen: list[tuple[int, int]] = []
-    model = net()
+    model = flat()
     compress(model, 8, images(), progress=lambda done, total: seen.append((done, total)))
     total = sum(x.numel() for x in model.state_dict().values())
     assert seen[-1] == (total, total)
