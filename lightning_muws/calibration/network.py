@@ -16,7 +16,7 @@ from lightning_muws.calibration.layers import is_linear, layer_grid, weight_and_
 from lightning_muws.calibration.lockstep import walk
 from lightning_muws.calibration.moments import Moments, energy, output_error, second_moments, toward_dense
 from lightning_muws.calibration.norms import is_batch_norm, running_statistics
-from lightning_muws.calibration.refit import DAMPING, Rate, inverse_factor, nearest, refit
+from lightning_muws.calibration.refit import Rate, inverse_factor, nearest, refit
 from lightning_muws.errors import StateError
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.plan import clean_name
@@ -107,7 +107,7 @@ class CalibratedNetwork:
         if (moments := self._moments(name, pairs)) is None:
             return
         matrix = self._matrix(name)
-        factor = inverse_factor(moments.own.to(torch.float64))
+        factor = inverse_factor(moments.own.to(torch.float64), moments.damping)
         scale = factor.diagonal(dim1=1, dim2=2)[:, : matrix.shape[1] - self.refits_bias(name)]
         self.observed[name] = Observed(energy(matrix, moments.own), float((1 / scale.square()).mean()))
 
@@ -155,7 +155,7 @@ class CalibratedNetwork:
         cut = grid if target.is_cut else None
         matrix = self._matrix(name)
         n = matrix.shape[1] - n_free
-        wanted = toward_dense(matrix, moments, DAMPING)
+        wanted = toward_dense(matrix, moments, moments.damping)
 
         def back(x: Tensor) -> Tensor:
             return grid.weight(x[:, :n].contiguous(), weight.shape).to(weight.dtype)
@@ -167,7 +167,7 @@ class CalibratedNetwork:
             if target.choose is not None:  # weights of large inputs count more, as in Sun et al. 2024 (Wanda)
                 sizes = moments.own.diagonal(dim1=1, dim2=2).sqrt()
                 kinds = target.choose(back(wanted * sizes.repeat_interleave(len(matrix) // len(sizes), 0)))
-            found = refit(wanted, moments.own, rate, cut, kinds, n_free)
+            found = refit(wanted, moments.own, rate, cut, kinds, n_free, moments.damping)
         weight.copy_(nearest(back(found), rate.step, None, None, False))  # the products that a file has, to the bit
         if n_free and bias is not None:
             bias.copy_(nearest(found[:, n].to(bias.dtype), target.bias_step, None, None, False))
@@ -205,7 +205,7 @@ class CalibratedNetwork:
             raise StateError(
                 f"the layer of {name} cannot be fed by the calibration batches: {error}; give inputs that it accepts"
             ) from error
-        if found is not None and not all(torch.isfinite(x).all() for x in found):
+        if found is not None and not all(torch.isfinite(x).all() for x in (found.own, found.cross)):
             raise StateError(f"the inputs of {name} are so large that their squares overflow: scale the batches")
         return found
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muws.calibration.moments import energy
+from lightning_muws.calibration.moments import DAMPING, energy
 from lightning_muws.structure.cost import FINEST
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.support import Support, mean
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it (Frantar et al. 2023, section 3.3, step 3)
 PANEL = 128  # columns whose errors are collected before the columns behind them are updated (same, step 2)
 SMOOTHING = 0.5  # added to each count of a histogram, so that no value costs infinitely much
 

@@ -190,9 +190,15 @@ def test_moments_are_means_over_all_samples():
 def test_a_weight_moved_toward_the_dense_outputs_is_their_least_squares_fit():
     x, dense, weight = normal(0, 400, 6), normal(1, 400, 6), normal(2, 3, 6)
     dense = dense + 2 * x
-    found = Moments((x.T @ x / 400)[None], (dense.T @ x / 400)[None])
+    found = Moments((x.T @ x / 400)[None], (dense.T @ x / 400)[None], 400)
     expected = torch.linalg.lstsq(x, dense @ weight.T).solution.T
     torch.testing.assert_close(toward_dense(weight, found, 0.0), expected)
     error = (dense @ weight.T - x @ expected.T).square().sum(1).mean()
     size = (dense @ weight.T).square().sum(1).mean()
     torch.testing.assert_close(output_error(weight, expected, found, float(size)), float(error))
+
+
+def test_fewer_samples_are_trusted_less():
+    few, many = (second_moments(nn.Linear(4, 2), [(x, x)], False).damping for x in (normal(0, 8, 4), normal(0, 800, 4)))
+    assert few == pytest.approx(0.01 + 2 * 4 / 8)
+    assert many == pytest.approx(0.01 + 2 * 4 / 800)
