@@ -9,7 +9,7 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-drop bench-speed sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-drop bench-speed bench-compress sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
+	@echo "make bench-compress  compression without training of two pretrained networks (40 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch comes first and pinned, so that nothing else installs another build of it.
@@ -78,6 +79,9 @@ bench-drop: $(READY)
 
 bench-speed: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/speedup.py $(ARGS)
+
+bench-compress: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 sweep: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)

@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+WORDNET = Path("/usr/share/wordnet")
 MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"  # the authors' (Xiao, Rasul and Vollgraf 2017)
 SHA256 = {  # of the unpacked files: packing them again changes nothing
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -115,18 +116,52 @@ def fashion_mnist(cache: Path | None = None) -> Path:
     )
 
 
+def glosses() -> list[tuple[str, str]]:
+    """Return the nouns and verbs of WordNet 3.0 (Fellbaum 1998): the first word of each entry, and its definition.
+
+    Raises:
+        DataError: The data is neither installed nor cached, and it could not be fetched.
+    """
+    names = ("data.noun", "data.verb")
+    cache = Path(os.environ.get("MUWS_CACHE") or Path.home() / ".cache" / "lightning_muws") / "wordnet"
+    folder = next((place for place in (WORDNET, cache) if all((place / name).is_file() for name in names)), None)
+    if folder is None:
+        print("Fetching WordNet: from the distribution's archive.", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                unpacked = _unpacked("wordnet-base", Path(scratch)) / WORDNET.relative_to("/")
+                cache.mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    shutil.copy(unpacked / name, cache / name)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise DataError(f"WordNet could not be fetched ({error}): install Debian's wordnet-base") from error
+        folder = cache
+    found = []
+    for name in names:
+        for line in (folder / name).read_text(encoding="latin-1").splitlines():
+            if not line.startswith(" "):  # the licence
+                entry, gloss = line.split("|", 1)
+                found.append((entry.split()[4].replace("_", " "), gloss.strip().split('; "')[0]))
+    return found
+
+
 def _from_distribution(scratch: Path) -> Path:
     """from the distribution's archive."""
+    return _unpacked(PACKAGE, scratch) / INSTALLED.relative_to("/")
+
+
+def _unpacked(package: str, scratch: Path) -> Path:
+    """Return a folder with the files of a package of the distribution."""
     options = [f"Dir::State={scratch}/state", f"Dir::Cache={scratch}/cache", "Dir::State::status=/var/lib/dpkg/status"]
     options += ["APT::Sandbox::User=root", "Acquire::Languages=none"]
     apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (scratch / folder).mkdir(parents=True)
-    for command in ([*apt, "update"], [*apt, "download", PACKAGE]):
+    for command in ([*apt, "update"], [*apt, "download", package]):
         subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=300)  # noqa: S603  no user input
-    (package,) = scratch.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, scratch / "files"], check=True, capture_output=True)  # noqa: S603, S607
-    return scratch / "files" / INSTALLED.relative_to("/")
+    (file,) = scratch.glob("*.deb")
+    subprocess.run(["dpkg-deb", "-x", file, scratch / "files"], check=True, capture_output=True)  # noqa: S603, S607
+    return scratch / "files"
 
 
 def _from_mirror(scratch: Path) -> Path:

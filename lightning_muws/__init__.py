@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
     from lightning_muws.artifact.save import save_compressed
     from lightning_muws.callback import WeightUnificationCallback
+    from lightning_muws.compression import compress
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.runtime.predict import layer_times
+    from lightning_muws.sizes import export
     from lightning_muws.structure.micro import MicroStructure
     from lightning_muws.structure.nm import NMStructure
     from lightning_muws.structure.plan import LayerRule
@@ -55,6 +57,8 @@ __all__ = [
     "Retraining",
     "WeightUnificationCallback",
     "accelerate",
+    "compress",
+    "export",
     "inspect_compressed",
     "layer_times",
     "load_compressed",
@@ -76,6 +80,8 @@ _HOMES = {
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
     "accelerate": "lightning_muws.runtime.accelerate",
+    "compress": "lightning_muws.compression",
+    "export": "lightning_muws.sizes",
     "inspect_compressed": "lightning_muws.artifact.load",
     "layer_times": "lightning_muws.runtime.predict",
     "load_compressed": "lightning_muws.artifact.load",

@@ -1,0 +1,1 @@
+"""HOW a weight is fitted to calibration data without training, in plain torch."""
