@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_muws.artifact.load import Progress
 from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.save import save_compressed
-from lightning_muws.artifact.source import identity, read_state
+from lightning_muws.artifact.source import read_state
 from lightning_muws.calibration.batches import Forward, feed, read_batches
 from lightning_muws.calibration.layers import layer_grid
 from lightning_muws.calibration.network import CalibratedNetwork, Fitted, Observed, Target, half
@@ -268,19 +268,21 @@ class _Task:
         reachable = dense_bytes / size(SEARCH[0]), dense_bytes / size(SEARCH[1])
         if compression > reachable[1]:
             raise unreachable(compression, reachable)
-        request, tried, best = limit / AIM, set[float](), None
-        for _ in range(TRIALS):
-            multiplier = search(size, request)
-            if multiplier in tried:
-                break
+        multiplier, tried, best = search(size, limit / AIM), set[float](), None
+        low, high = SEARCH
+        while multiplier not in tried and len(tried) < TRIALS:
             tried.add(multiplier)
             found = self._try(multiplier)
             n_bytes = found.saved.n_bytes
-            if n_bytes <= limit and (best is None or n_bytes > best.saved.n_bytes):
-                best = found
+            if n_bytes <= limit:
+                high, best = multiplier, found if best is None or n_bytes > best.saved.n_bytes else best
+            else:
+                low = multiplier
             if limit / ROOM <= n_bytes <= limit:
                 break
-            request = size(multiplier) * limit / AIM / n_bytes
+            multiplier = search(size, size(multiplier) * limit / AIM / n_bytes, low, high)
+            if multiplier in tried and SEARCH[0] < low and high < SEARCH[1]:  # the estimate's slope is wrong here
+                multiplier = math.sqrt(low * high)
         if best is None:
             raise unreachable(compression, (reachable[0], dense_bytes / n_bytes))
         return best, len(tried)
@@ -383,9 +385,9 @@ class _Task:
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that a file of a model holds, in the model's own memory, by name; shared ones once."""
-    found: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+    found: dict[Hashable, tuple[str, Tensor]] = {}
     for name, x in read_state(model).tensors.items():
-        found.setdefault(identity(x), (name, x))
+        found.setdefault(x.key, (name, x.read()))
     return dict(found.values())
 
 
