@@ -87,7 +87,7 @@ def _load(path: Path, model: nn.Module) -> None:
         return
     state = read_state(path).tensors
     with explained(f"--weights {path} does not fit the network", "give the weights of this network"):
-        model.load_state_dict(dict(state))
+        model.load_state_dict({name: x.read() for name, x in state.items()})
 
 
 def _loss(name: str) -> Callable[[nn.Module, Any], Tensor]:

@@ -14,7 +14,7 @@ from tests.support.clocks import fake_times
 from tests.support.explicit import PHASES
 from tests.support.modules import TwoLayers, fit
 
-RANK = int(os.environ["LOCAL_RANK"])
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def train(module: TwoLayers, timer, speedup: float) -> WeightUnificationCallback:
