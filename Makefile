@@ -22,7 +22,7 @@ help:
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
-	@echo "make bench-compress  compression without training of two pretrained networks (40 minutes)"
+	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch comes first and pinned, so that nothing else installs another build of it.
