@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.artifact.load import Progress
+from lightning_muws.artifact.precision import largest
 from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.artifact.source import read_state
@@ -24,14 +25,13 @@ from lightning_muws.calibration.network import CalibratedNetwork, Fitted, Observ
 from lightning_muws.calibration.refit import Rate, nearest
 from lightning_muws.errors import SettingError
 from lightning_muws.structure.budget import Bounds, Layer, measure
-from lightning_muws.structure.cost import SEARCH, check_compression, file_bytes, search, unreachable
+from lightning_muws.structure.cost import SEARCH, check_compression, file_bytes, unreachable
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, PlanEntry, clean_name, make_plan
 from lightning_muws.structure.structure import Structure
 from lightning_muws.tables import Column, Table, Tabular
 
-ROOM = 1.05  # a file may be this much smaller than what was requested
 AIM = 1.02  # what is tried
 TRIALS = 8  # of sizes, at the most
 Kinds = tuple[int, int, int]
@@ -268,24 +268,17 @@ class _Task:
         reachable = dense_bytes / size(SEARCH[0]), dense_bytes / size(SEARCH[1])
         if compression > reachable[1]:
             raise unreachable(compression, reachable)
-        multiplier, tried, best = search(size, limit / AIM), set[float](), None
-        low, high = SEARCH
-        while multiplier not in tried and len(tried) < TRIALS:
-            tried.add(multiplier)
+        n_bytes: list[int] = []
+
+        def trial(multiplier: float) -> tuple[int, _Found]:
             found = self._try(multiplier)
-            n_bytes = found.saved.n_bytes
-            if n_bytes <= limit:
-                high, best = multiplier, found if best is None or n_bytes > best.saved.n_bytes else best
-            else:
-                low = multiplier
-            if limit / ROOM <= n_bytes <= limit:
-                break
-            multiplier = search(size, size(multiplier) * limit / AIM / n_bytes, low, high)
-            if multiplier in tried and SEARCH[0] < low and high < SEARCH[1]:  # the estimate's slope is wrong here
-                multiplier = math.sqrt(low * high)
+            n_bytes.append(found.saved.n_bytes)
+            return n_bytes[-1], found
+
+        best = largest(trial, size, limit, AIM, TRIALS)
         if best is None:
-            raise unreachable(compression, (reachable[0], dense_bytes / n_bytes))
-        return best, len(tried)
+            raise unreachable(compression, (reachable[0], dense_bytes / min(n_bytes)))
+        return best, len(n_bytes)
 
     def _try(self, multiplier: float) -> _Found:
         """Compress all tensors at one price for a bit, and return what comes out."""
@@ -330,7 +323,7 @@ class _Task:
     def _kinds(self, entry: PlanEntry, multiplier: float) -> Tensor:
         """Return the kinds of the blocks of a weight by distance alone, ``(down, across)`` uint8."""
         original = self.originals[entry.name]
-        if not _is_open(entry):
+        if not entry.is_open:
             return entry.structure.nearest(original, entry.grid, entry.name).support.kinds
         _, kinds = self.layers[entry.name].settle(multiplier)
         return kinds.to(torch.uint8).view(entry.grid.counts(entry.shape)).to(original.device)
@@ -344,7 +337,7 @@ class _Task:
         dense, unified, _, pruned = prices.kinds
         rate = Rate(step, bit, (dense, unified, pruned), prices.magnitude.bits, _shares_signs(entry))
         choose = None
-        if not _is_open(entry):
+        if not entry.is_open:
             choose = lambda x: entry.structure.nearest(x, entry.grid, name).support.kinds  # noqa: E731
         return Target(entry.grid, rate, True, bias_step, self._kinds(entry, multiplier), choose)
 
@@ -393,10 +386,6 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
 
 def _share(apart: float, size: float) -> float:
     return math.sqrt(apart / size) if size else 0.0
-
-
-def _is_open(entry: PlanEntry) -> bool:
-    return isinstance(entry.structure, MicroStructure) and entry.structure.is_open
 
 
 def _shares_signs(entry: PlanEntry) -> bool:

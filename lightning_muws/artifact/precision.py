@@ -215,22 +215,36 @@ def fit(
     def trial(multiplier: float) -> tuple[int, Coded]:
         return encode({name: one.offer(multiplier) for name, one in candidates.items()})
 
-    largest = _largest(trial, size, limit)
-    if largest is None:
-        (exact, _), (smallest, largest) = trial(SEARCH[0]), trial(SEARCH[1])
+    found = largest(trial, size, limit)
+    if found is None:
+        (exact, _), (smallest, found) = trial(SEARCH[0]), trial(SEARCH[1])
         if smallest > limit:
             raise unreachable(compression, (dense_bytes / exact, dense_bytes / smallest))
-    return largest
+    return found
 
 
-def _largest(trial: Callable[[float], tuple[int, Coded]], size: Callable[[float], float], limit: float) -> Coded | None:
-    """Return the largest file of at most ``limit`` bytes that was found; None if there was none."""
+def largest(
+    trial: Callable[[float], tuple[int, Coded]],
+    size: Callable[[float], float],
+    limit: float,
+    aim: float = AIM,
+    n_trials: int = TRIALS,
+) -> Coded | None:
+    """Return the largest file of at most ``limit`` bytes that was found; None if there was none.
+
+    Args:
+        trial: Codes a file in which a bit costs the multiplier that is given; returns its bytes, and itself.
+        size: About how many bytes that file has.
+        limit: In bytes; the search ends with a file within ``ROOM`` of it.
+        aim: ``limit`` over the bytes that are aimed at.
+        n_trials: Files that are coded at the most.
+    """
     low, high = SEARCH[0], SEARCH[1]
     tried: set[float] = set()
     best: tuple[float, Coded | None] = (0.0, None)
     # where perhaps nothing need be lost, that is tried first
-    multiplier = low if size(low) <= limit * ROOM else search(size, limit / AIM)
-    while multiplier not in tried and len(tried) < TRIALS:
+    multiplier = low if size(low) <= limit * ROOM else search(size, limit / aim)
+    while multiplier not in tried and len(tried) < n_trials:
         tried.add(multiplier)
         n_bytes, coded = trial(multiplier)
         if n_bytes <= limit:
@@ -239,7 +253,7 @@ def _largest(trial: Callable[[float], tuple[int, Coded]], size: Callable[[float]
                 break
         else:
             low = multiplier
-        multiplier = search(size, limit / AIM * size(multiplier) / n_bytes, low, high)
+        multiplier = search(size, limit / aim * size(multiplier) / n_bytes, low, high)
         if multiplier in tried and SEARCH[0] < low and high < SEARCH[1]:  # the estimate's slope is wrong here
             multiplier = math.sqrt(low * high)
     return best[1]

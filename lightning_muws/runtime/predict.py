@@ -20,7 +20,7 @@ from lightning_muws.runtime.kernels import KERNELS
 from lightning_muws.runtime.kernels.base import Layer
 from lightning_muws.runtime.measure.layer import describe, left_alone
 from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
-from lightning_muws.runtime.measure.shares import Bench, at_share, is_open
+from lightning_muws.runtime.measure.shares import Bench, at_share
 from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
 from lightning_muws.runtime.timing import gain, race
 from lightning_muws.structure.grid import BlockGrid
@@ -157,7 +157,7 @@ def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], leve
 def _choice(bench: Bench, layer: Layer, level: float) -> tuple[float, Structure, BlockGrid]:
     """Return the seconds, the structure and the grid of a layer with this share of its blocks pruned."""
     found, entry = bench.measure(layer), bench.entries[layer]
-    if not is_open(entry) or not found.curves:
+    if not entry.is_open or not found.curves:
         return found.fixed, entry.structure, entry.grid
     curve = min(found.curves, key=lambda curve: curve.at(level))
     grid = replace(entry.grid, block_shape=curve.block_shape)

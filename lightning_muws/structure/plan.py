@@ -116,6 +116,11 @@ class PlanEntry:
         return down * across
 
     @property
+    def is_open(self) -> bool:
+        """Whether a budget chooses the ratios of its structure."""
+        return isinstance(self.structure, MicroStructure) and self.structure.is_open
+
+    @property
     def n_edge(self) -> int:
         """Weights at the edges that fill no block and stay dense."""
         return torch.Size(self.shape).numel() - self.n_blocks * self.grid.block_numel
@@ -158,7 +163,7 @@ class Plan(Tabular):
             return *row, f"left out: {entry.reason}"
         counts = entry.structure.counts(entry.grid, entry.shape)
         kinds = [f"{counts[kind]:,}" for kind in (Kind.PRUNED, Kind.UNIFIED)]
-        if _is_open(entry.structure):
+        if entry.is_open:
             kinds = ["open", "open"]
         shape = entry.structure.block_shape
         block = shape if shape == "auto" else "x".join(map(str, shape))
@@ -323,10 +328,6 @@ def _check_no_range(structure: Structure) -> None:
             f"{structure!r} has a range, from which only a budget chooses: give one number as the ratio, or a budget "
             "such as compression=20"
         )
-
-
-def _is_open(structure: Structure) -> bool:
-    return isinstance(structure, MicroStructure) and structure.is_open
 
 
 def _is_embedding(attribute: str, owners: Sequence[nn.Module], rule: LayerRule) -> bool:

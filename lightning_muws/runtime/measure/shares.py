@@ -91,7 +91,7 @@ class Bench:
         dense *= seen.n / len(seen.inputs)
         if entry is None:
             return Measured(form, dense, dense)
-        if not is_open(entry):
+        if not entry.is_open:
             gains = self._race(layer, [self.kernel(layer, entry.structure, entry.grid)])[2]
             return Measured(form, dense, dense / gains[0])
         curves = []
@@ -159,11 +159,6 @@ class Bench:
     def _task(self, layer: Layer, module: nn.Module) -> Callable[[], object]:
         inputs = self.calls[layer].inputs
         return lambda: [module(x) for x in inputs]
-
-
-def is_open(entry: PlanEntry) -> bool:
-    """Return whether the ratios of a weight are to be chosen."""
-    return isinstance(entry.structure, MicroStructure) and entry.structure.is_open
 
 
 def at_share(entry: PlanEntry, grid: BlockGrid, share: float, is_unified: bool) -> MicroStructure:
