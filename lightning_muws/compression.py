@@ -24,9 +24,9 @@ from lightning_muws.calibration.layers import layer_grid
 from lightning_muws.calibration.network import CalibratedNetwork, Fitted, Observed, Target, half
 from lightning_muws.calibration.refit import Rate, nearest
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.budget import Bounds, Layer, measure
 from lightning_muws.structure.cost import SEARCH, check_compression, file_bytes, unreachable
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds, Layer, measure
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, PlanEntry, clean_name, make_plan
 from lightning_muws.structure.structure import Structure

@@ -27,7 +27,8 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from lightning_muws import LayerRule, MicroStructure, WeightUnificationCallback, load_compressed, save_compressed
-from lightning_muws.structure.budget import Bounds, allocate
+from lightning_muws.structure.budget import allocate
+from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.plan import make_plan
 
 RIVALS = tuple(6 * 1.12**i for i in range(20))  # ratios of the rival's files: 6 to 52

@@ -36,10 +36,10 @@ from lightning_muws.artifact.streams import slabs
 from lightning_muws.artifact.values import STEPS, Form
 from lightning_muws.artifact.writer import Draft, Drafts
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.budget import Bounds, Layer, measure
 from lightning_muws.structure.cost import TENSOR_BYTES, check_compression, sample, search, table_bits
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds, Layer, measure
 from lightning_muws.structure.micro import MicroStructure
 
 BLOCK_SHAPES = ((4, 4), (1, 8))  # tried for each weight

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.generators import kept_generators
-from lightning_muws.structure.budget import Bounds, Layer, Share, measure
 from lightning_muws.structure.cost import search
+from lightning_muws.structure.layer import Bounds, Layer, Share, measure
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, PlanEntry, make_plan
 from lightning_muws.structure.stored import as_stored

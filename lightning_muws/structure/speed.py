@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_muws.errors import SettingError, StateError
-from lightning_muws.structure.budget import Bounds
 from lightning_muws.structure.cost import check_speedup
 from lightning_muws.structure.grid import CHUNK_NUMEL
+from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.sharded import whole
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.assign import count, smallest
-from lightning_muws.structure.budget import EXACT, Bounds
 from lightning_muws.structure.cost import entropy
 from lightning_muws.structure.grid import BlockGrid, fold
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import EXACT, Bounds
 from lightning_muws.structure.micro import MicroStructure, cost_scale
 from lightning_muws.structure.shapes import tiles
 from lightning_muws.structure.sharded import whole

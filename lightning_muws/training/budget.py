@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.budget import Allocation, Bounds, allocate, prepare
+from lightning_muws.structure.budget import Allocation, allocate, prepare
 from lightning_muws.structure.cost import check_compression, check_speedup
+from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name
 from lightning_muws.structure.shapes import nearest_grid

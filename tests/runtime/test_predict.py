@@ -17,7 +17,7 @@ from lightning_muws.runtime.measure.shares import SHARES
 from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.predict import LEVELS, fit
 from lightning_muws.runtime.rewrite.observe import Example
-from lightning_muws.structure.budget import Bounds
+from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.plan import make_plan
 from lightning_muws.structure.speed import allocate_time
 from lightning_muws.structure.structure import Structure

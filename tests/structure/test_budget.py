@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from lightning_muws import MicroStructure, save_compressed
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.assign import choose_kinds
-from lightning_muws.structure.budget import Bounds, allocate, measure
+from lightning_muws.structure.budget import allocate
 from lightning_muws.structure.cost import SEARCH, best_step, search, value_cost
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds, measure
 from lightning_muws.structure.plan import make_plan
 from tests.support.strategies import normal
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from lightning_muws import LayerRule, MicroStructure, sensitivity
 from lightning_muws.errors import PlanError, SettingError, StateError
-from lightning_muws.structure.budget import Bounds, Share, allocate, measure
+from lightning_muws.structure.budget import allocate
 from lightning_muws.structure.cost import search
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds, Share, measure
 from lightning_muws.structure.sensitivity import LayerSensitivity, Point, SensitivityReport
 from tests.support.strategies import normal, same_bytes
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from lightning_muws import MicroStructure, save_compressed
 from lightning_muws.errors import PlanError, SettingError, StateError
-from lightning_muws.structure.budget import Bounds, allocate, measure
+from lightning_muws.structure.budget import allocate
 from lightning_muws.structure.cost import SAMPLED
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds, measure
 from lightning_muws.structure.plan import LayerRule, make_plan
 from lightning_muws.structure.shapes import SHAPES, TILE, fitting, nearest_grid, tiles
 from lightning_muws.structure.tolerance import within

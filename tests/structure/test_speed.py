@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from lightning_muws import MicroStructure
 from lightning_muws.errors import SettingError, StateError
-from lightning_muws.structure.budget import Bounds
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
+from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.speed import (
     Choice,
     Curve,
