@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_muws.structure.cost import (
@@ -21,6 +22,8 @@ from lightning_muws.structure.cost import (
     TENSOR_BYTES,
     check_compression,
     file_bytes,
+    root,
+    sample,
     search,
     unreachable,
 )
@@ -30,6 +33,9 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.shapes import tiles
 from lightning_muws.structure.sharded import whole
 
+FEW = 1 << 11  # values of a layer that its importance is found from
+NEARLY = 0.05  # a layer's importance is found to this share
+MOST_WEIGHT = 50.0  # that a squared distance has over its share of the energy, where next to nothing is left
 RECOVERY = 0.1  # what training leaves of the loss that unifying and pruning cause; rounding comes after it
 
 
@@ -72,8 +78,8 @@ def allocate(
             collective.
         bounds: How weights are cut and what is allowed for each; tensors that have none are stored without blocks.
         compression: Bytes of all tensors over bytes of the file, above 1.
-        importance: What a squared distance of 1 in a tensor costs, by name; by default ``1 / |W|^2``, so that it is the
-            share of the tensor's energy that is lost.
+        importance: What a squared distance of 1 in a tensor costs, by name. Of other tensors it is one over the energy
+            that they keep (see :func:`weigh`).
         recovery: How much of the harm of unifying and pruning is left after training, which rounding comes after: 1 if
             nothing is trained.
         buffers: Names of tensors that no optimizer steps: they are stored exactly or in float16.
@@ -91,9 +97,17 @@ def allocate(
         >>> sum(found.shares["weight"].counts), 6 <= found.compression < 6.1
         (256, True)
     """
-    layers, size, reachable, guess = prepare(tensors, bounds, compression, importance, buffers, recovery)
+    layers, reachable, guess = prepare(tensors, bounds, compression, importance, buffers, recovery)
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
-    multiplier = search(size, dense_bytes / compression, guess=guess)
+    target = dense_bytes / compression
+    samples = {name: thinned(layer) for name, layer in layers.items() if layer.bounds}
+    found, guess = weigh(layers, samples, importance or (), target, guess)
+    layers = {name: replace(layer, importance=found.get(name, layer.importance)) for name, layer in layers.items()}
+
+    def size(multiplier: float) -> float:
+        return file_bytes(layer.share(multiplier).n_bytes for layer in layers.values())
+
+    multiplier = search(size, target, guess=guess)
     shares = {name: layer.share(multiplier) for name, layer in layers.items()}
     n_bytes = file_bytes(share.n_bytes for share in shares.values())
     return Allocation(multiplier, n_bytes, dense_bytes / n_bytes, reachable, shares)
@@ -104,13 +118,11 @@ class Prepared(NamedTuple):
 
     Args:
         layers: What was measured of each tensor, by name.
-        size: About how many bytes a file has in which a bit costs the multiplier that is given.
         reachable: The smallest and the largest compression that a budget reaches.
         guess: Near the multiplier; 0 if nothing is known of it.
     """
 
     layers: dict[str, Layer]
-    size: Callable[[float], float]
     reachable: tuple[float, float]
     guess: float
 
@@ -137,18 +149,14 @@ def prepare(
         if bound and is_auto and layer.unit:
             samples[name] = samples_of(whole(x), layer, bound)
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
-    shapes, guess = choose_shapes(layers, samples, dense_bytes / compression)
+    shapes, guess = choose_shapes(layers, samples, given, dense_bytes / compression)
     for name, bound in shapes.items():
         layers[name] = cut(layers[name], whole(tensors[name].detach()), bound)
-
-    @functools.cache
-    def size(multiplier: float) -> float:
-        return file_bytes(layer.share(multiplier).n_bytes for layer in layers.values())
-
-    reachable = dense_bytes / size(SEARCH[0]), dense_bytes / size(SEARCH[1])
+    largest, smallest = (file_bytes(layer.share(end).n_bytes for layer in layers.values()) for end in SEARCH)
+    reachable = dense_bytes / largest, dense_bytes / smallest
     if compression > reachable[1]:
         raise unreachable(compression, reachable)
-    return Prepared(layers, size, reachable, guess)
+    return Prepared(layers, reachable, guess)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,22 @@ class Sample:
         """Return about how many bytes the tensor takes if a bit costs ``multiplier``."""
         return TENSOR_BYTES + self.scale * (self.layer.share(multiplier).n_bytes - TENSOR_BYTES)
 
+    def weighed(self, multiplier: float) -> Sample:
+        """Return this sample with ``importance * energy that is left = 1``, if a bit costs ``multiplier``.
+
+        More is left where a distance costs more, so the product grows with the importance: there is one solution.
+        """
+        energy = self.scale * self.layer.energy
+
+        def at(logarithm: float) -> Layer:
+            return replace(self.layer, importance=math.exp(logarithm) / energy)
+
+        @functools.cache
+        def product(logarithm: float) -> float:
+            return logarithm + math.log(max(1 - at(logarithm).lost(multiplier), 1 / MOST_WEIGHT))
+
+        return replace(self, layer=at(root(product, 0.0, -product(0.0), NEARLY)))
+
 
 def samples_of(x: Tensor, layer: Layer, bounds: Bounds) -> list[Sample]:
     """Return a sample of a weight in each block shape that it may get; the same weights in all of them.
@@ -183,29 +207,79 @@ def samples_of(x: Tensor, layer: Layer, bounds: Bounds) -> list[Sample]:
         matrix = tiles(bound.grid.matrix(x))
         scale, n_blocks = x.numel() / matrix.numel(), math.prod(bound.grid.counts(x.shape))
         part = cut(layer, matrix, replace(bound, grid=BlockGrid(bound.grid.block_shape)))
+        part = replace(part, energy=layer.energy / scale)
         n_edge = x.numel() - n_blocks * bound.grid.block_numel  # tiles have no edges: count those of the weight
         found.append(Sample(bound, replace(part, n_free=round(n_edge / scale)), scale))
     return found
 
 
+def weigh(
+    layers: Mapping[str, Layer], samples: Mapping[str, Sample], held: Collection[str], target: float, guess: float = 0.0
+) -> tuple[dict[str, float], float]:
+    """Return importances ``1 / (energy that is left)`` of sampled tensors, and about what a bit costs with them.
+
+    That is the slope of ``-log(share of the energy that is left)``. Summed over the layers, it prices the signal that
+    is left behind layers that come one after another: their shares multiply, and a layer that loses all of its energy
+    costs infinitely much, however few its weights are. What is left depends on the importance in turn, so
+    :meth:`Sample.weighed` solves for it.
+
+    Args:
+        layers: All tensors, by name.
+        samples: The tensors that are cut, by name.
+        held: Names of those whose importance was given, and stays.
+        target: Bytes that the file shall have.
+        guess: Near what a bit costs; 0 if nothing is known of it.
+    """
+
+    def weighed(multiplier: float) -> dict[str, Sample]:
+        return {name: one if name in held else one.weighed(multiplier) for name, one in samples.items()}
+
+    multiplier = search(lambda x: _estimate(layers, weighed(x), x), target, guess=guess, slack=ROUGH)
+    return {name: one.layer.importance for name, one in weighed(multiplier).items()}, multiplier
+
+
+def thinned(layer: Layer) -> Sample:
+    """Return a cut layer that has the blocks in the sample alone."""
+    assert layer.bounds is not None  # noqa: S101  only cut layers have blocks
+    at = sample(torch.arange(len(layer.picked)), max(1, FEW // layer.blocks.shape[1]))
+    scale = len(layer.unify) / len(layer.picked)
+    few = replace(
+        layer,
+        energy=layer.energy / scale,
+        free=sample(layer.free, FEW),
+        n_free=round(layer.n_free / scale),
+        unify=layer.unify[layer.picked],
+        prune=layer.prune[layer.picked],
+        one_sign=layer.one_sign[layer.picked],
+        picked=at,
+        blocks=layer.blocks[at],
+    )
+    return Sample(layer.bounds, few, scale)
+
+
 def choose_shapes(
-    layers: Mapping[str, Layer], samples: Mapping[str, list[Sample]], target: float
+    layers: Mapping[str, Layer], samples: Mapping[str, list[Sample]], held: Collection[str], target: float
 ) -> tuple[dict[str, Bounds], float]:
     """Return the bounds with the cheapest block shape of each sampled tensor, and about what a bit costs.
 
-    The multiplier is that of the first shape of each: the cheapest shapes change little with it.
+    The multiplier and the importance are those of the first shape of each: the cheapest shapes change little with them.
 
     Args:
         layers: All tensors, by name.
         samples: Those whose shape is chosen, in each shape.
+        held: Names of those whose importance was given, and stays.
         target: Bytes that the file shall have.
     """
     if not samples:
         return {}, 0.0
-    first = {name: tried[0] for name, tried in samples.items()}
-    multiplier = search(functools.partial(_estimate, layers, first), target, slack=ROUGH)
-    costs = {name: [one.scale * one.layer.cost(multiplier) for one in tried] for name, tried in samples.items()}
-    return {name: samples[name][x.index(min(x))].bounds for name, x in costs.items()}, multiplier
+    first = {name: thinned(layer) for name, layer in layers.items() if layer.bounds}
+    first |= {name: tried[0] for name, tried in samples.items()}
+    found, multiplier = weigh(layers, first, held, target)
+    chosen = {}
+    for name, tried in samples.items():
+        costs = [x.scale * replace(x.layer, importance=found[name]).cost(multiplier) for x in tried]
+        chosen[name] = tried[costs.index(min(costs))].bounds
+    return chosen, multiplier
 
 
 def _estimate(layers: Mapping[str, Layer], picked: Mapping[str, Sample], multiplier: float) -> float:

@@ -17,7 +17,7 @@ SAMPLED = 1 << 14  # values of a tensor that its entropies are estimated from
 SEARCH = (1e-20, 1e4)  # multipliers; distances are shares of a tensor's energy, so that no network needs others
 SLACK = 0.002  # a search ends when the size is this close, as a share of it
 ROUGH = 0.05  # the same for a search on samples
-NEAR = 4.0  # a guess of a multiplier is wrong by less than this factor
+NEAR = 2.0  # a guess of a multiplier is wrong by less than this factor
 LANE_BITS = 32 / 2048  # a range coder's states, spread over the symbols
 FILE_BYTES = 900.0  # header, streams' places, and what the manifest has besides its tensors
 TENSOR_BYTES = 35.0  # a tensor's line in the compressed manifest
@@ -100,6 +100,33 @@ def search(
         if target * (1 - slack) <= small or high / low < 1 + 1e-9:
             break
     return high
+
+
+def root(function: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
+    """Return where an increasing function is 0, to the tolerance in place or in value; an end if it is 0 nowhere.
+
+    This is the Illinois method (Dowell and Jarratt 1971): regula falsi that halves the value of an end that stays.
+
+    Example:
+        >>> round(root(lambda x: x**3 - 8, 0.0, 5.0, 1e-6), 5)
+        2.0
+    """
+    below = function(low)
+    if below >= -tolerance or (above := function(high)) <= 0:
+        return low if below >= -tolerance else high
+    last = 0
+    for _ in range(MAX_TURNS):
+        middle = (low * above - high * below) / (above - below)
+        found = function(middle)
+        if abs(found) <= tolerance or high - low <= tolerance:
+            return middle
+        side = 1 if found > 0 else -1
+        if side > 0:
+            high, above, below = middle, found, below / (2 if last == side else 1)
+        else:
+            low, below, above = middle, found, above / (2 if last == side else 1)
+        last = side
+    return middle
 
 
 def best_step(multiplier: float, importance: float, n_values: int, n_weights: int) -> float:

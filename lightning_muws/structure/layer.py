@@ -138,7 +138,7 @@ def measure(
     k = 1 / energy if importance is None else importance * unit**2
     plain_bits = EXACT * 8 * dense_bytes
     free = (sample(flat) / unit).to(torch.float32).cpu()
-    layer = Layer(dense_bytes, plain_bits, unit, top / unit, k, free, x.numel())
+    layer = Layer(dense_bytes, plain_bits, unit, top / unit, energy, k, free, x.numel())
     return cut(layer, x, bounds) if bounds else layer
 
 
@@ -180,6 +180,7 @@ class Layer:
         plain_bits: About how many bits it takes if it is stored exactly (a buffer: in float16).
         unit: A power of two near the largest ``|w|``; 0 if the tensor is always stored plainly.
         top: The largest ``|w|``.
+        energy: The sum of all squares.
         importance: What a squared distance of 1 costs.
         free: ``(n,)`` float32, a sample of the values that are in no block.
         n_free: How many values are in no block.
@@ -196,6 +197,7 @@ class Layer:
     plain_bits: float = 0.0
     unit: float = 0.0
     top: float = 0.0
+    energy: float = 0.0
     importance: float = 0.0
     free: Tensor = field(default_factory=lambda: torch.empty(0))
     n_free: int = 0
@@ -237,6 +239,16 @@ class Layer:
         blocks = self.costs(multiplier, prices).gather(0, kinds[None]).sum(dtype=torch.float64)
         edges = self.n_free * (prices.free.bits + self.importance / multiplier * prices.free.error)
         return float(blocks) + edges
+
+    def lost(self, multiplier: float) -> float:
+        """Return the share of a cut tensor's energy that its cheapest kinds and step lose."""
+        assert self.bounds is not None  # noqa: S101  only cut tensors lose blocks
+        prices, kinds = self.settle(multiplier)
+        numel, unified = self.bounds.grid.block_numel, kinds == Kind.UNIFIED
+        n_free = self.n_free + numel * int((kinds == Kind.DENSE).sum())
+        moved = self.unify[unified].sum(dtype=torch.float64) + self.prune[kinds == Kind.PRUNED].sum(dtype=torch.float64)
+        rounded = n_free * prices.free.error + numel * int(unified.sum()) * prices.magnitude.error
+        return (float(moved) + rounded) / self.energy
 
     def settle(self, multiplier: float) -> tuple[Prices, Tensor]:
         """Return the prices of symbols and the cheapest kinds ``(n_blocks,)``, each found from the other in turn."""
