@@ -44,11 +44,12 @@ class Allocation:
     """A budget, shared out among the tensors of a model.
 
     Args:
-        multiplier: What a bit costs, in shares of a tensor's energy (or in units of the importance that was given).
+        multiplier: What a bit costs, in units of the importances.
         n_bytes: About how many bytes the file has.
         compression: Bytes of all tensors over ``n_bytes``.
         reachable: The smallest and the largest compression that a budget reaches here.
         shares: Each tensor's share, by name.
+        importance: What a squared distance of 1 costs in each tensor, by name; 0 in one that is stored exactly.
     """
 
     multiplier: float
@@ -56,6 +57,7 @@ class Allocation:
     compression: float
     reachable: tuple[float, float]
     shares: Mapping[str, Share]
+    importance: Mapping[str, float]
 
     @property
     def structures(self) -> dict[str, MicroStructure]:
@@ -101,8 +103,8 @@ def allocate(
     dense_bytes = sum(layer.dense_bytes for layer in layers.values())
     target = dense_bytes / compression
     samples = {name: thinned(layer) for name, layer in layers.items() if layer.bounds}
-    found, guess = weigh(layers, samples, importance or (), target, guess)
-    layers = {name: replace(layer, importance=found.get(name, layer.importance)) for name, layer in layers.items()}
+    weights, guess = weigh(layers, samples, importance or (), target, guess)
+    layers |= {name: replace(layers[name], importance=weight) for name, weight in weights.items()}
 
     def size(multiplier: float) -> float:
         return file_bytes(layer.share(multiplier).n_bytes for layer in layers.values())
@@ -110,7 +112,8 @@ def allocate(
     multiplier = search(size, target, guess=guess)
     shares = {name: layer.share(multiplier) for name, layer in layers.items()}
     n_bytes = file_bytes(share.n_bytes for share in shares.values())
-    return Allocation(multiplier, n_bytes, dense_bytes / n_bytes, reachable, shares)
+    costs = {name: layer.importance / layer.unit**2 if layer.unit else 0.0 for name, layer in layers.items()}
+    return Allocation(multiplier, n_bytes, dense_bytes / n_bytes, reachable, shares, costs)
 
 
 class Prepared(NamedTuple):

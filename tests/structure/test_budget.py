@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lightning_muws import MicroStructure, save_compressed
 from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.assign import choose_kinds
-from lightning_muws.structure.budget import allocate
-from lightning_muws.structure.cost import SEARCH, best_step, search, value_cost
+from lightning_muws.structure.budget import allocate, thinned
+from lightning_muws.structure.cost import SEARCH, best_step, root, search, value_cost
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.layer import Bounds, measure
@@ -261,6 +261,56 @@ def test_the_more_important_layer_keeps_more():
     uneven = allocate(tensors, bounds_of(tensors), 20, energy | {"linear": 10 * energy["linear"]})
     assert uneven.shares["linear"].n_bytes > even.shares["linear"].n_bytes
     assert uneven.shares["conv"].n_bytes < even.shares["conv"].n_bytes
+
+
+@pytest.mark.parametrize("compression", [6, 20, 50])
+def test_a_distance_costs_one_over_the_energy_that_a_layer_keeps(compression):
+    tensors = network()
+    found = allocate(tensors, bounds_of(tensors), compression)
+    for name, x in stored(tensors, found).items():
+        energy = float(tensors[name].double().square().sum())
+        left = energy - float((x - tensors[name]).double().square().sum())
+        if name in bounds_of(tensors):  # the search is over samples, and ends within a few percent
+            assert found.importance[name] * left == pytest.approx(1, rel=0.2)
+        else:
+            assert found.importance[name] * energy == pytest.approx(1)
+
+
+def test_no_importance_gives_a_layer_less_harm_for_its_bits_by_brute_force():
+    layer = replace(measure("linear", network()["linear"], Bounds(GRID)), recovery=1.0)
+    for multiplier in (1e-6, 1e-5, 4e-5):
+        found = thinned(layer)
+
+        def harm(weight, x=found.layer, scale=found.scale, multiplier=multiplier):
+            tried = replace(x, importance=weight / layer.energy)
+            bits = 8 * scale * tried.share(multiplier).n_bytes
+            return -math.log(1 - tried.lost(multiplier)) + multiplier * bits
+
+        best = min(harm(1.02**i) for i in range(190))
+        assert harm(found.weighed(multiplier).layer.importance * layer.energy) <= best + 0.02
+
+
+def test_a_large_layer_is_not_pruned_wholly_to_keep_a_small_one():
+    tensors = {"large": normal(0, 512, 512, dtype=torch.float32), "small": normal(1, 64, 64, dtype=torch.float32)}
+    bounds = dict.fromkeys(tensors, Bounds(GRID))
+    found = allocate(tensors, bounds, 300).shares
+    assert all(sum(share.counts[:2]) > 0.02 * sum(share.counts) for share in found.values())
+    energy = {name: 1 / float(x.square().sum()) for name, x in tensors.items()}
+    linear = allocate(tensors, bounds, 300, energy).shares  # in which all of a layer costs no more than twice its half
+    assert linear["large"].counts == (0, 0, 128**2)
+
+
+@given(st.floats(-3, 3), st.floats(0.2, 5), st.floats(1e-6, 0.1))
+def test_a_root_is_within_its_tolerance_or_at_an_end(place, power, tolerance):
+    def function(x):
+        return math.copysign(abs(x - place) ** power, x - place)
+
+    found = root(function, -2.0, 2.0, tolerance)
+    if abs(place) > 2:
+        nearest = math.copysign(2, place)
+        assert abs(found) == 2 or abs(function(found)) <= tolerance or abs(found - nearest) <= tolerance
+    else:
+        assert abs(function(found)) <= tolerance or abs(found - place) <= tolerance
 
 
 def test_less_recovery_keeps_more_blocks_dense():

@@ -94,7 +94,8 @@ def test_no_other_shape_is_cheaper_at_the_multiplier_by_brute_force(compression)
         if name != "bias":
             costs = {}
             for grid in fitting(BlockGrid(), tensors[name].shape):
-                layer = replace(measure(name, tensors[name], Bounds(grid)), recovery=0.1)
+                layer = measure(name, tensors[name], Bounds(grid), found.importance[name])
+                layer = replace(layer, recovery=0.1)
                 costs[grid.block_shape] = layer.cost(found.multiplier)
             assert costs[found.structures[name].block_shape] <= 1.01 * min(costs.values())  # the multiplier moved a bit
     for share in found.shares.values():
