@@ -9,7 +9,7 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-drop bench-speed bench-compress sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-drop bench-speed bench-compress sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
+	@echo "make bench-weighting  compare ways to weigh layers, and block shapes, on three trained networks (40 minutes)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
@@ -73,6 +74,10 @@ bench: $(READY)
 
 bench-size: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/budget.py $(ARGS)
+
+bench-weighting: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/weighting.py $(ARGS)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/shapes.py $(ARGS)
 
 bench-drop: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/drop.py $(ARGS)

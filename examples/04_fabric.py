@@ -8,6 +8,7 @@ have moved its parameters.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,15 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_muws import Budget, CompressionRun, MicroStructure, Penalty, Phases, load_compressed, save_compressed
+from lightning_muws import (
+    Budget,
+    CompressionRun,
+    MicroStructure,
+    Phases,
+    choose_steps,
+    load_compressed,
+    save_compressed,
+)
 from lightning_muws.report import make_report
 from lightning_muws.structure.plan import make_plan
 
@@ -39,8 +48,8 @@ def main() -> None:
 
     budget, phases = Budget(compression=chosen.compression), Phases(interval="step")
     plan = make_plan(model, MicroStructure(block_shape=(4, 4)), open_ratios=True)
-    penalty = Penalty(rho=0.03)  # so few steps need a stronger pull than the default
-    run = CompressionRun(plan.weights(model), plan.covered, phases, penalty=penalty, budget=budget, module=model)
+    stepper = partial(choose_steps, model)  # lets retraining see the rounded values of the file
+    run = CompressionRun(plan.weights(model), plan.covered, phases, budget=budget, module=model, stepper=stepper)
     run.check_budget()  # raises at once, not in the middle, if the size cannot be reached
     timeline = phases.on(STEPS)
     for step in range(STEPS):
@@ -51,7 +60,8 @@ def main() -> None:
         run.before_step(optimizer)
         optimizer.step()
         run.after_step(optimizer)
-    run.verify()  # raises if a weight is outside its structure
+    run.finish()  # rounds again if the file has grown too large
+    run.verify()  # raises if a weight is outside its structure, or not rounded
 
     plan = plan.updated(run.planned)
     make_report(model, plan, run.supports, run.constraint.primal, run.history).print()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
     from lightning_muws.artifact.save import save_compressed
+    from lightning_muws.artifact.steps import choose_steps
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.compression import compress
     from lightning_muws.errors import FormatError, MuwsError
@@ -57,6 +58,7 @@ __all__ = [
     "Retraining",
     "WeightUnificationCallback",
     "accelerate",
+    "choose_steps",
     "compress",
     "export",
     "inspect_compressed",
@@ -80,6 +82,7 @@ _HOMES = {
     "Retraining": "lightning_muws.training.phases",
     "WeightUnificationCallback": "lightning_muws.callback",
     "accelerate": "lightning_muws.runtime.accelerate",
+    "choose_steps": "lightning_muws.artifact.steps",
     "compress": "lightning_muws.compression",
     "export": "lightning_muws.sizes",
     "inspect_compressed": "lightning_muws.artifact.load",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 
 from lightning_muws.artifact.save import save_compressed
+from lightning_muws.artifact.steps import choose_steps
 from lightning_muws.report import CompressionReport, make_report
 from lightning_muws.runtime.predict import layer_times
 from lightning_muws.trainer.hooks import CompressionHooks
@@ -31,6 +32,7 @@ class WeightUnificationCallback(CompressionHooks, Callback):
 
     namespace = "lightning.pytorch"
     writer = staticmethod(save_compressed)
+    stepper = staticmethod(choose_steps)
     reporter = staticmethod(make_report)
     timer = staticmethod(layer_times)
     report: CompressionReport | None

@@ -3,9 +3,9 @@
 Both networks train for the same number of epochs in all. `dense, lossy file only` has no structure: its file is written
 with the same `compression`. The last column says how many times smaller our file is than the rival's at equal accuracy:
 the rival's file is written in many sizes, and its curve of accuracy against size is made monotone and interpolated.
-`left` is what the callback does: a squared distance costs one over the energy that a layer keeps. Other weightings
-give its rules the ratios that an allocation with them has: one over the energy that it had (`energy`), that times the
-root of its size (`sqrt`), or the mean squared gradient (`fisher`).
+`left` is what the callback does: a squared distance costs one over the energy that a layer keeps. Other weightings are
+one over the energy that it had (`energy`), that times the root of its size (`sqrt`), and the mean squared gradient
+(`fisher`).
 Accuracies are on the test set; no setting was tuned on it. Run: make bench-size.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import mean
@@ -28,13 +29,11 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from lightning_muws import LayerRule, MicroStructure, WeightUnificationCallback, load_compressed, save_compressed
+from lightning_muws import WeightUnificationCallback, load_compressed, save_compressed
 from lightning_muws.structure.budget import allocate
-from lightning_muws.structure.layer import Bounds
-from lightning_muws.structure.plan import make_plan
+from lightning_muws.training import budget
 
 RIVALS = tuple(6 * 1.12**i for i in range(20))  # ratios of the rival's files: 6 to 52
-SPLIT = MicroStructure(prune_ratio=0.5)  # only to find out which weights can be cut, and how
 
 
 def importances(model: L.LightningModule, data: L.LightningDataModule, weighting: str) -> dict[str, float]:
@@ -58,17 +57,12 @@ def structured(
     start: L.LightningModule, data: L.LightningDataModule, epochs: int, compression: float, weighting: str
 ) -> tuple[L.LightningModule, dict]:
     """Return the network trained for a size, and the grids of its weights."""
-    model, plan = copy.deepcopy(start), make_plan(start, SPLIT)
-    callback = WeightUnificationCallback(compression=compression)
-    if weighting != "left":
-        bounds = {name: Bounds(entry.grid) for name, entry in plan.covered.items()}
-        state = {name: x for name, x in model.state_dict().items() if x.is_floating_point()}
-        found = allocate(state, bounds, compression, importances(start, data, weighting))
-        rules = [LayerRule(name, structure=structure) for name, structure in found.structures.items()]
-        callback = WeightUnificationCallback(SPLIT, rules)
+    model, callback = copy.deepcopy(start), WeightUnificationCallback(compression=compression)
+    weights = None if weighting == "left" else importances(start, data, weighting)
+    budget.allocate = partial(allocate, importance=weights)
     train(model, data, epochs, callback)
     callback.verify()
-    return model, {name: entry.grid for name, entry in plan.covered.items()}
+    return model, {name: entry.grid for name, entry in callback.plan.covered.items()}
 
 
 def stored(model: L.LightningModule, data: L.LightningDataModule, compression: float, grids: dict | None) -> tuple:

@@ -1,9 +1,9 @@
 """Compares ways to weigh a layer's distance in a budget, on three trained networks, without training them further.
 
 Each network gets a budget of each compression with each weighting, and the weights that the file would hold. The number
-is the relative squared error of its outputs on held-out inputs, with all of the distance that unifying and pruning cause,
-and with a tenth of it (after "/"), which is about what training leaves. Training decides in the end: `make bench-size`
-with `--weightings` trains the first network. Weightings, what a squared distance of 1 costs in a layer:
+is the relative squared error of its outputs on held-out inputs, with all of the distance that unifying and pruning
+cause, and with a tenth of it (after "/"), which is about what training leaves. Training decides in the end: `make
+bench-size` with `--weightings` trains the first network. What a squared distance of 1 costs in a layer:
 
 left         one over the energy that the layer keeps; the callback's
 energy       one over the energy that it has

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from lightning_muws.artifact.entropy import Ints, count, entropy_bytes
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import N_KINDS, Patterns, plane, rotate, slabs, split
-from lightning_muws.artifact.values import MAX_STEPS, STEPS, Form, Loss, bits, choose, from_bits, keeps_blocks
+from lightning_muws.artifact.values import (
+    MAX_STEPS,
+    PALETTE,
+    STEPS,
+    Form,
+    Loss,
+    are_multiples,
+    bits,
+    choose,
+    from_bits,
+    keeps_blocks,
+)
 from lightning_muws.structure.cost import (
     SAMPLED,
     SEARCH,
@@ -133,7 +144,7 @@ def allowed_forms(
 
 
 def candidate(
-    x: Tensor, grid: BlockGrid | None, allowed: Collection[str], importance: float | None = None
+    x: Tensor, grid: BlockGrid | None, allowed: Collection[str], importance: float | None = None, step: float = 0.0
 ) -> Candidate:
     """Return what a budget needs to know of a floating tensor.
 
@@ -142,11 +153,12 @@ def candidate(
         grid: How it is cut; None if it is flat.
         allowed: What the tensor may be stored in besides its exact form: ``float16``, ``steps``.
         importance: What a squared distance of 1 costs; by default ``1 / |x|^2``.
+        step: Of which it may be whole multiples; 0 if none is known.
     """
-    exact = choose(x, grid, Loss(), 1.0)
+    exact = Form(STEPS, step) if step and are_multiples(x.view(-1), step) else choose(x, grid, Loss(), 1.0)
     values = _values(x, grid)
     fixed_bits = values.fixed_bits
-    exact_bits = values.exact_bits * (0.5 if exact.step else 1.0) + fixed_bits
+    exact_bits = values.bits_in(exact, x.dtype) + fixed_bits
     low, high = (float(value) for value in torch.aminmax(x.view(-1))) if x.numel() else (0.0, 0.0)
     top = max(-low, high)
     if not math.isfinite(top) or top == 0 or not allowed:
@@ -190,6 +202,7 @@ def fit(
     dense_bytes: int,
     compression: float,
     encode: Callable[[Mapping[str, Offer]], tuple[int, Coded]],
+    is_rounded: bool = False,
 ) -> Coded:
     """Return the largest file coded whose size is at most ``dense_bytes / compression``.
 
@@ -203,6 +216,7 @@ def fit(
         dense_bytes: Bytes of all tensors in memory.
         compression: The least ``dense_bytes`` over the bytes of the file.
         encode: Codes a file of these offers; returns its bytes, and itself.
+        is_rounded: Whether the tensors were rounded for such a file before: then it is tried to lose nothing.
 
     Raises:
         SettingError: No file is as small as that.
@@ -215,7 +229,7 @@ def fit(
     def trial(multiplier: float) -> tuple[int, Coded]:
         return encode({name: one.offer(multiplier) for name, one in candidates.items()})
 
-    found = largest(trial, size, limit)
+    found = largest(trial, size, limit, loses=not is_rounded)
     if found is None:
         (exact, _), (smallest, found) = trial(SEARCH[0]), trial(SEARCH[1])
         if smallest > limit:
@@ -229,6 +243,8 @@ def largest(
     limit: float,
     aim: float = AIM,
     n_trials: int = TRIALS,
+    *,
+    loses: bool = True,
 ) -> Coded | None:
     """Return the largest file of at most ``limit`` bytes that was found; None if there was none.
 
@@ -238,12 +254,13 @@ def largest(
         limit: In bytes; the search ends with a file within ``ROOM`` of it.
         aim: ``limit`` over the bytes that are aimed at.
         n_trials: Files that are coded at the most.
+        loses: Whether a file that loses nothing is tried only if its estimate is near the limit.
     """
     low, high = SEARCH[0], SEARCH[1]
     tried: set[float] = set()
     best: tuple[float, Coded | None] = (0.0, None)
     # where perhaps nothing need be lost, that is tried first
-    multiplier = low if size(low) <= limit * ROOM else search(size, limit / aim)
+    multiplier = search(size, limit / aim) if loses and size(low) > limit * ROOM else low
     while multiplier not in tried and len(tried) < n_trials:
         tried.add(multiplier)
         n_bytes, coded = trial(multiplier)
@@ -289,11 +306,14 @@ class _Measured(NamedTuple):
     magnitudes: _Values
     fixed_bits: float  # of kinds and signs
 
-    @property
-    def exact_bits(self) -> float:
-        """About how many bits all values take in their own form."""
+    def bits_in(self, exact: Form, dtype: torch.dtype) -> float:
+        """Return about how many bits all values take in a form that loses nothing."""
+        if exact.stored == STEPS:
+            costs = ((v.n, value_cost(v.sample(dtype), exact.step)) for v in (self.free, self.magnitudes))
+            return sum(n * cost.bits for n, cost in costs)
         counted = (counts for values in (self.free, self.magnitudes) for counts in values.counts.values())
-        return sum(8 * entropy_bytes(counts) for counts in counted)
+        own = sum(8 * entropy_bytes(counts) for counts in counted)
+        return own * (0.5 if exact.stored == PALETTE else 1.0)
 
 
 def _values(x: Tensor, grid: BlockGrid | None) -> _Measured:

@@ -39,6 +39,7 @@ def save_compressed(
     lossy: Literal["weights", "all"] | None = None,
     compression: float | None = None,
     parameters: Collection[str] | None = None,
+    steps: Mapping[str, float] | None = None,
     extra: Mapping[str, Any] | None = None,
     max_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
@@ -68,6 +69,8 @@ def save_compressed(
             wherever such a file exists. Several files are coded until one fits, and ``progress`` begins again for each.
         parameters: Names of the model's parameters, for ``compression`` of a state_dict, which does not tell parameters
             from buffers. By default those of the module; without a module, tensors of one axis get at most float16.
+        steps: With ``compression``, steps of which parameters are whole multiples already, by name: those they were
+            trained with. They are looked for without it, too, but in half precision they may not be found.
         extra: Your own values to keep in the manifest: what JSON can hold, keys being strings, nested at most 64 deep.
             Tuples come back as lists. By default those of the `.muws` file that the model comes from.
         max_bytes: The most bytes that the tensors of a file may take in memory if they are smaller in the file: those
@@ -112,25 +115,40 @@ def save_compressed(
         else:
             grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
             allowed = allowed_forms(model, state, lossy or "all", parameters)
-            draft = _fit(state, grids, allowed, compression, drafts, choose_grid)
+            draft = fit_size(state, grids, allowed, compression, drafts, choose_grid, steps or {})
         return draft.put(path, is_lossy=bool(loss or compression))
 
 
-def _fit(
+def fit_size(
     state: State,
     grids: Mapping[str, BlockGrid | None],
     allowed: Mapping[str, tuple[str, ...]],
     compression: float,
     drafts: Drafts,
     choose_grid: ChooseGrid,
+    steps: Mapping[str, float],
 ) -> Draft:
-    """Return the largest file that is so many times smaller than its tensors."""
+    """Return the largest file that is so many times smaller than its tensors.
+
+    Args:
+        state: All tensors.
+        grids: How floating tensors are cut, by name.
+        allowed: What each may be stored in besides its exact form, by name: see :func:`candidate`.
+        compression: How many times smaller.
+        drafts: Codes the files.
+        choose_grid: How other tensors are cut.
+        steps: Of which tensors may be whole multiples, by name.
+
+    Raises:
+        SettingError: No file is as small as that.
+    """
     owned = {x.key: name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
     dense_bytes = sum(state.tensors[name].nbytes for name in owned.values())
     found, others = {}, 0
     for name in owned.values():
         if name in grids:
-            found[name] = candidate(state.tensors[name].read(), grids[name], allowed.get(name, ()))
+            x, step = state.tensors[name].read(), steps.get(name, 0.0)
+            found[name] = candidate(x, grids[name], allowed.get(name, ()), step=step)
         else:
             others += state.tensors[name].nbytes
 
@@ -139,7 +157,8 @@ def _fit(
         draft = drafts.code(state, lambda name, x: grids[name] if name in grids else choose_grid(name, x), forms)
         return draft.n_bytes, draft
 
-    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
+    is_rounded = any(one.exact.step for one in found.values())
+    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode, is_rounded)
 
 
 def grid_chooser(state: State, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> ChooseGrid:

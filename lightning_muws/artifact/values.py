@@ -261,9 +261,15 @@ def _exact_step(flat: Tensor, top: float) -> float:
         guess = wide(_refined(gap / divisor, seen, flat.dtype))
         for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))) if guess else ():
             form = Form(STEPS, float(near))
-            if near and _is_exact(sample, form) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1)):
+            if near and _is_exact(sample, form) and are_multiples(flat, float(near)):
                 return float(near)
     return 0.0
+
+
+def are_multiples(flat: Tensor, step: float) -> bool:
+    """Return whether all values ``(n,)`` are what a file with this step holds, bit for bit."""
+    form = Form(STEPS, step)
+    return bool((flat.abs() < step * MAX_STEPS).all()) and all(_is_exact(flat[s], form) for s in slabs(len(flat), 1))
 
 
 def _refined(step: float, seen: list[float], dtype: torch.dtype) -> float:

@@ -36,7 +36,7 @@ from lightning_muws.structure.sharded import whole
 FEW = 1 << 11  # values of a layer that its importance is found from
 NEARLY = 0.05  # a layer's importance is found to this share
 MOST_WEIGHT = 50.0  # that a squared distance has over its share of the energy, where next to nothing is left
-RECOVERY = 0.1  # what training leaves of the loss that unifying and pruning cause; rounding comes after it
+RECOVERY = 0.1  # what training leaves of the loss that unifying and pruning cause, if rounding comes after it
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def allocate(
         compression: Bytes of all tensors over bytes of the file, above 1.
         importance: What a squared distance of 1 in a tensor costs, by name. Of other tensors it is one over the energy
             that they keep (see :func:`weigh`).
-        recovery: How much of the harm of unifying and pruning is left after training, which rounding comes after: 1 if
-            nothing is trained.
+        recovery: How much of the harm of unifying and pruning is left after training, over what is left of the harm of
+            rounding: 1 if rounding is trained too, or if nothing is.
         buffers: Names of tensors that no optimizer steps: they are stored exactly or in float16.
 
     Returns:

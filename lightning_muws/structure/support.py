@@ -155,6 +155,27 @@ class Support:
         return self._write_(weight, lambda pieces, flips, _: _flipped(pieces.first(), flips, first=True))
 
     @torch.no_grad()
+    def round_(self, weight: Tensor, step: float) -> Tensor:
+        """Round to whole multiples of a step, in place: the values that a file with this step holds.
+
+        The magnitude of a unified block is at least one step, unless it is 0. No zero has a sign.
+
+        Args:
+            weight: Inside the subspace; float32 or float64.
+            step: A positive number, exact in float32.
+
+        Example:
+            >>> grid = BlockGrid((1, 2))
+            >>> support = Support(grid, torch.tensor([[0, 1]], dtype=torch.uint8), torch.tensor([[[False, True]]]))
+            >>> support.round_(torch.tensor([[0.1, 0.9, 0.2, -0.2]]), 0.5)
+            tensor([[ 0.0000,  1.0000,  0.5000, -0.5000]])
+        """
+        magnitudes = self.first(weight)
+        weight.div_(step).round_().mul_(step).add_(0.0)
+        steps = (magnitudes.abs() / step).round_().clamp_min_(1)
+        return self.fill_(weight, steps.mul_(step).mul_(magnitudes.sign()))
+
+    @torch.no_grad()
     def first(self, weight: Tensor) -> Tensor:
         """Return ``s * w`` of each unified block's first weight, ``(n_unified,)``."""
         found = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class CompressionHooks:
 
     namespace = ""  # the namespace of the Trainers that this callback is for
     writer: saving.Writer  # writes the file at the end of fit
+    stepper: Callable[..., Mapping[str, float]]  # chooses the steps of the file
     reporter: Callable[..., Any]  # makes the report at the end of fit
     timer: measuring.Timer  # measures what layers take, for a speedup
     log_dict: Callable[..., None]  # Lightning binds the module's log_dict to each callback
@@ -61,7 +63,7 @@ class CompressionHooks:
         Args:
             structure: The structure of all weights that no rule matches.
             rules: Other structures for some layers, or layers to leave out; the last rule that matches wins.
-            phases: When ADMM starts and ends, and when Z and U are updated.
+            phases: When ADMM starts and ends, when Z and U are updated, and when retraining begins to round.
             retraining: How the network trains on inside its structure.
             penalty: How hard ADMM pulls the weights towards their structure.
             validate_projected: In the ADMM phase, validate the network with projected weights.
@@ -69,7 +71,8 @@ class CompressionHooks:
                 module, see :func:`lightning_muws.load_compressed`. An existing file is replaced. Empty for no file.
             compression: How many times smaller than its tensors the file is at least, such as 20. When the method
                 starts, the ratios of each weight are chosen for that size; leave those of ``structure`` at 0. A rule
-                may still skip weights, or give them ratios. The file is lossy then. None to set ratios yourself.
+                may still skip weights, or give them ratios. The last part of retraining, from ``phases.round_start``
+                on, trains the rounded values that the file holds. None to set ratios yourself.
             speedup: In place of ``compression``: how many times faster than the best dense form of the network
                 :func:`lightning_muws.accelerate` makes the compressed one, such as 2. At the start of fit, the layers
                 are timed on this machine with pruned blocks, for the module's ``example_input_array``, or without one
@@ -191,6 +194,8 @@ class CompressionHooks:
         if self.save_to:
             self._file = saving.prepare(self.save_to, pl_module, trainer.is_global_zero)
         self._begin_or_go_on(trainer, pl_module)
+        if self._run and not trainers.averages(trainer):  # an average of rounded weights is not rounded
+            self._run.stepper = partial(saving.choose_steps, self.stepper, trainer, pl_module)
         self._is_bound = True
         self._has_warned = False
         self._n_backwards = 0
@@ -220,9 +225,11 @@ class CompressionHooks:
         is_other_trainer = trainer.fit_loop.total_batch_idx < self._last_batch
         if is_other_trainer:
             self._reset_clock()
+            if run:
+                run.reset_clock()
         if run and plan and coverage.is_same_model(pl_module, plan, run.weights):
             if run.constraint:
-                run.constraint.follow(run.weights)
+                run.follow()
                 rank_zero_info("muws: the structure of this model is frozen, retraining goes on inside it")
                 return
             if not is_other_trainer:
@@ -251,8 +258,10 @@ class CompressionHooks:
             self._run.check_budget()
 
     def _set_timeline(self, trainer: Any) -> None:
-        if self.phase != "retraining":
-            run_length = trainers.length(trainer, self.phases.interval)
+        run_length = trainers.length(trainer, self.phases.interval)
+        if self.phase == "retraining":
+            self._timeline = Timeline(0, 0, 1, *self.phases.rounds(run_length))
+        else:
             self._timeline = self.phases.on(run_length, clip=bool(trainer.fast_dev_run))
 
     # ---- phases change at the start of an epoch or a batch, so each checkpoint belongs to one phase
@@ -271,7 +280,7 @@ class CompressionHooks:
         self._tick(trainer, now)
         self._watch.follow(trainer.optimizers)
         if self._run:
-            self._watch.begin(self._run.weights)
+            self._watch.begin(self._run.watched)
         if self.plan and batch_idx == 0:
             self._warn_of_late_weights(trainer, pl_module, self.plan)
 
@@ -287,7 +296,10 @@ class CompressionHooks:
 
     def _tick(self, trainer: Any, now: float) -> None:
         """Do what is due at this time; begin retraining if that froze the structure."""
-        if (run := self._run) is None or run.phase == "retraining":
+        if (run := self._run) is None:
+            return
+        if run.constraint:
+            self._round(trainer, run, now)
             return
         if now >= self._timeline.start:
             self._choose_compression(trainer, run)
@@ -298,6 +310,15 @@ class CompressionHooks:
         if run.constraint:
             self._begin_retraining(trainer)
 
+    def _round(self, trainer: Any, run: CompressionRun, now: float) -> None:
+        """Choose the steps of the file and round to them, if that is due."""
+        is_first = run.rounding is None
+        if run.tick(now, self._timeline, trainer.optimizers):
+            trainers.reshard(trainer.lightning_module)
+            if is_first and run.rounding:
+                n = len(run.rounding.steps)
+                rank_zero_info(f"muws: retraining goes on with {n} parameters rounded as the file holds them")
+
     def _choose_compression(self, trainer: Any, run: CompressionRun) -> None:
         """Choose the compression for ``max_drop``, once."""
         if self._allowed and self.plan and not self.drop:
@@ -305,6 +326,7 @@ class CompressionHooks:
             measure = self._probe.measure(trainer, self._allowed, entries)
             self.drop = choose_compression(self._allowed, measure, module, entries)
             run.budget = self.budget
+            run.choose_structures()  # those whose drop was predicted, without a recovery from rounding
             say = rank_zero_warn if self.drop.doubt else rank_zero_info
             say(f"muws: {self.drop}{self.drop.doubt}")
 
@@ -337,7 +359,7 @@ class CompressionHooks:
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         # Here gradients are accumulated, reduced over ranks and unscaled, but not clipped.
-        self._watch.announce(optimizer, self._run.owned(optimizer) if self._run else ())
+        self._watch.announce(optimizer, self._run.held(optimizer) if self._run else ())
         window = 1.0
         if pl_module.automatic_optimization:
             # Lightning divides each loss by the length of a full window, also in an epoch's last, shorter one.
@@ -355,7 +377,7 @@ class CompressionHooks:
         if self._run is None:
             return {}
         self._run.after_step(optimizer)
-        return self._run.owned(optimizer)
+        return self._run.held(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._run:
@@ -368,10 +390,10 @@ class CompressionHooks:
 
     def _handle_other_changes(self, run: CompressionRun) -> None:
         """Enforce the structure of weights that changed after all steps seen; warn once of steps not announced."""
-        changed, past = self._watch.end(run.weights)
+        changed, past = self._watch.end(run.watched)
         self._has_stepped |= bool(changed)
-        if run.constraint and changed:
-            run.constraint.enforce({name: run.weights[name] for name in changed})
+        if changed:
+            run.settle(changed)
         if past and run.phase != "dense" and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(unannounced(past, run.phase))
@@ -410,6 +432,9 @@ class CompressionHooks:
             run.freeze(self._now(trainer), trainer.optimizers)
             self._follow_budget(pl_module, run)
             trainers.reset_averages(trainer)
+        if run and run.finish():
+            trainers.reshard(pl_module)
+            rank_zero_info("muws: the file grew too large at the end of training, so its values were rounded again")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._unhook()
@@ -423,11 +448,15 @@ class CompressionHooks:
                 self.report.print()
             if self.save_to and not trainer.fast_dev_run:
                 to = self._file, pl_module, self.plan, trainer.is_global_zero
-                self.saved = saving.save(self.writer, *to, self.drop.compression if self.drop else self.compression)
+                compression = self.drop.compression if self.drop else self.compression
+                steps = run.rounding.steps if run.rounding else None
+                self.saved = saving.save(self.writer, *to, compression, steps)
 
     def _measure_drop(self, trainer: Any, run: CompressionRun, allowed: Drop, found: DropReport) -> None:
         """Measure the drop of the trained weights, rounded as for a file; say whether it is kept."""
-        allocation = Budget(found.compression).allocate(trainer.lightning_module, run.entries)
+        allocation = None
+        if not run.rounding:
+            allocation = Budget(found.compression).allocate(trainer.lightning_module, run.entries)
         measured = self._probe.measure(trainer, allowed, run.entries)(allocation, 1.0)
         self.drop = replace(found, measured=measured)
         self.report = replace(self.report, drop=self.drop)
@@ -436,7 +465,7 @@ class CompressionHooks:
 
     def _check_weights(self, trainer: Any, run: CompressionRun, constraint: Constraint) -> None:
         """Refuse NaN and Inf; project weights back that another callback moved out of the structure at the end."""
-        constraint.follow(run.weights)
+        run.follow()
         run.check_finite()
         if trainers.averages(trainer):  # the average of equal frozen magnitudes may differ from them in the last bit
             constraint.enforce(run.weights)
@@ -444,7 +473,7 @@ class CompressionHooks:
             run.verify()
         except StateError as error:
             rank_zero_warn(f"at the end of fit {error}; it was projected back")
-            constraint.enforce(run.weights)
+            run.settle(run.watched)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.on_validation_end(trainer, pl_module)
@@ -455,6 +484,8 @@ class CompressionHooks:
 
     def _unhook(self) -> None:
         self._watch.remove()
+        if self._run:
+            self._run.stepper = None  # it holds the Trainer
         if self._clips:
             self._clips.remove()
             self._clips = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_muws.errors import SettingError
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.plan import Plan, named_weights
 from lightning_muws.structure.sharded import is_sharded, whole
 
@@ -73,7 +74,13 @@ def _try(path: Path) -> None:
 
 
 def save(
-    writer: Writer, path: Path, module: Any, plan: Plan, is_global_zero: bool, compression: float | None = None
+    writer: Writer,
+    path: Path,
+    module: Any,
+    plan: Plan,
+    is_global_zero: bool,
+    compression: float | None = None,
+    steps: Mapping[str, float] | None = None,
 ) -> Saved | None:
     """Write the module's state_dict with the plan's blocks, on rank 0; all ranks take part in gathering shards.
 
@@ -84,23 +91,61 @@ def save(
         plan: Its covered entries tell how weights are cut.
         is_global_zero: Whether this is rank 0.
         compression: How many times smaller than its tensors the file is at least; None for a lossless file.
+        steps: Of which parameters are whole multiples, by name.
 
     Returns:
         The writer's report on rank 0, else None.
     """
-    state = module.state_dict()
-    for name, value in state.items():
-        if is_sharded(value):  # the other tensors keep their identity, by which the writer finds shared ones
-            full = whole(value.detach())
-            state[name] = full.cpu() if is_global_zero else full.new_empty(0)
+    state = _gathered(module, is_global_zero)
     if not is_global_zero:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     lossy: dict[str, Any] = {}
     if compression is not None:
-        lossy = {"compression": compression, "parameters": [name for name, _, _ in named_weights(module)]}
+        lossy = {"compression": compression, "parameters": _parameters(module), "steps": steps}
     saved = writer(state, path, blocks={name: entry.grid for name, entry in plan.covered.items()}, **lossy)
     rank_zero_info(
         f"muws: {path} has {saved.n_bytes:,} bytes, {saved.compression_ratio:.1f} x smaller than its tensors"
     )
     return saved
+
+
+def choose_steps(
+    stepper: Callable[..., Mapping[str, float]],
+    trainer: Any,
+    module: Any,
+    blocks: Mapping[str, BlockGrid],
+    compression: float,
+) -> Mapping[str, float]:
+    """Return the step of each parameter with which the module's file has the size; the same on all ranks. A collective.
+
+    Where no file is as small as that, there are no steps, with a warning: at the end of fit the writer says why.
+
+    Args:
+        stepper: Chooses the steps, on rank 0.
+        trainer: The Trainer.
+        module: The module.
+        blocks: How weights are cut, by name.
+        compression: How many times smaller than its tensors the file is at least.
+    """
+    state, steps = _gathered(module, trainer.is_global_zero), {}
+    if trainer.is_global_zero:
+        try:
+            steps = dict(stepper(state, blocks, compression, _parameters(module)))
+        except SettingError as error:  # not raised: training would be lost, and the other ranks wait
+            rank_zero_warn(f"retraining goes on with values that are not rounded: {error}")
+    return trainer.strategy.broadcast(steps) if trainer.world_size > 1 else steps
+
+
+def _gathered(module: Any, is_global_zero: bool) -> dict[str, Any]:
+    """Return the module's state_dict with whole tensors on rank 0. A collective where tensors are sharded."""
+    state: dict[str, Any] = module.state_dict()
+    for name, value in state.items():
+        if is_sharded(value):  # the other tensors keep their identity, by which the writer finds shared ones
+            full = whole(value.detach())
+            state[name] = full.cpu() if is_global_zero else full.new_empty(0)
+    return state
+
+
+def _parameters(module: Any) -> list[str]:
+    return [name for name, _, _ in named_weights(module)]

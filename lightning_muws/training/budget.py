@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.structure.budget import Allocation, allocate, prepare
+from lightning_muws.structure.budget import RECOVERY, Allocation, allocate, prepare
 from lightning_muws.structure.cost import check_compression, check_speedup
 from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.micro import MicroStructure
@@ -74,7 +74,7 @@ class Budget:
         return f"{self.asked}={getattr(self, self.asked):g}"
 
     @torch.no_grad()
-    def allocate(self, module: nn.Module, entries: Mapping[str, PlanEntry]) -> Allocation:
+    def allocate(self, module: nn.Module, entries: Mapping[str, PlanEntry], recovery: float = RECOVERY) -> Allocation:
         """Return how a compression is shared out among the tensors of a module, at their present values.
 
         A collective where tensors are sharded. The result is the same on all ranks whose parameters have the same bits.
@@ -82,6 +82,7 @@ class Budget:
         Args:
             module: Its state_dict is what the file will hold.
             entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
+            recovery: See :func:`lightning_muws.structure.budget.allocate`.
 
         Raises:
             SettingError: The compression cannot be reached; the message has the range that can. Or the budget is none
@@ -89,7 +90,7 @@ class Budget:
             StateError: A parameter has NaN or Inf.
         """
         tensors, bounds, compression, buffers = self._sized(module, entries)
-        return allocate(tensors, bounds, compression, buffers=buffers)
+        return allocate(tensors, bounds, compression, buffers=buffers, recovery=recovery)
 
     def _sized(
         self, module: nn.Module, entries: Mapping[str, PlanEntry]
@@ -131,7 +132,11 @@ class Budget:
         return allocate_time(parameters, bounds, times, self.speedup)
 
     def choose(
-        self, module: nn.Module, entries: Mapping[str, PlanEntry], times: NetworkTimes | None = None
+        self,
+        module: nn.Module,
+        entries: Mapping[str, PlanEntry],
+        times: NetworkTimes | None = None,
+        recovery: float = RECOVERY,
     ) -> dict[str, MicroStructure]:
         """Return the structure of each open weight, by name; both its ratios are 0 if the weight stays dense.
 
@@ -141,6 +146,7 @@ class Budget:
             module: The network; its state_dict is what the file will hold.
             entries: The covered weights, by name: the ``covered`` of a plan made with ``open_ratios=True``.
             times: What the layers take; needed for a speedup.
+            recovery: For a compression: see :func:`lightning_muws.structure.budget.allocate`.
 
         Raises:
             SettingError: The budget cannot be met; the message has what can.
@@ -151,7 +157,7 @@ class Budget:
         elif self.max_relative_error is not None:
             found = self._within_error(module, entries)
         else:
-            found = self.allocate(module, entries).structures
+            found = self.allocate(module, entries, recovery).structures
         return {name: found.get(name, dense(entries[name])) for name in open_structures(entries)}
 
     @torch.no_grad()

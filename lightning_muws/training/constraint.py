@@ -196,6 +196,11 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
             )
 
 
+def keeps_points(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer keeps points beside its weights: see :data:`POINTS`."""
+    return any(key in POINTS for memory in optimizer.state.values() for key in memory)
+
+
 def _memories(weight: Tensor, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Yield what an optimizer remembers of each entry of a weight, with its name."""
     for key, memory in optimizer.state.get(weight, {}).items():

@@ -15,19 +15,19 @@ FAR = 10.0  # residuals further apart than this factor are balanced: mu of Boyd 
 class Penalty:
     """The penalty factor rho, and how it changes.
 
-    In ADMM rho weighs the penalty ``rho / 2 * |W - Z + U|^2`` of each weight (Boyd et al. 2011, section 3.1.1). A
-    changing rho is section 3.4.1 there, "Varying penalty parameter".
+    In ADMM rho weighs the penalty ``rho / 2 * |W - Z + U|^2`` of each weight (Boyd et al. 2011, section 3.1.1), here
+    divided by ``|W|^2``, with the norm ``|W|`` at the start: a relative distance of 1 costs ``rho / 2`` units of the
+    loss, however many weights there are and however large they are. A changing rho is section 3.4.1 there, "Varying
+    penalty parameter".
 
-    With ``relative=True`` the penalty of a weight is ``rho / 2 * |W - Z + U|^2 / |W|^2``, with the norm ``|W|`` at the
-    start: a relative distance of 1 costs ``rho / 2`` units of the loss, however many weights there are and however
-    large they are. If a layer is scaled by c and the loss divides it by c again, the weights, Z and U of every step are
+    If a layer is scaled by c and the loss divides it by c again, the weights, Z and U of every step are
     c times as large, for an optimizer whose steps are (Adam with c times the rate, SGD with c^2 times the rate).
 
     Args:
-        rho: Penalty factor at the start, in units of the loss per squared weight; if relative, in units of the loss.
+        rho: Penalty factor at the start, in units of the loss; if not relative, of the loss per squared weight.
         rho_growth: Factor on rho after each update; an update that stands for several multiplies it as often.
         rho_max: Where rho stops growing.
-        relative: Whether the penalty is divided by the squared norm of each weight.
+        relative: Whether the penalty is divided by the squared norm of each weight; False for that of Boyd et al.
         balance: ``none``: rho always grows. ``network``: rho grows only while the primal residual ``|W - Z|`` is more
             than 10 times the dual one ``rho * |Z - Z_old|``, shrinks by the same factor while the dual one is more than
             10 times the primal one, and else stays (section 3.4.1). ``weight``: the same for each weight, with its own
@@ -44,17 +44,17 @@ class Penalty:
         [0.2, 0.1, 0.05]
     """
 
-    rho: float = 3e-3
+    rho: float = 1.0
     rho_growth: float = 1.15
-    rho_max: float = 1.0
-    relative: bool = False
+    rho_max: float = 100.0
+    relative: bool = True
     balance: Literal["none", "network", "weight"] = "none"
 
     def __post_init__(self) -> None:
         if not is_number(self.rho_max) or not 0 < self.rho_max < math.inf:
-            raise refuse("rho_max", self.rho_max, "give a finite number > 0, such as 1.0")
+            raise refuse("rho_max", self.rho_max, "give a finite number > 0, such as 100.0")
         if not is_number(self.rho) or not 0 < self.rho <= self.rho_max:
-            raise refuse("rho", self.rho, f"give a number with 0 < rho <= rho_max={self.rho_max!r}, such as 0.003")
+            raise refuse("rho", self.rho, f"give a number with 0 < rho <= rho_max={self.rho_max!r}, such as 1.0")
         if not is_number(self.rho_growth) or not 1 <= self.rho_growth < math.inf:
             raise refuse("rho_growth", self.rho_growth, "give a finite factor >= 1, such as 1.15")
         if not isinstance(self.relative, bool):

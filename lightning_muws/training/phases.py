@@ -1,4 +1,4 @@
-"""The phases of a run: when the training method and retraining start and end, as settings and as counts of epochs."""
+"""The phases of a run: when the training method, retraining and rounding start, as settings and as counts of epochs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Literal
 from lightning_muws.errors import SettingError
 from lightning_muws.training.checks import check_choice, is_number, refuse
 from lightning_muws.training.methods import METHODS
+
+N_STEPS = 4  # times that retraining chooses steps of the file: late ones fit weights that hardly change any more
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,16 @@ class Phases:
         update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase if
             it is a float. A share may be shorter than an epoch.
         method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
+        round_start: From when on retraining sees the values that the file will hold. This needs a compression to choose
+            them for, and a structure: before ``admm_end`` it means ``admm_end``. A share has no effect in a run without
+            end. 1.0 for never: the values are then rounded after training.
 
     Raises:
         SettingError: A value has a wrong type or is not allowed.
 
     Example:
         >>> Phases(admm_start=0.2, admm_end=0.6, update_every=0.25).on(20)
-        Timeline(start=4, end=12, every=2.0)
+        Timeline(start=4, end=12, every=2.0, round_start=14.0, round_every=1.5)
     """
 
     interval: Literal["epoch", "step"] = "epoch"
@@ -40,11 +45,12 @@ class Phases:
     admm_end: int | float = 0.5
     update_every: int | float = 0.04
     method: str = "admm"
+    round_start: int | float = 0.7
 
     def __post_init__(self) -> None:
         check_choice("interval", self.interval, ("epoch", "step"))
         check_choice("method", self.method, tuple(METHODS))
-        for name in ("admm_start", "admm_end", "update_every"):
+        for name in ("admm_start", "admm_end", "update_every", "round_start"):
             value = getattr(self, name)
             whole = "ADMM phase" if name == "update_every" else "run"
             if not is_number(value) or not 0 <= value < math.inf:
@@ -90,7 +96,22 @@ class Phases:
             )
         if isinstance(every, float):
             every = every * (end - start) or 1.0
-        return Timeline(start, end, max(1, round(every)) if self.interval == "step" else every)
+        return Timeline(start, end, max(1, round(every)) if self.interval == "step" else every, *self.rounds(length))
+
+    def rounds(self, length: int | None) -> tuple[float, float]:
+        """Return when retraining begins to round, and the time after which it chooses other steps.
+
+        Args:
+            length: The length of the run in epochs (or steps); None for a run without end.
+
+        Returns:
+            Counts of epochs (or steps); infinite where the run never rounds, or never chooses steps again.
+        """
+        whole = isinstance(self.round_start, int)
+        if length is None:
+            return (float(self.round_start) if whole else math.inf), math.inf
+        start = self.round_start if whole else self.round_start * length
+        return (float(start), (length - start) / N_STEPS) if start < length else (math.inf, math.inf)
 
     def _count(self, name: str, length: int | None) -> int:
         value: int | float = getattr(self, name)
@@ -112,11 +133,15 @@ class Timeline:
         start: When the method starts: it runs while ``start <= now < end``.
         end: When retraining starts.
         every: Time between two updates of the method.
+        round_start: When retraining begins to round.
+        round_every: Time between two choices of steps.
     """
 
     start: int
     end: int
     every: int | float
+    round_start: float = math.inf
+    round_every: float = math.inf
 
     def due(self, now: float, last: float) -> int:
         """Return how many updates became due after ``last`` and until ``now``; several where batches are rarer.
@@ -125,11 +150,21 @@ class Timeline:
             now: The epoch (or step) that begins; within an epoch with its fraction.
             last: The time of the last call that found something due.
         """
-        if not self.start < now < self.end:
-            return 0
-        # 1e-9 for rounding: with six batches, the fourth begins at half an epoch
-        counts = [math.floor((time - self.start) / self.every + 1e-9) for time in (last, now)]
-        return counts[1] - counts[0]
+        return _passed(last, now, self.start, self.every) if self.start < now < self.end else 0
+
+    def rounds_due(self, now: float, last: float) -> bool:
+        """Return whether steps are to be chosen, after ``last`` and until ``now``; see :meth:`due`."""
+        start, every = self.round_start, self.round_every
+        if now < start - 1e-9:
+            return False
+        return last < start - 1e-9 or _passed(last, now, start, every) > 0
+
+
+def _passed(last: float, now: float, start: float, every: float) -> int:
+    """Return how many multiples of ``every`` after ``start`` lie after ``last`` and until ``now``."""
+    # 1e-9 for rounding: with six batches, the fourth begins at half an epoch
+    counts = [math.floor((time - start) / every + 1e-9) for time in (last, now)]
+    return counts[1] - counts[0]
 
 
 @dataclass(frozen=True)

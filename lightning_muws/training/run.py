@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,22 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_muws.errors import StateError
+from lightning_muws.structure.budget import RECOVERY
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.micro import MicroStructure
-from lightning_muws.structure.plan import PlanEntry
+from lightning_muws.structure.plan import PlanEntry, clean_name
 from lightning_muws.structure.sharded import gathered, is_sharded, like, whole
 from lightning_muws.structure.speed import NetworkTimes
 from lightning_muws.structure.support import Support
 from lightning_muws.training.budget import Budget, choose_shapes, open_structures, settled
 from lightning_muws.training.checks import check_type
-from lightning_muws.training.constraint import Constraint, check_finite
+from lightning_muws.training.constraint import Constraint, check_finite, keeps_points
 from lightning_muws.training.method import Method
 from lightning_muws.training.methods import METHODS
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.record import plain, record, refuse_differences
 from lightning_muws.training.residuals import Residuals, total
+from lightning_muws.training.rounding import Rounding, Stepper
 
 STATE_VERSION = 3
+MARGIN = 1.02  # by how much smaller a file is chosen, as training goes on after the last choice; the demo's grew by 2 %
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class CompressionRun:
         module: The network, whose state_dict the file will hold; needed with a budget.
         times: What the layers take, of :func:`lightning_muws.layer_times`; needed for ``Budget(speedup=...)``. Ranks
             measure other times: measure on one, and give all ranks its times.
+        stepper: Chooses the steps of the file for ``Budget(compression=...)``, so that from ``phases.round_start`` on
+            retraining sees the values of the file. See :func:`lightning_muws.choose_steps`. Ranks must get equal steps.
+            None to round after training. With frozen magnitudes, or an optimizer that keeps points beside the weights,
+            nothing is rounded in training either.
 
     Raises:
         SettingError: A setting has a wrong type, or a budget has no module.
@@ -120,6 +129,7 @@ class CompressionRun:
         budget: Budget | None = None,
         module: nn.Module | None = None,
         times: NetworkTimes | None = None,
+        stepper: Stepper | None = None,
     ) -> None:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
@@ -130,17 +140,20 @@ class CompressionRun:
         if times is not None:
             check_type("times", times, NetworkTimes, "layer_times(module, example_input, plan.covered)")
         self.weights, self.entries = dict(weights), dict(entries)
-        self.budget, self._module, self.times = budget, module, times
+        self.budget, self._module, self.times, self.stepper = budget, module, times, stepper
+        # all that may be rounded, as objects: FSDP2 gives a module other parameters while it computes
+        self.parameters = {clean_name(name): p for name, p in module.named_parameters()} if module else dict(weights)
         self.predicted_speedup: float | None = None  # of the structures that were chosen for a speedup
         self._given = self.weights, self.entries  # before the budget chose
         self._chosen: dict[str, MicroStructure] | None = None
         self.phases, self.retraining, self.penalty = phases, retraining, penalty
         self.method: Method | None = None
         self.constraint: Constraint | None = None
+        self.rounding: Rounding | None = None
         self.history: list[Update] = []
         self._last_tick: float = -1
         self._raw: dict[str, Tensor] = {}
-        self._owned: dict[int, tuple[Optimizer, int, dict[str, nn.Parameter]]] = {}
+        self._held: dict[int, tuple[Optimizer, int, dict[str, nn.Parameter]]] = {}
 
     @property
     def phase(self) -> str:
@@ -180,7 +193,7 @@ class CompressionRun:
     # ---- the caller's loop
 
     def tick(self, now: float, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
-        """Do what is due at this epoch (or step), once: start the method, update it, or freeze the structure.
+        """Do what is due at this epoch (or step), once: start the method, update it, freeze the structure, or round.
 
         Args:
             now: The epoch (or step) that begins; within an epoch with its fraction.
@@ -193,12 +206,15 @@ class CompressionRun:
         Raises:
             StateError: A weight has NaN or Inf.
         """
-        if now <= self._last_tick or self.constraint:
+        if now <= self._last_tick:
             return False
+        if self.constraint:
+            return self._round(now, timeline, optimizers)
         if now >= timeline.end:
+            self.choose_structures(will_round=timeline.round_start < math.inf)
             self.freeze(now, optimizers)
         elif self.method is None and now >= timeline.start:
-            self._choose_structures()
+            self.choose_structures(will_round=timeline.round_start < math.inf)
             method = self._new_method()
             method.start(self.weights)
             self.method = method
@@ -209,6 +225,10 @@ class CompressionRun:
             return False
         self._last_tick = now
         return True
+
+    def reset_clock(self) -> None:
+        """Let the time of the next :meth:`tick` be any."""
+        self._last_tick = -1
 
     def freeze(self, now: float, optimizers: Iterable[Optimizer]) -> None:
         """Choose the structure, project the weights onto it, and project the moments that these optimizers keep.
@@ -221,21 +241,73 @@ class CompressionRun:
             StateError: A weight has NaN or Inf; nothing is changed then.
         """
         rho = self.method.rho if self.method else 0.0
-        self._choose_structures()
+        self.choose_structures()
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None
         self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
         for optimizer in optimizers:
             self.constraint.project_moments(self.owned(optimizer), optimizer)
-        self._owned = {}  # retraining may have new optimizers: do not keep the old moments alive
+        self._held = {}  # retraining may have new optimizers: do not keep the old moments alive
 
-    def _choose_structures(self) -> None:
-        """Choose what is open in the structures, for the budget if there is one, unless it has been done."""
+    def _round(self, now: float, timeline: Timeline, optimizers: Iterable[Optimizer]) -> bool:
+        """Choose the steps of the file and round to them, if that is due; return whether it was."""
+        if not timeline.rounds_due(now, self._last_tick if self.rounding else -1):
+            return False
+        self._last_tick = now
+        found = self._can_round
+        if not found or any(keeps_points(optimizer) for optimizer in optimizers):
+            return False
+        self._start_rounding(found[0], MARGIN * found[1])
+        return True
+
+    def _start_rounding(self, stepper: Stepper, compression: float) -> None:
+        if self.constraint:
+            self.rounding = self.rounding or Rounding(self.constraint.supports)
+            self.rounding.restore(self.parameters)
+            self.rounding.start(self.parameters, stepper(self._grids, compression))
+            self._held = {}
+
+    def finish(self) -> bool:
+        """Round to coarser steps if the rounded parameters grew too large for the file since the last choice of steps.
+
+        Call it after the last step. It does nothing where nothing is rounded.
+
+        Returns:
+            Whether that was so.
+        """
+        found = self._can_round
+        if not self.rounding or not found or not found[0](self._grids, found[1]):  # all of it fits without loss
+            return False
+        self._start_rounding(*found)
+        return True
+
+    @property
+    def _grids(self) -> dict[str, BlockGrid]:
+        return {name: entry.grid for name, entry in self.entries.items()}
+
+    @property
+    def _can_round(self) -> tuple[Stepper, float] | None:
+        """What is needed to round in training; None if something is missing."""
+        compression = self.budget.compression if self.budget else None
+        is_tied = self.retraining.unified == "tied"
+        return (self.stepper, compression) if self.stepper and compression and is_tied else None
+
+    def choose_structures(self, *, will_round: bool = False) -> None:
+        """Choose what is open in the structures, for the budget if there is one, unless it has been done.
+
+        Args:
+            will_round: Whether retraining will round, if it can: then training recovers from rounding, too.
+
+        Raises:
+            SettingError: The budget cannot be met; the message has what can.
+            StateError: A weight has NaN or Inf.
+        """
         if self._chosen is not None:
             return
         weights, entries = self._given
         if self.budget and self._module:
-            chosen = self.budget.choose(self._module, entries, self.times)
+            recovery = 1.0 if will_round and self._can_round else RECOVERY
+            chosen = self.budget.choose(self._module, entries, self.times, recovery)
             self._adopt(chosen)
             if self.budget.speedup is not None and self.times:
                 self.predicted_speedup = self.times.speedup(chosen)
@@ -248,7 +320,7 @@ class CompressionRun:
         self._chosen = chosen
         self.entries = {name: entry for name, entry in self.planned.items() if not entry.reason}
         self.weights = {name: weights[name] for name in self.entries}
-        self._owned = {}
+        self._held = {}
 
     def before_step(self, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Change the gradients of this optimizer's weights: the method adds to them, or retraining projects them.
@@ -269,21 +341,43 @@ class CompressionRun:
             self.method.before_step(up, -scale)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Change this optimizer's weights: in retraining, write the structure back, to the bit."""
+        """Change this optimizer's weights: in retraining, write the structure back, to the bit, and round."""
         if self.constraint:
             self.constraint.enforce(self.owned(optimizer), optimizer)
+            self._round_again(self.held(optimizer))
         elif self.method:
             self.method.after_step(self.owned(optimizer))
 
+    def settle(self, names: Iterable[str]) -> None:
+        """Write the structure and the rounding back into these weights, which something else has changed."""
+        if self.constraint:
+            self.constraint.enforce({name: self.weights[name] for name in names if name in self.weights})
+            self._round_again({name: p for name, p in self.watched.items() if name in set(names)})
+
+    def _round_again(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        if self.rounding:
+            self.rounding.after_step(parameters)
+
     def owned(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         """Return the covered weights that an optimizer steps, by name, without those that do not require a gradient."""
+        return {name: p for name, p in self.held(optimizer).items() if name in self.weights}
+
+    def held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """Return what an optimizer steps of the covered weights and the rounded parameters; see :meth:`owned`."""
         n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may join in mid-fit
-        known, n_known, owned = self._owned.get(id(optimizer), (None, 0, {}))
+        known, n_known, held = self._held.get(id(optimizer), (None, 0, {}))
         if known is not optimizer or n_known != n_parameters:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            owned = {name: p for name, p in self.weights.items() if id(p) in ids}
-            self._owned[id(optimizer)] = optimizer, n_parameters, owned
-        return {name: p for name, p in owned.items() if p.requires_grad}
+            held = {name: p for name, p in self.watched.items() if id(p) in ids}
+            self._held[id(optimizer)] = optimizer, n_parameters, held
+        return {name: p for name, p in held.items() if p.requires_grad}
+
+    @property
+    def watched(self) -> dict[str, nn.Parameter]:
+        """The covered weights, and the parameters that are rounded, by name."""
+        if not self.rounding:
+            return self.weights
+        return self.weights | {name: p for name, p in self.parameters.items() if name in self.rounding.steps}
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Return what to log: phase (0 dense, 1 method, 2 retraining), rho, penalty, the last update's residuals."""
@@ -349,7 +443,7 @@ class CompressionRun:
         check_finite(self.weights)
 
     def verify(self) -> None:
-        """Check that every weight is inside its structure, with ``==``.
+        """Check that every weight is inside its structure, and every rounded one a multiple of its step, with ``==``.
 
         Raises:
             StateError: A weight is not, or it has NaN or Inf, or the structure is not frozen yet.
@@ -358,8 +452,17 @@ class CompressionRun:
             raise StateError(
                 f"no structure is frozen yet, the run is in its {self.phase} phase: train past admm_end first"
             )
-        self.constraint.follow(self.weights)
+        self.follow()
         self.constraint.verify(self.weights)
+        if self.rounding:
+            self.rounding.verify(self.parameters)
+
+    def follow(self) -> None:
+        """Move what the run keeps for retraining to the devices of the weights, after a Trainer moved them."""
+        if self.constraint:
+            self.constraint.follow(self.weights)
+            if self.rounding:
+                self.rounding.follow(self.parameters, self.constraint.supports)
 
     # ---- checkpoints
 
@@ -370,6 +473,8 @@ class CompressionRun:
         state["settings"] = self._settings(self.phase)
         if self.constraint:
             state["constraint"] = self.constraint.state_dict(self.weights)
+            if self.rounding:
+                state["rounding"] = self.rounding.state_dict()
         elif self.method:
             state["method"] = self.method.state_dict()
         if self._chosen is not None:
@@ -384,7 +489,8 @@ class CompressionRun:
         method and ``phases.interval`` must be the same too, in retraining ``retraining.unified``; in both phases the
         budget, whose choice comes from the state. A dense run depends on none of these. All other settings may change:
 
-        - ``phases.admm_start``, ``admm_end`` and ``update_every`` hold from the next :meth:`tick` on.
+        - ``phases.admm_start``, ``admm_end``, ``update_every`` and ``round_start`` hold from the next :meth:`tick` on;
+          what is rounded in the state stays so.
         - ``penalty.rho_growth``, ``rho_max`` and ``balance`` hold from the next update on. ``penalty.rho`` and
           ``relative`` are how a method starts; a method that has started goes on from the rho of the state.
         - ``retraining.schedule`` and ``lr`` belong to the caller, as do a callback's ``save_to`` and
@@ -399,11 +505,14 @@ class CompressionRun:
                 f"{STATE_VERSION}: resume with the release that wrote it, or begin a new fit from its weights alone"
             )
         refuse_differences(state["settings"], self._settings(state["phase"]))
-        self.method = self.constraint = None
+        self.method = self.constraint = self.rounding = None
         self._adopt(_restored(state["chosen"]) if "chosen" in state else None)
         self.predicted_speedup = state.get("predicted_speedup")
         if "constraint" in state:
             self.constraint = Constraint.from_state_dict(state["constraint"], self.weights, self.entries)
+            if "rounding" in state:
+                self.rounding = Rounding(self.constraint.supports)
+                self.rounding.load_state_dict(state["rounding"], self.parameters)
         elif "method" in state:
             self.method = self._new_method()
             self.method.load_state_dict(state["method"], self.weights)

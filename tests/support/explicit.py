@@ -8,7 +8,7 @@ from lightning_muws.trainer.hooks import CompressionHooks
 from tests.support.modules import STRUCTURE, fit
 
 PHASES = Phases(admm_start=1, admm_end=4, update_every=1)
-PENALTY = Penalty(rho=0.1, rho_growth=1.5, rho_max=0.2)
+PENALTY = Penalty(rho=0.1, rho_growth=1.5, rho_max=0.2, relative=False)
 
 
 class Explicit:

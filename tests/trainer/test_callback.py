@@ -205,7 +205,9 @@ class Journal(Callback):
 
 def test_phases_change_at_the_beginning_of_epochs():
     callback = WeightUnificationCallback(
-        STRUCTURE, phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1), penalty=Penalty(0.01, 1.5)
+        STRUCTURE,
+        phases=Phases(admm_start=0.2, admm_end=0.6, update_every=1),
+        penalty=Penalty(0.01, 1.5, relative=False),
     )
     journal = Journal(callback)
     fit(TwoLayers(), callback, journal, max_epochs=10)

@@ -23,7 +23,7 @@ from tests.support.modules import QUIET, Probe
 os.environ["HF_HUB_OFFLINE"] = "1"  # configs only: nothing is fetched
 
 PHASES = Phases(admm_start=1, admm_end=3, update_every=1)
-PENALTY = Penalty(rho=0.01)
+PENALTY = Penalty(rho=0.01, relative=False)
 STRUCTURE = MicroStructure((2, 4), prune_ratio=0.5, unify_ratio=0.25)
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 N_BATCHES, N_EPOCHS = 2, 5

@@ -29,7 +29,7 @@ def train(optimizer, climbing, until=24):
     layers = two_layers()
     groups = [{"params": [layer.weight], "maximize": i in climbing} for i, layer in enumerate(layers)]
     opt, plan = OPTIMIZERS[optimizer](groups), make_plan(layers, STRUCTURE)
-    run = CompressionRun(plan.weights(layers), plan.covered, PHASES, Retraining(), Penalty(0.5, 1.1))
+    run = CompressionRun(plan.weights(layers), plan.covered, PHASES, Retraining(), Penalty(0.5, 1.1, relative=False))
     for step in range(until):
         run.tick(step, PHASES.on(30), [opt])
         for _ in range(10):

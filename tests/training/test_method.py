@@ -18,7 +18,7 @@ from tests.support.strategies import normal, same_bits
 
 STRUCTURE = MicroStructure((2, 4), prune_ratio=0.5, unify_ratio=0.25)
 TIMES = {"admm_start": 1, "admm_end": 4, "update_every": 1}
-PENALTY = Penalty(rho=0.2, rho_growth=2.0)
+PENALTY = Penalty(rho=0.2, rho_growth=2.0, relative=False)
 
 
 class Soft(Method):

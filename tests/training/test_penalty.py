@@ -77,7 +77,7 @@ def test_a_layer_scaled_by_a_power_of_two_has_a_scaled_trajectory_to_the_bit(bal
 
 
 def test_an_absolute_penalty_follows_no_such_law():
-    penalty = Penalty(0.1, rho_max=10.0)
+    penalty = Penalty(0.1, rho_max=10.0, relative=False)
     truth, found = trajectory(penalty, (1.0, 1.0), "sgd"), trajectory(penalty, (4.0, 1.0), "sgd")
     assert not all(torch.equal(x, y) for x, y in zip(truth, found, strict=True))
 
@@ -99,7 +99,9 @@ def test_a_relative_penalty_does_not_depend_on_the_number_of_weights():
     assert costs[0] == pytest.approx(0.5 / 2 * float(distance) ** 2)
 
 
-@pytest.mark.parametrize("penalty", [RELATIVE, replace(RELATIVE, balance="weight"), Penalty(0.1, balance="network")])
+@pytest.mark.parametrize(
+    "penalty", [RELATIVE, replace(RELATIVE, balance="weight"), Penalty(0.1, balance="network", relative=False)]
+)
 def test_the_added_gradient_is_that_of_the_penalty(penalty):
     module = network().double()
     plan = make_plan(module, JOINT)
@@ -120,7 +122,7 @@ def test_the_added_gradient_is_that_of_the_penalty(penalty):
 
 @given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.integers(1, 3))
 def test_rho_changes_only_where_one_residual_is_ten_times_the_other(rho, primal, dual, n_updates):
-    penalty = Penalty(rho, 2.0, rho_max=1e9, balance="network")
+    penalty = Penalty(rho, 2.0, rho_max=1e9, balance="network", relative=False)
     found = penalty.balanced(rho, primal, dual, n_updates)
     if primal > FAR * rho * dual:
         assert found == rho * 2.0**n_updates
@@ -142,7 +144,10 @@ def test_the_unscaled_dual_does_not_change_where_rho_does(balance, rho, moves):
     for growth in (1.0, 4.0):
         module = network()
         plan = make_plan(module, JOINT)
-        weights, admm = plan.weights(module), Admm(plan.covered, Penalty(rho, growth, rho_max=1e6, balance=balance))
+        weights, admm = (
+            plan.weights(module),
+            Admm(plan.covered, Penalty(rho, growth, rho_max=1e6, balance=balance, relative=False)),
+        )
         admm.start(weights)
         for i, (w, move) in enumerate(zip(weights.values(), moves, strict=True)):
             w.data += move * normal(7 + i, *w.shape, dtype=torch.float32)
@@ -152,14 +157,14 @@ def test_the_unscaled_dual_does_not_change_where_rho_does(balance, rho, moves):
     assert found[0] != found[1]
     for one, two in zip(*duals, strict=True):
         torch.testing.assert_close(one, two)
-    penalty = Penalty(rho, 4.0, rho_max=1e6, balance=balance)
+    penalty = Penalty(rho, 4.0, rho_max=1e6, balance=balance, relative=False)
     overall = total(residuals, weights)
     for name, r in residuals.items():
         judged = r if balance == "weight" else overall
         assert found[1][name] == penalty.balanced(rho, judged.primal, judged.dual)
 
 
-BALANCED = [Penalty(0.1, relative=True, balance="weight"), Penalty(0.01, 2.0, balance="network")]
+BALANCED = [Penalty(0.1, relative=True, balance="weight"), Penalty(0.01, 2.0, balance="network", relative=False)]
 
 
 @pytest.mark.parametrize("penalty", [*BALANCED, RELATIVE])

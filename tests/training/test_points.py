@@ -50,7 +50,7 @@ def train(optimizer, unified, dtype, steps=14):
     layer = nn.Linear(6, 8, bias=False, dtype=dtype)
     layer.weight.data.copy_(normal(0, 8, 6))
     plan, opt = make_plan(layer, STRUCTURE), OPTIMIZERS[optimizer](layer.parameters())
-    run = CompressionRun(plan.weights(layer), plan.covered, PHASES, Retraining(unified), Penalty(0.1))
+    run = CompressionRun(plan.weights(layer), plan.covered, PHASES, Retraining(unified), Penalty(0.1, relative=False))
     magnitudes = None
     for step in range(steps):
         run.tick(step, PHASES.on(20), [opt])

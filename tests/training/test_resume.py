@@ -15,7 +15,7 @@ from tests.support.strategies import normal, same_bits
 
 STRUCTURE = MicroStructure((4, 4), prune_ratio=0.5, unify_ratio=0.25)
 PHASES = Phases(admm_start=1, admm_end=3, update_every=1)
-PENALTY = Penalty(rho=0.1, rho_growth=2.0)
+PENALTY = Penalty(rho=0.1, rho_growth=2.0, relative=False)
 DENSE, ADMM, RETRAINING = 1, 2, 4  # epochs trained
 
 
@@ -162,7 +162,10 @@ def test_the_end_of_admm_may_change_on_resuming(end):
 
 def test_rho_goes_on_from_the_state_under_new_growth_and_bound():
     weights, state = saved(ADMM)
-    for penalty, grown in ((Penalty(1e-3, 3.0, rho_max=2.0), 0.3), (Penalty(1e-3, 1.0, rho_max=0.05), 0.05)):
+    for penalty, grown in (
+        (Penalty(1e-3, 3.0, rho_max=2.0, relative=False), 0.3),
+        (Penalty(1e-3, 1.0, rho_max=0.05, relative=False), 0.05),
+    ):
         layer, run = a_run(penalty=penalty)
         layer.load_state_dict(weights)
         run.load_state_dict(state)
@@ -174,7 +177,7 @@ def test_rho_goes_on_from_the_state_under_new_growth_and_bound():
 def test_a_bound_below_the_rho_of_the_state_keeps_the_unscaled_dual():
     weights, state = saved(ADMM)
     duals = []
-    for penalty in (PENALTY, Penalty(1e-3, 1.0, rho_max=0.05)):
+    for penalty in (PENALTY, Penalty(1e-3, 1.0, rho_max=0.05, relative=False)):
         layer, run = a_run(penalty=penalty)
         layer.load_state_dict(weights)
         run.load_state_dict(state)

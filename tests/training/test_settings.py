@@ -1,6 +1,7 @@
 """Each setting refuses a wrong type or value by one clear error when it is made."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -65,13 +66,37 @@ def test_updates_rarer_than_the_method_is_long_are_refused(interval, length):
         Phases(interval, 4, 6, update_every=99).on(length)
     with pytest.raises(SettingError, match="update_every=3 is longer"):
         Phases(interval, 4, 6, update_every=3).on(length)
-    assert Phases(interval, 4, 6, update_every=2).on(length) == Timeline(4, 6, 2)
+    assert Phases(interval, 4, 6, update_every=2, round_start=1.0).on(length) == Timeline(4, 6, 2)
 
 
 def test_a_single_projection_needs_no_updates():
-    assert Phases(admm_start=2, admm_end=2, update_every=99).on(10) == Timeline(2, 2, 99)
+    assert Phases(admm_start=2, admm_end=2, update_every=99, round_start=10).on(10) == Timeline(2, 2, 99)
 
 
 def test_a_fast_dev_run_needs_no_updates():
-    assert Phases(admm_start=4, admm_end=6, update_every=2).on(1, clip=True) == Timeline(1, 1, 2)
-    assert Phases(admm_start=0, admm_end=6, update_every=4).on(1, clip=True) == Timeline(0, 1, 4)
+    never = {"round_start": 1.0}
+    assert Phases(admm_start=4, admm_end=6, update_every=2, **never).on(1, clip=True) == Timeline(1, 1, 2)
+    assert Phases(admm_start=0, admm_end=6, update_every=4, **never).on(1, clip=True) == Timeline(0, 1, 4)
+
+
+def test_rounding_starts_at_its_share_and_chooses_four_times():
+    timeline = Phases(round_start=0.6).on(40)
+    assert (timeline.round_start, timeline.round_every) == (24.0, 4.0)
+    times, last, due = [i / 3 for i in range(120)], -1.0, []
+    for now in times:
+        if timeline.rounds_due(now, last if due else -1):
+            due.append(now)
+            last = now
+    assert due == [24, 28, 32, 36]
+    assert not timeline.rounds_due(23.9, -1)
+    assert timeline.rounds_due(39.0, -1)  # a run whose structure was frozen late
+
+
+def test_rounding_in_a_run_without_end_needs_a_count():
+    phases = Phases("step", 4, 6, update_every=1)
+    assert phases.rounds(None) == (math.inf, math.inf)
+    assert replace(phases, round_start=9).rounds(None) == (9.0, math.inf)
+    assert replace(phases, round_start=9).rounds(9) == (math.inf, math.inf)
+    for wrong in (1.5, -1, True, "7", float("nan")):
+        with pytest.raises(SettingError, match=r"round_start=.* is not allowed"):
+            Phases(round_start=wrong)

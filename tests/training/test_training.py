@@ -41,7 +41,7 @@ def test_admm_solves_a_quadratic_with_a_linear_set():
     basis = torch.stack([grid.merge(unit, layer.weight.detach()).flatten() for unit in units]).T
     closed = basis @ torch.linalg.solve(basis.T @ h @ basis, basis.T @ h @ a)
 
-    admm, weights = Admm(plan.covered, Penalty(1.0, rho_growth=1.0)), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(1.0, rho_growth=1.0, relative=False)), {"weight": layer.weight}
     admm.start(weights)
     for _ in range(400):
         v = (admm.z("weight") - admm.u("weight")).flatten()
@@ -60,7 +60,7 @@ def test_admm_solves_a_quadratic_with_a_linear_set():
 def test_admm_moves_a_fixed_choice_to_the_projection():
     layer, plan = a_layer(MicroStructure((2, 2), prune_ratio=0.5))
     a = layer.weight.detach().clone()
-    admm, weights = Admm(plan.covered, Penalty(0.5, 1.1, rho_max=5.0)), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.5, 1.1, rho_max=5.0, relative=False)), {"weight": layer.weight}
     admm.start(weights)
     for _ in range(300):
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_admm_moves_a_fixed_choice_to_the_projection():
 def test_keeping_v_alone_is_keeping_z_and_u(seed, signs, growth):
     layer, plan = a_layer(MicroStructure((2, 2), 0.4, 0.3, signs), seed)
     structure, rho, weights = plan.covered["weight"].structure, 0.1, {"weight": layer.weight}
-    admm = Admm(plan.covered, Penalty(rho, growth, rho_max=0.3))
+    admm = Admm(plan.covered, Penalty(rho, growth, rho_max=0.3, relative=False))
     admm.start(weights)
     z, u = structure.project(layer.weight.detach()), torch.zeros(8, 6, dtype=torch.float64)
     for step in range(5):
@@ -96,7 +96,7 @@ def test_growing_rho_keeps_the_unscaled_dual():
     duals = []
     for growth in (1.0, 3.0):
         layer, plan = a_layer(JOINT)
-        admm = Admm(plan.covered, Penalty(0.1, growth))
+        admm = Admm(plan.covered, Penalty(0.1, growth, relative=False))
         admm.start({"weight": layer.weight})
         with torch.no_grad():
             layer.weight.add_(normal(5, 8, 6))
@@ -108,7 +108,7 @@ def test_growing_rho_keeps_the_unscaled_dual():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_penalty_gradient_is_the_gradient_of_the_penalty(dtype):
     layer, plan = a_layer(JOINT, dtype=dtype)
-    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0)), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0, relative=False)), {"weight": layer.weight}
     admm.start(weights)
     with torch.no_grad():
         layer.weight.add_(normal(1, 8, 6).to(dtype), alpha=1e-2)
@@ -126,7 +126,7 @@ def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
     # rho * W and rho * V are each a hundred times larger than what is left: rounded one by one they would drown it
     layer, plan = a_layer(JOINT, dtype=torch.bfloat16)
     layer.weight.data = JOINT.project(layer.weight.data)
-    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0)), {"weight": layer.weight}
+    admm, weights = Admm(plan.covered, Penalty(0.3, rho_growth=1.0, relative=False)), {"weight": layer.weight}
     admm.start(weights)
     with torch.no_grad():
         layer.weight.mul_(1 + 0.02 * normal(1, 8, 6).sign().bfloat16())
@@ -138,7 +138,7 @@ def test_a_bf16_weight_near_its_structure_gets_the_small_difference():
 
 def test_a_weight_without_a_gradient_gets_one():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0, relative=False))
     admm.start({"weight": layer.weight})
     admm.before_step({"weight": layer.weight})
     expected = 0.3 * (layer.weight.detach() - JOINT.project(layer.weight.detach()))
@@ -148,7 +148,7 @@ def test_a_weight_without_a_gradient_gets_one():
 def test_non_contiguous_weights_and_gradients_work():
     layer = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
     plan = make_plan(layer, JOINT)
-    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0, relative=False))
     admm.start({"weight": layer.weight})
     with torch.no_grad():
         layer.weight.add_(1.0)
@@ -159,7 +159,7 @@ def test_non_contiguous_weights_and_gradients_work():
 
 def test_nan_is_refused_at_an_update_by_name():
     layer, plan = a_layer(JOINT)
-    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0))
+    admm = Admm(plan.covered, Penalty(0.3, rho_growth=1.0, relative=False))
     admm.start({"weight": layer.weight})
     layer.weight.data[0, 0] = math.nan
     with pytest.raises(StateError, match="weight holds 1 values of 48 that are NaN"):
@@ -168,11 +168,11 @@ def test_nan_is_refused_at_an_update_by_name():
 
 def test_admm_goes_on_from_its_state():
     layer, plan = a_layer(JOINT)
-    weights, admm = {"weight": layer.weight}, Admm(plan.covered, Penalty(0.1, 1.5))
+    weights, admm = {"weight": layer.weight}, Admm(plan.covered, Penalty(0.1, 1.5, relative=False))
     admm.start(weights)
     layer.weight.data.add_(normal(1, 8, 6))
     admm.update(weights)
-    again = Admm(plan.covered, Penalty(0.1, 1.5))
+    again = Admm(plan.covered, Penalty(0.1, 1.5, relative=False))
     again.load_state_dict(admm.state_dict(), weights)
     layer.weight.data.add_(normal(2, 8, 6))
     assert admm.update(weights) == again.update(weights)
@@ -203,7 +203,11 @@ def test_every_optimizer_stays_inside_to_the_bit(unified, signs, block_shape, op
     layer, plan = a_layer(structure, dtype=dtype)
     target, opt = normal(9, 16, 8).to(dtype), OPTIMIZERS[optimizer](layer.parameters())
     run = CompressionRun(
-        plan.weights(layer), plan.covered, Phases(admm_start=2, admm_end=6), Retraining(unified), Penalty(0.1)
+        plan.weights(layer),
+        plan.covered,
+        Phases(admm_start=2, admm_end=6),
+        Retraining(unified),
+        Penalty(0.1, relative=False),
     )
     x, frozen = normal(8, 16, 6).to(dtype), None
     for step in range(14):
