@@ -30,11 +30,11 @@ ONE_SHOT = {
 PRETRAINED = {
     **ONE_SHOT,
     "the defaults": (Phases(), Penalty()),
-    "updates at epochs, rho 0.01 growing by 1.5": (Phases(update_every=1), Penalty(rho=1e-2, rho_growth=1.5)),
+    "updates at epochs, rho 3 growing by 1.5": (Phases(update_every=1), Penalty(rho=3.0, rho_growth=1.5)),
     **{f"{n} updates": (Phases(update_every=1 / n), Penalty(rho_growth=33 ** (1 / n))) for n in (12, 50)},
     **{
         f"rho from {first} to {last}": (Phases(), Penalty(rho=first, rho_growth=(last / first) ** 0.04))
-        for first, last in ((1e-3, 0.1), (3e-2, 1.0))
+        for first, last in ((0.1, 3.0), (0.3, 10.0), (3.0, 100.0))
     },
     **{
         f"ADMM from {start} until {end}": (Phases(admm_start=start, admm_end=end), Penalty())

@@ -234,11 +234,22 @@ def weigh(
         guess: Near what a bit costs; 0 if nothing is known of it.
     """
 
+    @functools.cache
     def weighed(multiplier: float) -> dict[str, Sample]:
         return {name: one if name in held else one.weighed(multiplier) for name, one in samples.items()}
 
+    # with the energies of the whole tensors a search takes less time, and ends near by
+    guess = guess or _guess(layers, samples, target)
+    guess = search(lambda x: _estimate(layers, samples, x), target, guess=guess, slack=ROUGH)
     multiplier = search(lambda x: _estimate(layers, weighed(x), x), target, guess=guess, slack=ROUGH)
     return {name: one.layer.importance for name, one in weighed(multiplier).items()}, multiplier
+
+
+def _guess(layers: Mapping[str, Layer], samples: Mapping[str, Sample], target: float) -> float:
+    """Return roughly what a bit costs where weights of ``b`` bits lose ``4^-b`` of their energy."""
+    n_weights = sum(layer.dense_bytes for layer in layers.values()) / 4
+    n_bits = 8 * target / max(1.0, n_weights)
+    return max(SEARCH[0], 2 * math.log(2) * 4**-n_bits * max(1, len(samples)) / max(1.0, n_weights))
 
 
 def thinned(layer: Layer) -> Sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ SAMPLED = 1 << 14  # values of a tensor that its entropies are estimated from
 SEARCH = (1e-20, 1e4)  # multipliers; distances are shares of a tensor's energy, so that no network needs others
 SLACK = 0.002  # a search ends when the size is this close, as a share of it
 ROUGH = 0.05  # the same for a search on samples
-NEAR = 2.0  # a guess of a multiplier is wrong by less than this factor
+NEAR = 1.2  # the first factor by which a search leaves a guess
 LANE_BITS = 32 / 2048  # a range coder's states, spread over the symbols
 FILE_BYTES = 900.0  # header, streams' places, and what the manifest has besides its tensors
 TENSOR_BYTES = 35.0  # a tensor's line in the compressed manifest
@@ -78,10 +79,9 @@ def search(
         guess: A multiplier that may be near the result, which saves time; 0 for none.
         slack: As a share of the target.
     """
+    size = functools.cache(size)
     if guess:
-        nearest = max(low, guess / NEAR), min(high, guess * NEAR)
-        if size(nearest[1]) <= target < size(nearest[0]):
-            low, high = nearest
+        low, high = _around(size, target, low, high, min(max(guess, low), high))
     large, small = size(low), size(high)
     if large <= target:
         return low
@@ -100,6 +100,19 @@ def search(
         if target * (1 - slack) <= small or high / low < 1 + 1e-9:
             break
     return high
+
+
+def _around(
+    size: Callable[[float], float], target: float, low: float, high: float, guess: float
+) -> tuple[float, float]:
+    """Return two multipliers near a guess, one with too large a size and one without, or the end that was met."""
+    last, factor, is_large = guess, NEAR, size(guess) > target
+    while low < last < high or (last == low and is_large) or (last == high and not is_large):
+        found = min(last * factor, high) if is_large else max(last / factor, low)
+        if (size(found) > target) != is_large:
+            return (last, found) if is_large else (found, last)
+        last, factor = found, factor**2
+    return (last, high) if is_large else (low, last)
 
 
 def root(function: Callable[[float], float], low: float, high: float, tolerance: float) -> float:

@@ -432,11 +432,11 @@ class CompressionHooks:
             run.freeze(self._now(trainer), trainer.optimizers)
             self._follow_budget(pl_module, run)
             trainers.reset_averages(trainer)
-        if run and run.finish():
-            trainers.reshard(pl_module)
-            rank_zero_info("muws: the file grew too large at the end of training, so its values were rounded again")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._run and self._run.finish():  # here, as a fit that resumes after its last step has no on_train_end
+            trainers.reshard(pl_module)
+            rank_zero_info("muws: the file grew too large at the end of training, so its values were rounded again")
         self._unhook()
         if (run := self._run) and (constraint := run.constraint) and self.plan:
             self._check_weights(trainer, run, constraint)

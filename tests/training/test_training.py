@@ -281,15 +281,15 @@ def test_old_momentum_does_not_lead_out_of_the_structure():
 
 
 def test_times_are_counts_or_shares():
-    assert Phases(admm_start=2, admm_end=5, update_every=1).on(10) == Timeline(2, 5, 1)
-    assert Phases(admm_start=0.2, admm_end=0.6, update_every=0.25).on(20) == Timeline(4, 12, 2)
-    assert Phases(admm_start=2, admm_end=5, update_every=0.5).on(None) == Timeline(2, 5, 1.5)
-    assert Phases(admm_end=0.6, update_every=1).on(1) == Timeline(0, 1, 1)
-    assert Phases(admm_start=0.1, admm_end=0.2, update_every=1).on(3) == Timeline(0, 1, 1)
-    assert Phases(admm_start=0, admm_end=7, update_every=1).on(3, clip=True) == Timeline(0, 3, 1)
-    assert Phases("step", 0, 10, update_every=0.25).on(20) == Timeline(0, 10, 2)
-    assert Phases("step", 0, 10, update_every=0.01).on(20) == Timeline(0, 10, 1)
-    assert Phases(admm_start=2, admm_end=2, update_every=0.25).on(20).every > 0
+    assert Phases(admm_start=2, admm_end=5, update_every=1, round_start=1.0).on(10) == Timeline(2, 5, 1)
+    assert Phases(admm_start=0.2, admm_end=0.6, update_every=0.25, round_start=1.0).on(20) == Timeline(4, 12, 2)
+    assert Phases(admm_start=2, admm_end=5, update_every=0.5, round_start=1.0).on(None) == Timeline(2, 5, 1.5)
+    assert Phases(admm_end=0.6, update_every=1, round_start=1.0).on(1) == Timeline(0, 1, 1)
+    assert Phases(admm_start=0.1, admm_end=0.2, update_every=1, round_start=1.0).on(3) == Timeline(0, 1, 1)
+    assert Phases(admm_start=0, admm_end=7, update_every=1, round_start=1.0).on(3, clip=True) == Timeline(0, 3, 1)
+    assert Phases("step", 0, 10, update_every=0.25, round_start=1.0).on(20) == Timeline(0, 10, 2)
+    assert Phases("step", 0, 10, update_every=0.01, round_start=1.0).on(20) == Timeline(0, 10, 1)
+    assert Phases(admm_start=2, admm_end=2, update_every=0.25, round_start=1.0).on(20).every > 0
 
 
 def test_updates_fall_on_the_beginnings_between_start_and_end():
