@@ -16,7 +16,7 @@ ORDER = [
     ["trainer", "ops"],
     ["report", "compression"],
     ["plots", "sizes"],
-    ["callback", "pytorch_lightning", "commands"],
+    ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
 ]
 STRANGERS = {
