@@ -14,7 +14,7 @@ ORDER = [
     ["structure"],
     ["training", "artifact", "runtime", "calibration"],
     ["trainer", "ops"],
-    ["report", "compression"],
+    ["report", "compression", "hub"],
     ["plots", "sizes"],
     ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
