@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_muws.artifact.load import inspect_compressed, load_compressed, verify_compressed
+    from lightning_muws.artifact.partial import open_compressed
     from lightning_muws.artifact.save import save_compressed
     from lightning_muws.artifact.steps import choose_steps
     from lightning_muws.callback import WeightUnificationCallback
@@ -64,6 +65,7 @@ __all__ = [
     "inspect_compressed",
     "layer_times",
     "load_compressed",
+    "open_compressed",
     "save_compressed",
     "sensitivity",
     "verify_compressed",
@@ -88,6 +90,7 @@ _HOMES = {
     "inspect_compressed": "lightning_muws.artifact.load",
     "layer_times": "lightning_muws.runtime.predict",
     "load_compressed": "lightning_muws.artifact.load",
+    "open_compressed": "lightning_muws.artifact.partial",
     "save_compressed": "lightning_muws.artifact.save",
     "sensitivity": "lightning_muws.structure.sensitivity",
     "verify_compressed": "lightning_muws.artifact.load",

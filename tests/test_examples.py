@@ -168,6 +168,17 @@ def test_the_loop_of_fabric_compresses_for_a_size(tmp_path):
     assert "ADMM residuals" in printed
 
 
+@pytest.mark.slow
+def test_the_trainer_of_transformers_compresses_for_a_size_without_lightning(tmp_path):
+    pytest.importorskip("accelerate")
+    after = "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
+    printed, accuracy, ratio = loop_of_example("05_transformers.py", tmp_path, after)
+    assert accuracy > 0.8
+    assert 8 <= ratio <= 8 * 1.05
+    assert "ADMM residuals" in printed
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*/muws.pt")} == {"muws.pt"}
+
+
 def test_installed_data_is_taken_first(datasets, tmp_path):
     put(tmp_path / "installed", datasets)
     put(tmp_path / "cache", datasets)

@@ -14,9 +14,9 @@ ORDER = [
     ["structure"],
     ["training", "artifact", "runtime", "calibration"],
     ["trainer", "ops"],
-    ["report", "compression"],
+    ["report", "compression", "hub"],
     ["plots", "sizes"],
-    ["callback", "pytorch_lightning", "commands"],
+    ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
 ]
 STRANGERS = {

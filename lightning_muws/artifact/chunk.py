@@ -205,6 +205,19 @@ class ChunkReader:
                 self._fill_free(entry.form, flat)
                 edge.copy_(flat.view(edge.shape))
 
+    def skip(self, piece: Piece) -> None:
+        """Pass over the next piece: the one after it comes next."""
+        entry = piece.entry
+        if entry.form is None:
+            self._take("other", self.other, piece_bytes(piece))
+            return
+        blocks, numel = n_blocks(piece)
+        kinds = self._take("kinds", self.kinds, blocks)
+        n_free = int(np.count_nonzero(kinds == DENSE)) * numel + _n_edge(piece)
+        self._at["signs"] += int(np.count_nonzero(kinds == MIXED)) * numel
+        self._at[f"magnitudes.{_stored(entry)}"] += int(np.count_nonzero(is_unified(kinds)))
+        self._at[f"free.{_stored(entry)}"] += n_free
+
     def _fill_free(self, form: Form, flat: Tensor) -> None:
         name = f"free.{form.stored}"
         for part in slabs(len(flat), 1):

@@ -50,8 +50,8 @@ class Frame:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self.n_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)
-        self.n_bytes = os.fstat(file.fileno()).st_size
         header = self._header()
         self.metadata = header.pop("__metadata__", None)
         version = self._check_metadata()
@@ -77,8 +77,10 @@ class Frame:
     def _read(self, start: int, stop: int) -> bytes:
         self._file.seek(self._base + start)
         data = self._file.read(stop - start)
-        if len(data) != stop - start:
-            raise FormatError("the file became shorter while it was read")
+        while len(data) < stop - start:  # unbuffered files return what they have
+            if not (more := self._file.read(stop - start - len(data))):
+                raise FormatError("the file became shorter while it was read")
+            data += more
         return data
 
     def _header(self) -> dict[str, Any]:

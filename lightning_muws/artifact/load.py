@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import fnmatch
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 import numpy as np
@@ -16,13 +17,14 @@ from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
 from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
 from lightning_muws.artifact.entropy import Bytes
+from lightning_muws.artifact.into import check_fit, fill
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry, piece_bytes
+from lightning_muws.artifact.opening import Readable, name_of, opened_bytes
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
 from lightning_muws.artifact.values import displayed
 from lightning_muws.errors import FormatError, MuwsError, SettingError, StateError
 from lightning_muws.structure.grid import is_whole
-from lightning_muws.structure.plan import clean_name
 
 MAX_BYTES = 8 << 30
 KEPT_BYTES = 16 << 20  # of packed kinds: those of 3 GB in blocks of 4x4
@@ -30,11 +32,12 @@ Progress = Callable[[int, int], None]  # bytes of tensors done, and of all
 
 
 def load_compressed(
-    path: str | Path,
+    path: Readable,
     into: nn.Module | None = None,
     *,
     max_bytes: int = MAX_BYTES,
     device: str | torch.device = "cpu",
+    names: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Return the state_dict that a `.muws` file holds, ready for the model's ``load_state_dict``.
@@ -43,10 +46,14 @@ def load_compressed(
     file is run.
 
     Args:
-        path: The file.
-        into: A module to load it into as well; its names and shapes are compared before anything is decoded.
+        path: The file; also a URL (extra ``remote``), or a file that is open for reading and can seek.
+        into: A module to load it into as well; its names and shapes are compared before anything is decoded. What is
+            on the meta device gets the tensors themselves, in the dtype of the module, so that no weight is in memory
+            twice. Buffers that no state_dict holds stay on the meta device.
         max_bytes: The most bytes that all tensors together may take; a tiny file can rightly ask for very many.
         device: Where the tensors go.
+        names: The tensors to load, exact names or patterns such as ``encoder.*``; by default all. Only the chunks that
+            hold them are read, and only these tensors of ``into`` are compared and replaced.
         progress: Called with the bytes done and all bytes. What it raises ends the call, and passes as it is.
 
     Returns:
@@ -54,52 +61,47 @@ def load_compressed(
 
     Raises:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
-        SettingError: ``max_bytes`` is no whole number >= 0, or the device cannot be used.
+        SettingError: ``max_bytes`` is no whole number >= 0, the device cannot be used, a name is not in the file, or
+            the source cannot be opened, see :func:`lightning_muws.artifact.opening.opened_bytes`.
         StateError: The file does not fit ``into``, which is unchanged.
     """
     check_max_bytes(max_bytes)
-    _check_device(device)
-    state, _ = read_compressed(path, into, max_bytes=max_bytes, device=device, progress=progress)
+    check_device(device)
+    state, _ = read_compressed(path, into, max_bytes=max_bytes, device=device, names=names, progress=progress)
     return state
 
 
 def read_compressed(
-    path: str | Path,
+    path: Readable,
     into: nn.Module | None = None,
     *,
     max_bytes: int = MAX_BYTES,
     device: str | torch.device = "cpu",
+    names: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], Manifest]:
     """Return what :func:`load_compressed` returns, and the manifest of the file."""
-    with _opened(path) as (frame, manifest):
-        with _blaming(path):
-            _check_size(manifest, max_bytes)
+    with opened(path) as (frame, manifest):
+        wanted = manifest.tensors if names is None else chosen(manifest, names)
+        with blaming(path):
+            check_size(manifest.n_bytes if names is None else sum(entry.n_bytes for entry in wanted), max_bytes)
             if into is not None:
-                _check_fit(manifest, into)
-        state: OrderedDict[str, Tensor] = OrderedDict()
-        for entry, tensor in _tensors(path, frame, manifest, progress):
-            if entry.same_as is None:
-                state[entry.name] = tensor.to(device)
-            else:
-                first = state[manifest.tensors[entry.same_as].name]
-                state[entry.name] = first.clone() if entry.is_copy else first
+                check_fit(wanted, into, is_all=names is None)
+        state = decoded(path, frame, manifest, wanted, device, progress)
     if manifest.modules:
         state._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
     if into is not None:
-        mine = OrderedDict((name, state[clean_name(name)]) for name in into.state_dict())
-        mine._metadata = dict(manifest.modules)  # type: ignore[attr-defined]
-        into.load_state_dict(mine)
+        fill(into, state)
     return state, manifest
 
 
-def inspect_compressed(path: str | Path) -> FileInfo:
+def inspect_compressed(path: Readable) -> FileInfo:
     """Return a description of a `.muws` file from its manifest alone; no weights are decoded.
 
     Raises:
         FormatError: The file is no `.muws` file, or its manifest is damaged.
     """
-    with _opened(path) as (frame, manifest):
+    with opened(path) as (frame, manifest):
         streams: dict[str, int] = defaultdict(int)
         coders: dict[str, set[str]] = defaultdict(set)
         for i, chunk in enumerate(manifest.chunks):
@@ -110,11 +112,11 @@ def inspect_compressed(path: str | Path) -> FileInfo:
         joined = {name: "+".join(sorted(found)) for name, found in coders.items()}
         version = frame.manifest["version"]
         return FileInfo(
-            str(path), version, frame.n_bytes, manifest.n_bytes, tensors, dict(streams), joined, manifest.extra
+            name_of(path), version, frame.n_bytes, manifest.n_bytes, tensors, dict(streams), joined, manifest.extra
         )
 
 
-def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
+def verify_compressed(path: Readable, *, max_bytes: int = MAX_BYTES, progress: Progress | None = None) -> FileInfo:
     """Decode a `.muws` file completely, check every checksum, and return what :func:`inspect_compressed` returns.
 
     It takes the memory of one chunk of the file, at most 256 MiB of tensors, and not that of all tensors.
@@ -124,9 +126,9 @@ def verify_compressed(path: str | Path, *, max_bytes: int = MAX_BYTES, progress:
         FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
     """
     check_max_bytes(max_bytes)
-    with _opened(path) as (frame, manifest):
-        with _blaming(path):
-            _check_size(manifest, max_bytes)
+    with opened(path) as (frame, manifest):
+        with blaming(path):
+            check_size(manifest.n_bytes, max_bytes)
         done, coded_bytes = 0, sum(entry.n_bytes for entry in manifest.tensors if entry.same_as is None)
         for _, units in _pieces(path, frame, manifest):
             done += units.numel() * units.element_size()
@@ -163,10 +165,10 @@ def check_errors(file: IO[bytes], read: Callable[[str], Tensor], errors: Mapping
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
+def opened(path: Readable) -> Iterator[tuple[Frame, Manifest]]:
     """Open a file and check its header and manifest."""
-    with Path(path).open("rb") as file:
-        with _blaming(path):
+    with opened_bytes(path) as file:
+        with blaming(path):
             frame = Frame(file)
             manifest = Manifest.from_dict(frame.manifest)
             promised = [f"c{i}.{name}" for i, chunk in enumerate(manifest.chunks) for name in chunk.streams]
@@ -176,18 +178,18 @@ def _opened(path: str | Path) -> Iterator[tuple[Frame, Manifest]]:
 
 
 @contextlib.contextmanager
-def _blaming(path: str | Path) -> Iterator[None]:
+def blaming(path: Readable) -> Iterator[None]:
     """Turn the errors of reading into those of the file, with its name; only code that reads a file runs in here."""
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
+        raise FormatError(f"{name_of(path)}: {error}") from None
     except MuwsError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise FormatError(f"{path}: the file contradicts itself ({type(error).__name__}: {error})") from error
+        raise FormatError(f"{name_of(path)}: the file contradicts itself ({type(error).__name__}: {error})") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -205,8 +207,12 @@ def check_max_bytes(max_bytes: object) -> None:
         raise SettingError(f"max_bytes={max_bytes!r} is not allowed: give a whole number >= 0, such as {MAX_BYTES}")
 
 
-def _check_device(device: str | torch.device) -> None:
-    """Check that tensors can go to a device, before anything is read."""
+def check_device(device: str | torch.device) -> None:
+    """Check that tensors can go to a device, before anything is read.
+
+    Raises:
+        SettingError: They cannot.
+    """
     try:
         torch.empty(0, device=device)
     except Exception as error:  # torch raises what each device raises
@@ -214,90 +220,130 @@ def _check_device(device: str | torch.device) -> None:
         raise SettingError(f"device={str(device)!r} cannot be used here: {reason}; give 'cpu' or another one") from None
 
 
-def _check_size(manifest: Manifest, max_bytes: int) -> None:
-    if manifest.n_bytes > max_bytes:
+def check_size(n_bytes: int, max_bytes: int) -> None:
+    """Check that the tensors to read are within the limit.
+
+    Raises:
+        FormatError: They are not.
+    """
+    if n_bytes > max_bytes:
         raise FormatError(
-            f"its tensors take {manifest.n_bytes:,} bytes, at most max_bytes={max_bytes:,} are allowed: "
+            f"its tensors take {n_bytes:,} bytes, at most max_bytes={max_bytes:,} are allowed: "
             "raise max_bytes if you trust the file"
         )
 
 
-def _check_fit(manifest: Manifest, into: nn.Module) -> None:
-    """Compare names and shapes, before any memory is taken."""
-    own = {clean_name(name): tuple(x.shape) for name, x in into.state_dict().items()}
-    there = {entry.name: entry.shape for entry in manifest.tensors}
-    wrong = [name for name in {**own, **there} if own.get(name) != there.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise StateError(
-            f"the file does not fit {type(into).__name__} at {len(wrong)} tensors, the first one {name!r}: of shape "
-            f"{there.get(name, 'none')} in the file and {own.get(name, 'none')} in the module"
-        )
+def chosen(manifest: Manifest, names: Collection[str]) -> tuple[TensorEntry, ...]:
+    """Return the entries that names or patterns match, in the order of the file.
+
+    Raises:
+        SettingError: One matches none, or a string was given for a list.
+    """
+    if isinstance(names, str):
+        raise SettingError(f"names={names!r} is one string: give a list, such as names=[{names!r}]")
+    known = [entry.name for entry in manifest.tensors]
+    found: set[str] = set()
+    for name in names:
+        matches = [name] if name in known else fnmatch.filter(known, name)
+        if not matches:
+            near = difflib.get_close_matches(name, known, n=1) or known[:3]
+            raise SettingError(f"the file has no tensor {name!r}; it has {len(known)}, such as {', '.join(near)}")
+        found.update(matches)
+    return tuple(entry for entry in manifest.tensors if entry.name in found)
 
 
-def _tensors(
-    path: str | Path, frame: Frame, manifest: Manifest, progress: Progress | None = None
-) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yield each tensor in order, decoded; at most one chunk is in memory besides. A shared tensor comes out empty."""
-    at, done, units = 0, 0, torch.empty(0)
-    coded_bytes = sum(entry.n_bytes for entry in manifest.tensors if entry.same_as is None)
-    for piece, reader in _readers(path, frame, manifest):
+def decoded(
+    path: Readable,
+    frame: Frame,
+    manifest: Manifest,
+    entries: Sequence[TensorEntry],
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> OrderedDict[str, Tensor]:
+    """Return tensors of an open file by name; at most one chunk is in memory besides them."""
+    sources = {entry.name: stored_entry(manifest, entry) for entry in entries}
+    needed = {entry.name: entry for entry in sources.values()}
+    total, done = sum(entry.n_bytes for entry in needed.values()), 0
+    found = {name: empty_units(entry, 0).view(entry.shape) for name, entry in needed.items() if not entry.numel}
+    units = torch.empty(0)
+    for piece, reader in readers(path, frame, manifest, lambda piece: piece.entry.name in needed):
         entry = piece.entry
         if piece.start == 0:
-            while manifest.tensors[at] is not entry:
-                yield manifest.tensors[at], _without_values(manifest.tensors[at])
-                at += 1
-            units = _empty(entry, entry.matrix_shape[0])
-        with _blaming(path):
+            units = empty_units(entry, entry.matrix_shape[0])
+        with blaming(path):
             reader.fill(piece, units[piece.start : piece.stop])
         done += piece_bytes(piece)
         if progress:
-            progress(done, coded_bytes)
+            progress(done, total)
         if piece.stop == len(units):
-            tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
-            yield entry, tensor.contiguous()
-            at += 1
-    for entry in manifest.tensors[at:]:
-        yield entry, _without_values(entry)
+            found[entry.name] = as_tensor(entry, units).to(device)
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for entry in entries:
+        value = found[sources[entry.name].name]
+        state[entry.name] = value.clone() if entry.is_copy else value
+    return state
 
 
-def _pieces(path: str | Path, frame: Frame, manifest: Manifest) -> Iterator[tuple[Piece, Tensor]]:
+def stored_entry(manifest: Manifest, entry: TensorEntry) -> TensorEntry:
+    """Return the entry that has the values of this one."""
+    return entry if entry.same_as is None else manifest.tensors[entry.same_as]
+
+
+def as_tensor(entry: TensorEntry, units: Tensor) -> Tensor:
+    """Return a tensor in its shape, contiguous, from all its units."""
+    tensor = entry.grid.weight(units, torch.Size(entry.shape)) if entry.grid else units.view(entry.shape)
+    return tensor.contiguous()
+
+
+def _pieces(path: Readable, frame: Frame, manifest: Manifest) -> Iterator[tuple[Piece, Tensor]]:
     """Yield each piece with its decoded units, which are in memory only until the next one."""
-    for piece, reader in _readers(path, frame, manifest):
-        units = _empty(piece.entry, piece.stop - piece.start)
-        with _blaming(path):
-            reader.fill(piece, units)
+    for piece, reader in readers(path, frame, manifest):
+        units = piece_units(path, piece, reader)
         yield piece, units
         del units
 
 
-def _empty(entry: TensorEntry, n: int) -> Tensor:
+def piece_units(path: Readable, piece: Piece, reader: ChunkReader) -> Tensor:
+    """Return the decoded units of a piece."""
+    units = empty_units(piece.entry, piece.stop - piece.start)
+    with blaming(path):
+        reader.fill(piece, units)
+    return units
+
+
+def empty_units(entry: TensorEntry, n: int) -> Tensor:
     """Return memory for so many units of a tensor."""
     shape = (n, entry.matrix_shape[1]) if entry.grid else (n,)
     return torch.empty(shape, dtype=DTYPES[entry.dtype])
 
 
-def _readers(path: str | Path, frame: Frame, manifest: Manifest) -> Iterator[tuple[Piece, ChunkReader]]:
-    """Yield each piece in order, with the reader of its chunk."""
-    with _blaming(path):
-        kinds = _checked_kinds(frame, manifest)
-    for i, pieces in enumerate(manifest.pieces()):
-        with _blaming(path):
+def readers(
+    path: Readable, frame: Frame, manifest: Manifest, wanted: Callable[[Piece], bool] = lambda piece: True
+) -> Iterator[tuple[Piece, ChunkReader]]:
+    """Yield each piece that is wanted, in order, with the reader of its chunk; other chunks are not read."""
+    chunks = {i: pieces for i, pieces in enumerate(manifest.pieces()) if not pieces or any(map(wanted, pieces))}
+    with blaming(path):
+        kinds = _checked_kinds(frame, manifest, chunks)
+    for i, pieces in chunks.items():
+        with blaming(path):
             reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
         for piece in pieces:
-            yield piece, reader
+            if wanted(piece):
+                yield piece, reader
+            else:
+                reader.skip(piece)
         del reader
 
 
-def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
+def _checked_kinds(frame: Frame, manifest: Manifest, chunks: Mapping[int, list[Piece]]) -> dict[int, Bytes]:
     """Compare the blocks of each tensor with the manifest, before memory is taken for any tensor.
 
     Returns:
         The packed kinds of the first chunks, so that they need not be decoded again; as many as take little memory.
     """
     kept: dict[int, Bytes] = {}
-    room, counts = KEPT_BYTES, np.zeros(N_KINDS, np.int64)
-    for i, pieces in enumerate(manifest.pieces()):
+    room, counts, last = KEPT_BYTES, np.zeros(N_KINDS, np.int64), None
+    for i, pieces in chunks.items():
         n, at = sum(n_blocks(piece)[0] for piece in pieces), 0
         packed = None
         if n and "kinds" in manifest.chunks[i].streams:
@@ -305,8 +351,8 @@ def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
             if (room := room - len(packed)) >= 0:
                 kept[i] = packed
         for piece in pieces:
-            if piece.start == 0:
-                counts = np.zeros(N_KINDS, np.int64)
+            if piece.entry is not last:
+                counts, last = np.zeros(N_KINDS, np.int64), piece.entry
             here = n_blocks(piece)[0]
             if packed is None:
                 counts[DENSE] += here
@@ -317,11 +363,6 @@ def _checked_kinds(frame: Frame, manifest: Manifest) -> dict[int, Bytes]:
             if any(a > b for a, b in zip(tally(counts), declared, strict=True)):
                 raise FormatError(f"{piece.entry.name} has blocks {tally(counts)}, the manifest declares {declared}")
     return kept
-
-
-def _without_values(entry: TensorEntry) -> Tensor:
-    """Return a tensor without elements; it stands for a shared one."""
-    return torch.empty(entry.shape if entry.same_as is None else (0,), dtype=DTYPES[entry.dtype])
 
 
 def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece], kinds: Bytes | None) -> ChunkReader:

@@ -20,7 +20,7 @@ from lightning_muws.artifact.precision import Offer, allowed_forms, candidate, f
 from lightning_muws.artifact.report import SaveReport
 from lightning_muws.artifact.source import Source, State, read_state
 from lightning_muws.artifact.values import STEPS, Form, Loss
-from lightning_muws.artifact.writer import CHUNK_BYTES, PALETTE_BYTES, ChooseGrid, Draft, Drafts
+from lightning_muws.artifact.writer import CHUNK_BYTES, PALETTE_BYTES, ChooseGrid, Draft, Drafts, is_large_tensor
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.cost import TENSOR_BYTES, check_compression
 from lightning_muws.structure.grid import BlockGrid
@@ -231,6 +231,7 @@ def check_manifest(
         entries.append(entry)
     n_bytes = len(dump(Manifest(tuple(entries), (), state.modules, own).to_dict()))
     n_chunks = 2 + 2 * sum(entry.n_bytes for entry in entries) // CHUNK_BYTES  # any two together have CHUNK_BYTES
+    n_chunks += 2 * sum(is_large_tensor(entry.n_bytes) for entry in entries)  # but where a large tensor begins or ends
     if (n_bytes := n_bytes + n_chunks * CHUNK_ENTRY_BYTES + PALETTE_BYTES) > MOST:
         raise FormatError(
             f"the manifest would have up to {n_bytes} bytes for {len(entries)} tensors, at most {MOST} are allowed: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import tempfile
 import zlib
 from collections import Counter, defaultdict
@@ -29,6 +30,9 @@ from lightning_muws.artifact.values import BYTES, Form, Loss, choose, displayed
 from lightning_muws.structure.grid import BlockGrid
 
 CHUNK_BYTES = 32 << 20  # of tensors that are coded together
+# A tensor of this share of a chunk begins a chunk, and others may add this share of it to its last one: who reads it
+# alone reads little else. A chunk costs tables and names, so small tensors get none of their own.
+LARGE, ASIDE = 1 / 4, 1 / 64
 PALETTE_BYTES = 1 << 18  # that the palettes of all tensors take in a manifest at most
 LEAST_COPY = 1 << 10  # bytes of a tensor that is written as the copy of an earlier one
 LEAST_CUT = 1 << 12  # values of one byte that are cut into blocks
@@ -138,6 +142,7 @@ class Writer:
     distances: dict[str, float] = field(default_factory=dict)  # of the tensors, squared
     symbols: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     room: int = field(default_factory=lambda: PALETTE_BYTES)  # that is left for palettes
+    full_at: float = math.inf  # bytes of a chunk at which no tensor joins the end of a large one
     done: int = 0
 
     def run(self, choose_grid: ChooseGrid, extra: Mapping[str, Any]) -> Manifest:
@@ -224,7 +229,9 @@ class Writer:
         """Write a tensor, over as many chunks as it takes; return the entry with what was measured."""
         units, old = (entry.grid.matrix(t) if entry.grid else t.reshape(-1) for t in (x, original))
         unit_bytes = max(1, x.numel() * x.element_size() // max(1, len(units)))
-        measured, at = NOTHING, 0
+        measured, at, is_large = NOTHING, 0, is_large_tensor(entry.n_bytes)
+        if self.chunk.n_bytes and (is_large or self.chunk.n_bytes + entry.n_bytes > self.full_at):
+            self._flush((i, 0))
         while at < len(units):
             fit = max(0, CHUNK_BYTES - self.chunk.n_bytes) // unit_bytes // entry.block_rows * entry.block_rows
             if not fit and self.chunk.n_bytes:
@@ -236,6 +243,8 @@ class Writer:
             self.done += (stop - at) * unit_bytes
             self.progress(self.done, total)
             at = stop
+        if is_large:
+            self.full_at = self.chunk.n_bytes + ASIDE * entry.n_bytes
         self.distances[entry.name] = measured.distance
         return replace(entry, counts=measured.counts, error=measured.error)
 
@@ -251,6 +260,7 @@ class Writer:
             self._share(name, len(coded))
         self.chunks.append(ChunkEntry(until, streams))
         self.chunk = ChunkWriter()
+        self.full_at = math.inf
         self.symbols = []
 
     def _share(self, name: str, n_bytes: int) -> None:
@@ -270,6 +280,11 @@ class Writer:
                 StreamReport(displayed(name), "+".join(sorted(set(coders))), sum(lengths), sum(raw), sum(entropies))
             )
         return tuple(found)
+
+
+def is_large_tensor(n_bytes: int) -> bool:
+    """Return whether a tensor of so many bytes begins a chunk."""
+    return n_bytes >= LARGE * CHUNK_BYTES
 
 
 def top(x: Tensor) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lightning_muws import save_compressed, verify_compressed
+from lightning_muws import open_compressed, save_compressed, verify_compressed
 from lightning_muws.artifact import save, writer
 from lightning_muws.artifact.compress import compress_file
 
@@ -56,12 +56,34 @@ def measure(what: str, n_mb: int, chunk_mb: int, folder: Path) -> float:
     source = (
         folder / "model.safetensors.index.json" if what in ("compress", "pack") else {"w": seeded(0, 1024, n_mb * 256)}
     )
+    if what == "partial":
+        return partial(n_mb, folder)
     before = peak()
     if what == "compress":
         compress_file(source, path, 8)
     else:
         save_compressed(source, path, **SETTINGS.get(what, {"compression": 8}))
     return (peak() - before) / MB
+
+
+def partial(n_mb: int, folder: Path) -> float:
+    """Return the megabytes that reading one large tensor of a file takes, beyond the tensor itself."""
+    path = folder / "large.muws"
+    command = f"from tests.support import peak_memory as p; p.write_large(p.Path({str(path)!r}), {n_mb})"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parents[2])  # noqa: S603
+    with open_compressed(path) as file:
+        file.get_tensor("small")  # what is imported and cached at first use is not counted
+        before = peak()
+        tensor = file.get_tensor("2")
+    return (peak() - before - tensor.nbytes) / MB
+
+
+def write_large(path: Path, n_mb: int) -> None:
+    """Write a file of four large tensors that nothing makes smaller, and a small one."""
+    torch.set_num_threads(1)
+    save.CHUNK_BYTES = writer.CHUNK_BYTES = 4 * MB
+    state = {str(i): seeded(i, n_mb * MB // 4 // 4096, 1024) for i in range(4)}
+    save_compressed({"small": seeded(9, 1000, 1000), **state}, path, blocks=(16, 16))
 
 
 def run(what: str, n_mb: int, chunk_mb: int, folder: Path) -> float:
