@@ -1,8 +1,9 @@
 """Whole networks, accelerated, against what people would pick instead: OpenVINO and ONNX Runtime. Run: make bench.
 
-All of them run in turn in one process. The peers run the dense network, because zeros gain them nothing (export.py). Their int8 is
-static, with one scale per output of a weight, calibrated on the same random inputs: OpenVINO's by NNCF, ONNX Runtime's by its own
-tool. A peer that is not installed, or that fails on a network, is left out, and the benchmark says so.
+All of them run in turn in one process. The peers run the dense network, because zeros gain them nothing (export.py).
+Their int8 is static, with one scale per output of a weight, calibrated on random inputs like those that are timed:
+OpenVINO's by NNCF, ONNX Runtime's by its own tool. A peer that is not installed, or that fails on a network, is left
+out, and the benchmark says so.
 """
 
 from __future__ import annotations
@@ -106,11 +107,15 @@ def onnx_runtime(model: nn.Module, x: Tensor, calibration: list[Tensor], threads
         return {"ONNX Runtime fp32": run(given), "ONNX Runtime int8": run(int8)}
 
 
+def batches_like(x: Tensor) -> list[Tensor]:
+    """Return random batches of the shape of ``x``."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=generator) for _ in range(max(1, CALIBRATION // len(x)))]
+
+
 def peers_of(model: nn.Module, x: Tensor, threads: int) -> dict[str, Run]:
     """Return a run of each peer that is installed and takes the network; print which are missing, and why."""
-    generator = torch.Generator().manual_seed(1)
-    n = max(1, CALIBRATION // len(x))
-    calibration = [torch.randn(x.shape, generator=generator) for _ in range(n)]
+    calibration = batches_like(x)
     found: dict[str, Run] = {}
     for peer, build in (("OpenVINO", openvino), ("ONNX Runtime", onnx_runtime)):
         if missing := [name for name in NEEDED[peer] if importlib.util.find_spec(name) is None]:
@@ -151,8 +156,12 @@ def measure(name: str, batch: int, shares: list[float], rounds: int, threads: in
         best = best_of(first := interleaved(runs, 5, sample_s=0.01), tuple(first)) or "dense"
         tasks["torch fp32"] = runs[best]
         for share in shares:
-            fast, _ = accelerate(pruned(name, share), x)
+            model = pruned(name, share)
+            fast, _ = accelerate(model, x)
             ours[f"ours fp32 {share:.0%}"] = lambda fast=fast: fast(x)
+            fast, report = accelerate(model, x, dtype=torch.int8, calibration=batches_like(x))
+            ours[f"ours int8 {share:.0%}"] = lambda fast=fast: fast(x)
+            console.print(f"{name}, batch {batch}, int8, {share:.0%} pruned: {report.summary()}")
         times = interleaved(tasks | ours, rounds, sample_s=0.02)
     cells = [f"{1e3 * median(times[n]):.3f}" if n in times else "-" for n in ("torch fp32", *PEERS)]
     fp32, int8 = best_of(times, FP32), best_of(times, INT8)
