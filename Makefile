@@ -18,7 +18,7 @@ help:
 	@echo "make docs    build the documentation into site/"
 	@echo "make attack  damage files in 10,000 ways and sources in 8,000, and kill a writing process 200 times (4 minutes)"
 	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
-	@echo "make bench   measure files, projection, kernels, a step, whole networks, and ADMM against one-shot (80 minutes)"
+	@echo "make bench   measure files, projection, kernels, a step, whole networks, OpenVINO and ONNX Runtime, and ADMM against one-shot (2 hours)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-weighting  compare ways to weigh layers, and block shapes, on three trained networks (40 minutes)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
@@ -69,6 +69,9 @@ bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py
 	$(ENV) $(BIN)/python examples/benchmarks/whole_networks.py
 	$(ENV) $(BIN)/python examples/benchmarks/whole_networks.py --networks ResNet-18 --shares 0.75 0.9 --threads 2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt openvino nncf onnx onnxscript onnxruntime || echo "OpenVINO or ONNX Runtime cannot be installed: they are left out"
+	$(ENV) $(BIN)/python examples/benchmarks/peers.py
+	$(ENV) $(BIN)/python examples/benchmarks/peers.py --networks ResNet-18 --threads 2
 	$(ENV) $(BIN)/python examples/benchmarks/export.py
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
 

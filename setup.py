@@ -26,7 +26,13 @@ AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 LEVELS = {"portable": []}
 if platform.machine().lower() in {"x86_64", "amd64"}:
-    LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    LEVELS |= {
+        "avx2": AVX2,
+        "avx_vnni": [*AVX2, "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    }
 
 
 class BuildLevels(build_ext):

@@ -13,12 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
-from lightning_muws.runtime.kernels import DENSE, KERNELS
+from lightning_muws.runtime.kernels import ALLOWED, DENSE, KERNELS, ON_REQUEST
 from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
-from lightning_muws.runtime.measure.layer import ERRORS, Criteria, build_all, choose, describe, left_alone
+from lightning_muws.runtime.kernels.native_int8 import Int8Sparse
+from lightning_muws.runtime.measure.activations import Inputs, check_batches, collect, fit
+from lightning_muws.runtime.measure.layer import (
+    ERRORS,
+    ROUNDED_ERROR,
+    Criteria,
+    build_all,
+    choose,
+    describe,
+    left_alone,
+)
 from lightning_muws.runtime.measure.network import Verdict, bf16_form, dense_forms, expected_output, fast_forms, judge
 from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedReport
 from lightning_muws.runtime.measure.stored import stale
+from lightning_muws.runtime.native.library import level
 from lightning_muws.runtime.rewrite.graph import fold
 from lightning_muws.runtime.rewrite.observe import Calls, Example, Root, inference, observe, replace_module
 from lightning_muws.runtime.shapes import infer_shape_for_kernels
@@ -39,12 +50,14 @@ class Settings:
     Args:
         min_gain: How many times faster than dense a kernel must be.
         dtype: The lowest precision allowed; empty: the model's.
+        max_error: The relative error that the output of a layer of lower precision may have.
         kernels: Names of the kernels to try.
         block_shapes: ``(rows, columns)`` of the blocks, by the name of the weight.
     """
 
     min_gain: float = 1.1
     dtype: str = ""
+    max_error: float = ROUNDED_ERROR
     kernels: Sequence[str] = tuple(KERNELS)
     block_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -52,8 +65,15 @@ class Settings:
         gain: object = self.min_gain  # a caller may pass anything
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not gain >= 1:
             raise SettingError(f"min_gain={self.min_gain!r} is not allowed: give a number of at least 1, such as 1.1")
-        if self.dtype not in ("", "float32", "bfloat16"):
-            raise SettingError(f"dtype={self.dtype!r} is not allowed: give None, torch.float32 or torch.bfloat16")
+        if self.dtype not in ("", "float32", *ALLOWED):
+            raise SettingError(
+                f"dtype={self.dtype!r} is not allowed: give None, torch.float32, torch.bfloat16 or torch.int8"
+            )
+        error: object = self.max_error
+        if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 < error <= 1:
+            raise SettingError(
+                f"max_error={self.max_error!r} is not allowed: give a number above 0 and up to 1, such as 0.03"
+            )
         if isinstance(self.kernels, str) or not isinstance(self.kernels, Sequence):
             raise SettingError(f"kernels={self.kernels!r} is not allowed: give a list of names, such as ['compact']")
         if unknown := [name for name in self.kernels if name not in KERNELS]:
@@ -87,6 +107,8 @@ class Acceleration:
         layers: Each Linear, Conv1d and Conv2d of ``root``, by its name in ``source``.
         calls: How the example calls each module of ``root``.
         n_folded: Batch norms folded.
+        batches: The calibration batches.
+        gathered: What each layer gets from them.
     """
 
     model: nn.Module
@@ -97,17 +119,23 @@ class Acceleration:
     layers: Mapping[str, Layer]
     calls: Mapping[nn.Module, Calls]
     n_folded: int
+    batches: Sequence[Example] = ()
+    gathered: Mapping[nn.Module, Inputs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, example: Example, settings: Settings) -> Acceleration:
-        """Copy the model without torch.compile, fold its batch norms, and run the example through the copy once."""
+    def of(
+        cls, model: nn.Module, example: Example, settings: Settings, batches: Sequence[Example] = ()
+    ) -> Acceleration:
+        """Copy the model without torch.compile, fold its batch norms, and run the example and the batches once."""
         source = _unwrapped(model)
         root = Root(copy.deepcopy(source))
         for child in list(root.modules()):
             if (inside := _unwrapped(child)) is not child:
                 replace_module(root, child, inside)
         n_folded = fold(root, example)
-        return cls(model, source, root, example, settings, _layers(root), observe(root, example), n_folded)
+        layers, calls = _layers(root), observe(root, example)
+        gathered = collect(root, layers.values(), batches) if batches else {}
+        return cls(model, source, root, example, settings, layers, calls, n_folded, batches, gathered)
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +157,16 @@ class Acceleration:
             min_gain=self.settings.min_gain,
             dtype=self.settings.dtype,
             n_folded=self.n_folded,
+            max_error=self.settings.max_error if self.settings.dtype in ALLOWED else 0.0,
         )
+
+    def criteria_of(self, layer: Layer, criteria: Criteria) -> Criteria:
+        """Return how the kernels of one layer are judged: its form in 8 bits is fitted to the calibration batches."""
+        if "native_int8" not in criteria.kernels or self.settings.dtype != "int8":
+            return criteria
+        inputs = self.gathered.get(layer)
+        fitted = fit(layer, self.calls[layer].inputs[0], inputs)
+        return replace(criteria, fitted={"native_int8": fitted}, samples=inputs.kept if inputs else ())
 
     def criteria(self, kernels: Sequence[str]) -> Criteria:
         """Return how kernels of these names are judged."""
@@ -137,7 +174,8 @@ class Acceleration:
         return Criteria(
             kernels=kernels,
             min_gain=self.settings.min_gain,
-            rounded=self.settings.dtype == "bfloat16",
+            rounded=ALLOWED.get(self.settings.dtype, ()),
+            max_error=self.settings.max_error,
             clock=self.clock,
             timing=WARM if n_bytes <= CACHED_BYTES else LAYER_TIMING,
             n_bytes=n_bytes,
@@ -152,6 +190,8 @@ def accelerate(
     kernels: Sequence[str] | None = None,
     plan: SpeedReport | str | Path | None = None,
     block_shapes: Mapping[str, tuple[int, int]] | None = None,
+    calibration: object = None,
+    max_error: float | None = None,
 ) -> tuple[nn.Module, SpeedReport]:
     """Return a copy of the model that is as fast as measurements on this machine can make it, and the report.
 
@@ -168,20 +208,28 @@ def accelerate(
         model: In eval mode, on any device. What is compiled in it is unwrapped: compile the fast copy again.
         example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, as the model is called in use.
         min_gain: How many times faster than the best dense form of its layer a kernel must be.
-        dtype: ``torch.bfloat16`` lets kernels of that precision win; otherwise they are timed for comparison only.
+        dtype: ``torch.bfloat16`` lets kernels of that precision win, ``torch.int8`` also those with 8-bit weights and
+            inputs; otherwise they are timed for comparison only, and the outputs are those of float32.
         kernels: Names of the kernels to try (``lightning_muws.runtime.kernels.KERNELS``); all by default.
         plan: A report, or the path of a saved one, whose choices are reused without timing. It is stale on another
             machine or torch, with another number of threads or input shape, or if other weights are pruned: a warning
             gives the reason, and everything is measured again.
         block_shapes: Block shapes by the name of the weight (``features.0.weight``), as a plan or a file gives them;
             by default each is inferred from the weight.
+        calibration: Batches for ``dtype=torch.int8``, each given as ``example_input`` is: some hundred samples of the
+            data that the network will see. They set the ranges of 8-bit inputs and measure the errors. Without them
+            only a Linear can be in 8 bits, each sample by its own range.
+        max_error: The relative error that a layer's output may have in a lower precision, 0.03 by default. A layer
+            that loses more stays in a higher precision; the report says which and why. The network's output may have
+            ten times that.
 
     Returns:
         The accelerated copy, and the report.
 
     Raises:
-        SettingError: A setting is not allowed, the model is in training mode, or ``block_shapes`` names a weight that
-            the model does not have.
+        SettingError: A setting is not allowed, the model is in training mode, ``block_shapes`` names a weight that
+            the model does not have, 8 bits are not possible here, or a calibration batch has another shape than the
+            example, or NaN.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8)).eval()
@@ -189,16 +237,22 @@ def accelerate(
         >>> fast, report = accelerate(model, torch.randn(32, 512))
         >>> torch.testing.assert_close(fast(torch.ones(3, 512)), model(torch.ones(3, 512)))
     """
+    name = "" if dtype is None else str(dtype).removeprefix("torch.")
     settings = Settings(
         min_gain,
-        "" if dtype is None else str(dtype).removeprefix("torch."),
-        tuple(KERNELS) if kernels is None else kernels,
+        name,
+        ROUNDED_ERROR if max_error is None else max_error,
+        tuple(k for k in KERNELS if name == "int8" or k not in ON_REQUEST) if kernels is None else kernels,
         {} if block_shapes is None else block_shapes,
     )
     _check_model(model, settings)
-    stored = _load_plan(plan)
+    _check_rounding(settings, calibration, max_error)
+    stored, example = _load_plan(plan), Example.of(example_input)
+    batches = [] if calibration is None else check_batches(calibration, example)
     with inference():
-        work = Acceleration.of(model, Example.of(example_input), settings)
+        work = Acceleration.of(model, example, settings, batches)
+        if settings.dtype == "int8" and work.device.type != "cpu":
+            raise SettingError(f"dtype=torch.int8 is not allowed on {work.device}: move the model to the CPU")
         if stored is not None:
             reason = stale(stored, work.report, work.layers, work.calls)
             if not reason:
@@ -227,6 +281,19 @@ def _check_model(model: object, settings: Settings) -> None:
         )
 
 
+def _check_rounding(settings: Settings, calibration: object, max_error: float | None) -> None:
+    if settings.dtype == "int8" and level() is None:
+        raise SettingError(
+            "dtype=torch.int8 is not allowed here: it needs the native kernels, which are not installed or switched off"
+        )
+    if calibration is not None and settings.dtype != "int8":
+        raise SettingError("calibration is given, but nothing is rounded to 8 bits: add dtype=torch.int8")
+    if max_error is not None and settings.dtype not in ALLOWED:
+        raise SettingError(
+            "max_error is given, but no lower precision is allowed: add dtype=torch.int8 or torch.bfloat16"
+        )
+
+
 def _load_plan(plan: object) -> SpeedReport | None:
     stored = SpeedReport.load(plan) if isinstance(plan, (str, Path)) else plan
     if stored is None or isinstance(stored, SpeedReport):
@@ -246,7 +313,8 @@ def _measure(work: Acceleration) -> tuple[nn.Module, SpeedReport]:
     if not expected:
         raise SettingError("the model returns no tensors to check: wrap it in a module whose forward returns some")
     others = bf16_form(folded, work.example)
-    verdict = judge(dense, fast, others, expected, work.clock, NETWORK_TIMING, _largest_error(work))
+    check = (work.batches[0], expected_output(work.source, work.batches[0])) if work.batches else None
+    verdict = judge(dense, fast, others, expected, work.clock, NETWORK_TIMING, _largest_error(work), check)
     report = replace(
         report,
         times=verdict.times,
@@ -270,7 +338,10 @@ def _choose_layers(work: Acceleration) -> list[LayerSpeed]:
             speeds.append(LayerSpeed(name, describe(layer), reason=reason))
             continue
         rows, columns = given.get(f"{name}.weight" if name else "weight") or infer_shape_for_kernels(layer.weight)
-        speed, module = choose(name, layer, work.calls[layer].inputs, (rows, columns), criteria)
+        judged = work.criteria_of(layer, criteria)
+        speed, module = choose(name, layer, work.calls[layer].inputs, (rows, columns), judged)
+        if isinstance(module, Int8Sparse):
+            speed = replace(speed, rounding=module.way)
         replace_module(work.root, layer, module)
         speeds.append(speed)
     return speeds
@@ -279,9 +350,8 @@ def _choose_layers(work: Acceleration) -> list[LayerSpeed]:
 def _largest_error(work: Acceleration) -> float:
     """Return the relative error that the whole network may have."""
     dtypes = {p.dtype for p in work.source.parameters()} | {torch.float32}
-    if work.settings.dtype == "bfloat16":
-        dtypes.add(torch.bfloat16)
-    return NETWORK_FACTOR * max(ERRORS.get(dtype, 0.0) for dtype in dtypes)
+    rounded = work.settings.max_error if work.settings.dtype in ALLOWED else 0.0
+    return NETWORK_FACTOR * max(rounded, *(ERRORS.get(dtype, 0.0) for dtype in dtypes))
 
 
 def _why_dense(verdict: Verdict) -> str:
@@ -303,7 +373,7 @@ def _apply(work: Acceleration, stored: SpeedReport) -> tuple[nn.Module, SpeedRep
         if speed.reason or speed.winner == "dense":
             continue
         layer = work.layers[speed.name]
-        criteria = work.criteria((speed.winner,))
+        criteria = work.criteria_of(layer, work.criteria((speed.winner,)))
         built, _, refused = build_all(layer, work.calls[layer].inputs, speed.block_shape, criteria)
         if speed.winner in built:
             replace_module(work.root, layer, built[speed.winner])

@@ -176,6 +176,79 @@ static void run_signs(const void* level) {
     }
 }
 
+// A layer of 8 bits against sums of whole numbers.
+static void run_int8(const void* level, const char* name) {
+  const int64_t rows[] = {1, 2, 4};
+  MuwsInt8 l{};
+  l.linear = any(0, 2) == 0, l.loose = any(0, 1), l.rows = rows[any(0, 2)], l.relu = any(0, 1);
+  l.n = any(0, 3) ? any(1, 5) : any(6, 40), l.groups = l.linear || any(0, 3) ? 1 : 2;
+  l.c = l.linear ? any(1, 70) : l.groups * any(1, 9), l.o = l.groups == 1 ? any(1, 37) : 2 * l.rows * any(1, 3);
+  l.kh = l.kw = l.sh = l.sw = l.h = l.w = 1;
+  if (!l.linear) {
+    l.kh = any(1, 4), l.kw = any(1, 4), l.sh = any(1, 3), l.sw = any(1, 3), l.ph = any(0, l.kh + 1), l.pw = any(0, l.kw + 1);
+    l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 80);
+  }
+  l.oh = (l.h + 2 * l.ph - l.kh) / l.sh + 1, l.ow = (l.w + 2 * l.pw - l.kw) / l.sw + 1;
+  l.scale = 0.25f, l.inverse = 4.0f, l.zero = any(0, 255), l.row_blocks = (l.o + l.rows - 1) / l.rows;
+  const int64_t per_group = l.c / l.groups, n_in = per_group * l.kh * l.kw, quads = (n_in + 3) / 4;
+  std::vector<int64_t> matrix((size_t)(l.row_blocks * l.rows * n_in), 0);
+  std::vector<int32_t> starts{0}, sums;
+  std::vector<uint16_t> columns;
+  std::vector<int8_t> weights;
+  std::vector<float> scales, bias;
+  for (int64_t b = 0; b < l.row_blocks; b++) {
+    const int64_t share = any(0, 4);
+    for (int64_t q = 0; q < quads; q++) {
+      if (any(0, 3) >= share) continue;
+      int64_t named[4];
+      for (int64_t i = 0; i < 4; i++) named[i] = l.loose ? any(0, n_in - 1) : 4 * q + i;
+      if (!l.loose) columns.push_back((uint16_t)q);
+      for (int64_t i = 0; i < 4 && l.loose; i++) columns.push_back((uint16_t)named[i]);
+      for (int64_t r = 0; r < l.rows; r++)
+        for (int64_t i = 0; i < 4; i++) {
+          const int64_t w = named[i] < n_in ? any(-127, 127) : 0;
+          weights.push_back((int8_t)w);
+          if (named[i] < n_in) matrix[(size_t)((b * l.rows + r) * n_in + named[i])] += w;
+        }
+    }
+    starts.push_back((int32_t)(columns.size() / (l.loose ? 4 : 1)));
+  }
+  for (int64_t o = 0; o < l.row_blocks * l.rows; o++) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < n_in; k++) sum += matrix[(size_t)(o * n_in + k)];
+    sums.push_back((int32_t)sum), scales.push_back(0.5f), bias.push_back((float)any(-9, 9));
+  }
+  // copies of exactly the size, so that one number too far is seen
+  columns.shrink_to_fit(), weights.shrink_to_fit(), starts.shrink_to_fit();
+  l.starts = starts.data(), l.columns = columns.data(), l.weights = weights.data(), l.sums = sums.data();
+  l.scales = scales.data(), l.bias = any(0, 1) ? bias.data() : nullptr;
+  Exact x(l.n * l.c * l.h * l.w), y(l.n * l.o * l.oh * l.ow), other(l.n * l.o * l.oh * l.ow);
+  for (int64_t i = 0; i < l.n * l.c * l.h * l.w; i++) x.data[i] = 0.25f * (float)any(-300, 300);
+  const float* onto = any(0, 1) ? other.data : nullptr;
+  function<void (*)(const void*, const MuwsInt8*, const float*, const float*, float*, int64_t)>("muws_int8")(
+      level, &l, x.data, onto, y.data, any(1, 3));
+  for (int64_t n = 0; n < l.n; n++)
+    for (int64_t o = 0; o < l.o; o++)
+      for (int64_t i = 0; i < l.oh * l.ow; i++) {
+        int64_t sum = 0;
+        for (int64_t k = 0; k < n_in; k++) {
+          const int64_t ch = o / (l.o / l.groups) * per_group + k / (l.kh * l.kw);
+          const int64_t h = i / l.ow * l.sh + k / l.kw % l.kh - l.ph, w = i % l.ow * l.sw + k % l.kw - l.pw;
+          if (h < 0 || h >= l.h || w < 0 || w >= l.w) continue;
+          int64_t q = (int64_t)(4.0f * x.data[((n * l.c + ch) * l.h + h) * l.w + w]) + l.zero;
+          q = q < 0 ? 0 : q > 255 ? 255 : q;
+          sum += matrix[(size_t)(o * n_in + k)] * (q - l.zero);
+        }
+        const int64_t at = (n * l.o + o) * l.oh * l.ow + i;
+        const float exact = (float)sum * 0.125f + (l.bias ? l.bias[o] : 0.0f) + (onto ? onto[at] : 0.0f);
+        const float want = l.relu && exact < 0 ? 0.0f : exact;
+        if (y.data[at] != want) {
+          std::printf("%s int8: got %.9g, not %.9g\n", name, y.data[at], want);
+          std::exit(1);
+        }
+      }
+}
+
 int main(int, char** arguments) {
   library = dlopen(arguments[1], RTLD_NOW);
   if (!library) {
@@ -206,6 +279,7 @@ int main(int, char** arguments) {
         compare(c, x.data, nullptr, y.data, (name + " gemv").c_str());
       }
       run_signs(level);
+      run_int8(level, name.c_str());
     }
     std::printf("%s: %d layers, no finding\n", name.c_str(), cases);
   }

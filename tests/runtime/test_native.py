@@ -529,7 +529,9 @@ def test_packing_keeps_every_weight(n_out, n_in, share, seed):
         assert torch.equal(there[:n_out], matrix)
 
 
-@pytest.mark.parametrize(("struct", "fields"), [("MuwsLayer", library.Layer), ("MuwsSigns", library.Signs)])
+@pytest.mark.parametrize(
+    ("struct", "fields"), [("MuwsLayer", library.Layer), ("MuwsSigns", library.Signs), ("MuwsInt8", library.Int8)]
+)
 def test_python_repeats_the_fields_of_api_h_in_order(struct, fields):
     """The two agree by name, order and kind: a library of the same size could hold them otherwise."""
     header = Path(library.__file__).parent / "src" / "api.h"
@@ -538,8 +540,8 @@ def test_python_repeats_the_fields_of_api_h_in_order(struct, fields):
     body = re.search(rf"struct {struct} {{(.*?)\n}};", re.sub("//.*", "", header.read_text()), re.S)[1]
     declared = []
     for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", body):
-        declared += [(name.strip(), ctypes.c_void_p if star else ctypes.c_int64) for name in names.split(",")]
-        assert star or kind == "int64_t"
+        found = ctypes.c_void_p if star else {"int64_t": ctypes.c_int64, "float": ctypes.c_float}[kind]
+        declared += [(name.strip(), found) for name in names.split(",")]
     assert declared == list(fields._fields_)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
-from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel, Layer
 from lightning_muws.runtime.kernels.reference import reference, relative_error
 from lightning_muws.runtime.measure.report import LayerSpeed
 from lightning_muws.runtime.rewrite.observe import Calls, has_hooks
@@ -29,18 +29,24 @@ class Criteria:
     Args:
         kernels: Names of the kernels to try; those of :data:`~lightning_muws.runtime.kernels.DENSE` always are.
         min_gain: How many times faster than the best dense form a kernel must be to stay.
-        rounded: Whether kernels of lower precision may win; otherwise they are timed for comparison only.
+        rounded: Kernels of lower precision that may win; others are timed for comparison only.
         clock: Returns seconds.
         timing: How long the measurement may take.
         n_bytes: Bytes of the network's weights. As much memory is read between two samples, up to ``CACHE_BYTES``.
+        max_error: The relative error that kernels of lower precision may have, if they may win.
+        fitted: Kernels that are built for this layer already, by name; or why there is none.
+        samples: Inputs that kernels of :attr:`fitted` are checked on; the layer's inputs if empty.
     """
 
     kernels: Sequence[str]
     min_gain: float
-    rounded: bool
+    rounded: Sequence[str]
     clock: Callable[[], float]
     timing: Timing
     n_bytes: int
+    max_error: float = ROUNDED_ERROR
+    fitted: Mapping[str, Kernel | str] = field(default_factory=dict)
+    samples: Sequence[Tensor] = ()
 
 
 def choose(
@@ -59,7 +65,7 @@ def choose(
     modules: dict[str, nn.Module] = {**built, "dense": layer}  # the layer itself stays, so it is timed itself
     tasks = {kernel: _task(module, inputs) for kernel, module in modules.items()}
     times = race(tasks, criteria.clock, criteria.timing, keep=DENSE, between=between(inputs, criteria.n_bytes))
-    allowed = [kernel for kernel in times if criteria.rounded or kernel not in ROUNDED]
+    allowed = [kernel for kernel in times if kernel not in ROUNDED or kernel in criteria.rounded]
     winner = pick({kernel: times[kernel] for kernel in allowed}, criteria.min_gain)
     speed = LayerSpeed(
         name=name,
@@ -105,28 +111,31 @@ def build_all(
 ) -> tuple[dict[str, nn.Module], dict[str, float], dict[str, str]]:
     """Return the kernels that apply and are accurate, the relative error of each, and why others were refused."""
     expected = [reference(layer, x) for x in inputs]
+    samples = [reference(layer, x) for x in criteria.samples] if criteria.fitted else []
     built: dict[str, nn.Module] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     for kernel in dict.fromkeys(["dense", *criteria.kernels]):
+        fitted = criteria.fitted.get(kernel)
+        if isinstance(fitted, str):
+            refused[kernel] = fitted
+            continue
+        tried, wanted = (criteria.samples, samples) if fitted is not None and samples else (inputs, expected)
         try:
-            module = KERNELS[kernel](layer, block_shape, inputs[0])
+            module = KERNELS[kernel](layer, block_shape, inputs[0]) if fitted is None else fitted
             if module is None:
                 continue
-            outputs = [module(x) for x in inputs]
+            outputs = [module(x) for x in tried]
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             refused[kernel] = f"it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
         wrong = max(
-            relative_error(y, e) if y.shape == e.shape else float("inf") for y, e in zip(outputs, expected, strict=True)
+            relative_error(y, e) if y.shape == e.shape else float("inf") for y, e in zip(outputs, wanted, strict=True)
         )
         errors[kernel] = wrong
-        limit = ROUNDED_ERROR if kernel in ROUNDED else ERRORS[layer.weight.dtype]
-        if (
-            kernel == "dense"
-            or wrong <= max(limit, 2 * errors["dense"])
-            or (kernel in ROUNDED and not criteria.rounded)
-        ):
+        limit = criteria.max_error if kernel in ROUNDED else ERRORS[layer.weight.dtype]
+        compared = kernel == "dense" or (kernel in ROUNDED and kernel not in criteria.rounded)
+        if compared or wrong <= max(limit, 2 * errors["dense"]):
             built[kernel] = module
         else:
             refused[kernel] = f"its relative error is {wrong:.1e}, more than {limit:.0e}"

@@ -77,6 +77,8 @@ class LayerSpeed:
         errors: ``max |y - y64| / max |y64|`` of each kernel, against float64.
         winner: The kernel that was chosen.
         refused: Why a kernel was built but not timed, by kernel.
+        rounding: How 8-bit inputs are rounded, if the winner has such: ``range``, ``percentile 99.9``, ``mse`` or
+            ``dynamic``.
         reason: Why the layer was not measured; empty if it was.
     """
 
@@ -91,6 +93,7 @@ class LayerSpeed:
     winner: str = "dense"
     refused: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+    rounding: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -126,6 +129,7 @@ class SpeedReport(Tabular):
         speedup: Seconds of the best dense form over those of the chosen one, median over rounds; 1 if that is dense.
         n_folded: Batch norms folded into the layer before them.
         note: Why the model stayed dense, or that a saved plan was used.
+        max_error: The relative error that a layer of lower precision may have; 0 if none may win.
     """
 
     machine: Machine
@@ -140,6 +144,7 @@ class SpeedReport(Tabular):
     speedup: float = 1.0
     n_folded: int = 0
     note: str = ""
+    max_error: float = 0.0
 
     @property
     def is_faster(self) -> bool:

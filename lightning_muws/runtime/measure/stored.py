@@ -14,7 +14,7 @@ from lightning_muws.runtime.measure.report import SpeedReport
 from lightning_muws.runtime.rewrite.observe import Calls
 
 MACHINE = ("cpu", "capability", "system", "device", "threads", "torch_version", "native")
-SETTINGS = ("inputs", "min_gain", "dtype", "n_folded")
+SETTINGS = ("inputs", "min_gain", "dtype", "n_folded", "max_error")
 
 
 def stale(stored: SpeedReport, here: SpeedReport, layers: Mapping[str, Layer], calls: Mapping[nn.Module, Calls]) -> str:

@@ -42,7 +42,7 @@ def speed_tables(report: SpeedReport, with_kernels: bool) -> list[Table]:
         if with_kernels:
             rows.append(("", f"kernels, ms: {cells['kernels, ms']}"))
     layers = [Table(title(report), COLUMNS, rows)] if rows else []
-    notes = [*_left_alone(report), f"{report.summary()}.", LEGEND]
+    notes = [*_left_alone(report), *_not_rounded(report), f"{report.summary()}.", LEGEND]
     return [*layers, Table("" if layers else title(report), FORMS, _forms(report), notes=notes)]
 
 
@@ -52,7 +52,7 @@ def markdown(report: SpeedReport) -> str:
     lines = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     whole = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in report.times.items())
-    alone = [f"- {line}" for line in _left_alone(report)]
+    alone = [f"- {line}" for line in [*_left_alone(report), *_not_rounded(report)]]
     return "\n".join([*lines, "", *alone, *([""] if alone else []), f"whole network: {whole}; {report.summary()}", ""])
 
 
@@ -75,6 +75,17 @@ def _left_alone(report: SpeedReport) -> list[str]:
         if layer.reason:
             names.setdefault(layer.reason, []).append(layer.name or layer.layer)
     return [f"not measured, as {reason}: {', '.join(found)}" for reason, found in names.items()]
+
+
+def _not_rounded(report: SpeedReport) -> list[str]:
+    """Return a line for each reason why layers are not in 8 bits, if the report allows that."""
+    names: dict[str, list[str]] = {}
+    for layer in _measured(report):
+        if report.dtype != "int8" or layer.winner in ("native_int8", "int8"):
+            continue
+        reason = layer.refused.get("native_int8", "another kernel is faster")
+        names.setdefault(reason, []).append(f"{layer.name or layer.layer} ({layer.winner})")
+    return [f"not in 8 bits, as {reason}: {', '.join(found)}" for reason, found in names.items()]
 
 
 def _cells(layer: LayerSpeed) -> dict[str, str]:

@@ -39,6 +39,20 @@ class Signs(ctypes.Structure):
     ]
 
 
+class Int8(ctypes.Structure):
+    """``MuwsInt8`` of api.h, field by field."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("n", "c", "h", "w", "o", "oh", "ow")),
+        *((name, ctypes.c_int64) for name in ("kh", "kw", "sh", "sw", "ph", "pw", "groups")),
+        *((name, ctypes.c_int64) for name in ("rows", "row_blocks", "loose", "linear", "dynamic")),
+        *((name, ctypes.c_void_p) for name in ("starts", "columns", "weights", "sums", "scales", "bias")),
+        ("relu", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "inverse")),
+        ("zero", ctypes.c_int64),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None if they were not built or belong to another version."""
@@ -47,7 +61,7 @@ def library() -> ctypes.CDLL | None:
             found = _declared(ctypes.CDLL(str(path)))
         except (OSError, AttributeError):  # built for another machine, or not with these functions
             continue
-        if (found.muws_layout(0), found.muws_layout(1)) == (ctypes.sizeof(Layer), ctypes.sizeof(Signs)):
+        if [found.muws_layout(i) for i in range(3)] == [ctypes.sizeof(kind) for kind in (Layer, Signs, Int8)]:
             _share_threads(found)
             return found
     return None
@@ -65,6 +79,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         ("muws_free_plan", [pointer, pointer], None),
         ("muws_gemv", [pointer, pointer, pointer, pointer, number], None),
         ("muws_signs", [pointer, pointer, pointer, pointer, number], None),
+        ("muws_int8", [pointer, pointer, pointer, pointer, pointer, number], None),
         ("muws_use_team", [pointer, pointer, pointer], None),
     ):
         function = getattr(found, name)

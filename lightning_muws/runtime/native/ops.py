@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
+from lightning_muws.runtime.native.plan8 import Geometry8, int8_sparse
 
 block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
 signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())
+
+int8_sparse_op = torch.library.custom_op("lightning_muws::int8_sparse", int8_sparse, mutates_args=())
 
 
 @block_sparse_op.register_fake
@@ -39,3 +42,18 @@ def _(
     geometry: list[int],
 ) -> Tensor:
     return x.new_empty(geometry[0])
+
+
+@int8_sparse_op.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    sums: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    activation: Tensor,
+    geometry: list[int],
+) -> Tensor:
+    return x.new_empty(Geometry8(*geometry).out_shape(x.shape))

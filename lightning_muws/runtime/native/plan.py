@@ -76,7 +76,7 @@ class Plan:
 
     def __init__(self, x: Tensor, blocks: Blocks, g: Geometry) -> None:
         self.blocks = blocks  # the plan in C++ points into them
-        self.found, self.level = _level_for(x)
+        self.found, self.level = level_for(x)
         self.last_in = g.batch_lanes == 1 and is_batch_last(x)
         self.is_ready = self.last_in or x.is_contiguous()
         self.x_shape, self.x_strides = x.shape, x.stride()
@@ -194,7 +194,7 @@ def signed_linear(
         geometry: ``[out, rows, cols, relu]``.
     """
     n_out, rows, cols, relu = geometry
-    found, address = _level_for(x)
+    found, address = level_for(x)
     x = x.contiguous()
     y = torch.zeros(n_out) if onto is None else onto.clone(memory_format=torch.contiguous_format)
     layer = Signs(n_out, rows, cols, starts.numel() - 1)
@@ -204,7 +204,12 @@ def signed_linear(
     return y
 
 
-def _level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:
+def level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:
+    """Return the library and the level in use, for an input that the kernels take.
+
+    Raises:
+        StateError: ``x`` is not float32 on the CPU, or the kernels are not installed.
+    """
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise StateError(
             f"a native layer computes in float32 on the CPU; got {x.dtype} on {x.device}: convert it first"

@@ -3,7 +3,9 @@
 
 extern "C" {
 extern const MuwsLevel muws_level_portable;
-extern const MuwsLevel muws_level_avx2, muws_level_avx512, muws_level_avx512_bf16;  // if they were compiled
+// if they were compiled
+extern const MuwsLevel muws_level_avx2, muws_level_avx_vnni, muws_level_avx512, muws_level_avx512_vnni;
+extern const MuwsLevel muws_level_avx512_bf16;
 }
 
 namespace {
@@ -23,8 +25,12 @@ struct Candidate {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#if defined(MUWS_HAVE_AVX_VNNI)
+bool has_avx_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+#endif
+[[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(MUWS_HAVE_AVX512_BF16)
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 
@@ -33,8 +39,14 @@ const Candidate candidates[] = {
 #if defined(MUWS_HAVE_AVX512_BF16)
     {&muws_level_avx512_bf16, has_avx512_bf16},
 #endif
+#if defined(MUWS_HAVE_AVX512_VNNI)
+    {&muws_level_avx512_vnni, has_avx512_vnni},
+#endif
 #if defined(MUWS_HAVE_AVX512)
     {&muws_level_avx512, has_avx512},
+#endif
+#if defined(MUWS_HAVE_AVX_VNNI)
+    {&muws_level_avx_vnni, has_avx_vnni},
 #endif
 #if defined(MUWS_HAVE_AVX2)
     {&muws_level_avx2, has_avx2},
@@ -48,8 +60,10 @@ const Candidate candidates[] = {
 
 extern "C" {
 
-// The sizes of MuwsLayer (0) and MuwsSigns (1). Python compares them with its own and ignores a library that differs.
-MUWS_PUBLIC int64_t muws_layout(int64_t which) { return which ? sizeof(MuwsSigns) : sizeof(MuwsLayer); }
+// The sizes of MuwsLayer (0), MuwsSigns (1) and MuwsInt8 (2). Python compares them with its own and ignores a library that differs.
+MUWS_PUBLIC int64_t muws_layout(int64_t which) {
+  return which == 0 ? sizeof(MuwsLayer) : which == 1 ? sizeof(MuwsSigns) : sizeof(MuwsInt8);
+}
 
 // Level number n of those that this CPU can run, the best first; null past the last.
 MUWS_PUBLIC const void* muws_nth_level(int64_t n) {
@@ -71,5 +85,9 @@ MUWS_PUBLIC void muws_gemv(const void* level, const MuwsLayer* layer, const floa
 }
 MUWS_PUBLIC void muws_signs(const void* level, const MuwsSigns* layer, const float* x, float* y, int64_t threads) {
   ((const MuwsLevel*)level)->signs(layer, x, y, threads);
+}
+MUWS_PUBLIC void muws_int8(const void* level, const MuwsInt8* layer, const float* x, const float* onto, float* y,
+                           int64_t threads) {
+  ((const MuwsLevel*)level)->int8(layer, x, onto, y, threads);
 }
 }

@@ -36,6 +36,27 @@ struct MuwsSigns {
   int64_t relu;
 };
 
+// A Linear or a convolution whose weights are whole numbers of 8 bits. Inputs are quantised as they are packed:
+// x = scale * (q - zero) with q of 0 .. 255. A block is 4 columns of `rows` outputs.
+struct MuwsInt8 {
+  int64_t n, c, h, w;        // as in MuwsLayer
+  int64_t o, oh, ow;
+  int64_t kh, kw, sh, sw, ph, pw, groups;
+  int64_t rows, row_blocks;  // 1, 2 or 4; ceil(o / rows)
+  int64_t loose;             // 0: a block's columns are neighbours, 4 * columns[i] .. + 3; 1: columns names all four
+  int64_t linear;            // output (n, o) with the outputs of a sample side by side; else (n, o, oh, ow)
+  int64_t dynamic;           // scale and zero of each sample from its own range, for a Linear; else those below
+  const int32_t* starts;     // (row_blocks + 1)
+  const uint16_t* columns;   // (blocks), or (blocks, 4) if loose; counted from the group's first
+  const int8_t* weights;     // (blocks, rows, 4)
+  const int32_t* sums;       // (row_blocks * rows): the sum of an output's weights
+  const float* scales;       // (row_blocks * rows): an output's weights are scale * whole number
+  const float* bias;         // (row_blocks * rows) or null
+  int64_t relu;
+  float scale, inverse;      // of the input; inverse = 1 / scale, or 0
+  int64_t zero;
+};
+
 typedef void (*MuwsTask)(void* context, int64_t item);
 void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
 float* muws_scratch(int slot, size_t n_floats);  // of this thread, 64-byte aligned
@@ -47,5 +68,6 @@ struct MuwsLevel {
   void (*free_plan)(void* plan);
   void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
   void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);
+  void (*int8)(const MuwsInt8*, const float* x, const float* onto, float* y, int64_t threads);
 };
 }

@@ -1,5 +1,6 @@
 // Compiled once for every instruction set, whose name is MUWS_LEVEL.
 #include "gemv.h"
+#include "int8_run.h"
 #include "layer.h"
 #include "signs.h"
 
@@ -9,4 +10,5 @@
 #define MUWS_NAME(name) MUWS_STRING(name)
 
 extern "C" const MuwsLevel MUWS_EXPORT(MUWS_LEVEL);
-const MuwsLevel MUWS_EXPORT(MUWS_LEVEL) = {MUWS_NAME(MUWS_LEVEL), make_plan, run_plan, free_plan, run_gemv, run_signs};
+const MuwsLevel MUWS_EXPORT(MUWS_LEVEL) = {MUWS_NAME(MUWS_LEVEL), make_plan, run_plan, free_plan,
+                                           run_gemv,              run_signs, run_int8};
