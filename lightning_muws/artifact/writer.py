@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import NOTHING, ChunkWriter
-from lightning_muws.artifact.codecs import encode
 from lightning_muws.artifact.container import head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry, item_bytes
+from lightning_muws.artifact.parts import encode
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import slabs
@@ -243,7 +243,7 @@ class Writer:
         """Code the streams of a chunk and write them."""
         streams = {}
         for name, data in self.chunk.streams():
-            coder, coded = encode(data)
+            coder, coded = encode(data, self.chunk.rows if name == "other" else ())
             self.body.write(coded)
             streams[name] = (coder, zlib.crc32(coded))
             self.lengths[f"c{len(self.chunks)}.{name}"] = len(coded)
