@@ -214,6 +214,8 @@ class Writer:
 
     def _affordable(self, form: Form, dtype: str) -> Form:
         """Return the form, or the exact one if the palettes of all tensors would make the manifest too large."""
+        if not form.palette:
+            return form
         n_bytes = 2 * len(form.palette) * item_bytes(dtype)
         if n_bytes > self.room:
             return Form(dtype)
