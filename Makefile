@@ -16,7 +16,7 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
 	@echo "make docs    build the documentation into site/"
-	@echo "make attack  damage files in 10,000 ways and sources in 8,000, and kill a writing process 200 times (4 minutes)"
+	@echo "make attack  damage files in 110,000 ways and sources in 8,000, and kill a writing process 200 times (12 minutes)"
 	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, OpenVINO and ONNX Runtime, and ADMM against one-shot (2 hours)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
@@ -55,6 +55,7 @@ docs: $(READY)
 
 attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_file 10000
+	$(ENV) $(BIN)/python -m tests.support.fuzz_streams 100000
 	$(ENV) $(BIN)/python -m tests.support.fuzz_sources 2000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
 
@@ -62,8 +63,9 @@ memory: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.peak_memory 384
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet zstandard zipnn || echo "zstandard and zipnn are missing: file sizes are not compared with theirs"
+	$(BIN)/python -m pip install --quiet zstandard zipnn blosc2 || echo "zstandard, zipnn and blosc2 are missing: file sizes are not compared with theirs"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/file.py
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/tensors.py
 	$(ENV) $(BIN)/python examples/benchmarks/projection.py
 	$(ENV) $(BIN)/python examples/benchmarks/kernels.py
 	$(ENV) $(BIN)/python examples/benchmarks/cost.py

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.manifest import Piece, TensorEntry, piece_bytes
+from lightning_muws.artifact.parts import Rows
 from lightning_muws.artifact.streams import (
     DENSE,
     KINDS_A_BYTE,
@@ -72,6 +73,7 @@ class ChunkWriter:
     signs: list[Any] = field(default_factory=list)
     values: dict[str, list[Patterns]] = field(default_factory=lambda: defaultdict(list))
     other: list[Bytes] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)  # of the tensors in ``other``
     n_bytes: int = 0
     symbols: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # of the last piece
 
@@ -90,6 +92,7 @@ class ChunkWriter:
             raw = units.contiguous().view(torch.uint8).numpy().reshape(len(units), -1)
             raw = raw != 0 if units.dtype == torch.bool else raw  # a view of other bytes may have made a true of any
             self.other.append(np.ascontiguousarray(raw.T).view(np.uint8).reshape(-1))
+            self.rows.append(Rows(raw.size, entry.shape[-1] if entry.shape else 1))
             self.symbols["other"] += raw.size
             return NOTHING
         if entry.grid is None:

@@ -1,6 +1,7 @@
 """The table of coders: each turns the bytes of a stream into fewer bytes and back. Imports no torch.
 
-A new coder is one row of :data:`CODERS`. A file stores its name with each stream; a reader without that row refuses it.
+A new coder is one row of :data:`CODERS`. A file stores its name with each stream, after the names of filters
+(filters.py), as `xor-bits-zlib`; a reader without that row refuses it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import numpy as np
 
 from lightning_muws.artifact import rans
 from lightning_muws.artifact.entropy import Bytes, entropy_bytes
+from lightning_muws.artifact.filters import FILTERS, SAMPLE, Filtered, candidates, windows
+from lightning_muws.artifact.varint import Cursor, number
 from lightning_muws.errors import FormatError
 
-GAIN = 0.95  # a coder of a later version must get below this share of the others', and save ...
+GAIN = 0.95  # what a later version adds must get below this share of what the first one makes, and save ...
 LEAST_GAIN = 256  # ... so many bytes, so that most files stay readable for all
-WINDOW, WINDOWS = 1 << 13, 8  # bytes of a sample, and how many samples of a stream
 WORTH = 0.999  # a coded stream must be smaller than this share of the raw one, or it stays raw
-SAMPLE = WINDOW * WINDOWS  # bytes from which to judge whether zlib pays on a longer stream
+NOTHING = 1 / 64  # a share of a sample that is near the least that zlib can make of it
 
 
 class Coder(NamedTuple):
@@ -30,7 +32,7 @@ class Coder(NamedTuple):
             to get below that size.
         decode: Takes coded bytes and ``n``. Returns ``(n,)`` uint8; raises FormatError where the bytes are not what
             ``encode`` makes of ``n`` bytes. Its time and memory must be bounded by both lengths: a file may lie.
-        minor: The minor version of the format that has it.
+        minor: The minor version of the format that has it without a filter.
     """
 
     encode: Callable[[Bytes, float], bytes | None]
@@ -38,11 +40,16 @@ class Coder(NamedTuple):
     minor: int = 0
 
 
-def encode(data: Bytes) -> tuple[str, bytes]:
-    """Return the name of the coder that makes a stream smallest, and the coded bytes.
+def encode(
+    data: Bytes, row: int = 0, least_gain: int = LEAST_GAIN, is_allowed: Callable[[str], bool] = lambda name: True
+) -> tuple[str, bytes]:
+    """Return the name of the coder that makes a stream smallest, after the filters before it, and the coded bytes.
 
     Args:
         data: ``(n,)`` uint8.
+        row: The bytes of a row of the tensor that they are of; 0 if that is unknown.
+        least_gain: Bytes that filters save at least, or they are not used.
+        is_allowed: Returns whether a coder may be used, from its name after those of the filters; `raw` always may.
 
     Example:
         >>> coder, coded = encode(np.zeros(1000, np.uint8))
@@ -50,26 +57,59 @@ def encode(data: Bytes) -> tuple[str, bytes]:
         ('rans', 9, 0)
     """
     best, size = ("raw", b""), WORTH * len(data)
-    for name, coder in CODERS.items():
-        limit = min(GAIN * size, size - LEAST_GAIN) if coder.minor else size
-        coded = coder.encode(data, limit)
-        if coded is not None and len(coded) < limit:
-            best, size = (name, coded), len(coded)
+    plain = [Filtered((), (), data)]
+    for is_new, found in ((False, plain), (True, candidates(data, row))):
+        if is_new:
+            size = min(GAIN * size, size - least_gain)
+        for filtered in found:
+            head = b"".join(map(number, filtered.numbers))
+            for inner, coder in (INNER if is_new else CODERS).items():
+                if is_allowed(name := "-".join((*filtered.names, inner))):
+                    coded = coder.encode(filtered.data, size - len(head))
+                    if coded is not None and len(head) + len(coded) < size:
+                        best, size = (name, head + coded), float(len(head) + len(coded))
     return best if best[0] != "raw" else ("raw", data.tobytes())
 
 
 def decode(name: str, coded: bytes, n: int) -> Bytes:
-    """Return the ``n`` bytes from which :func:`encode` made ``coded``; takes no more memory than they need.
+    """Return the ``n`` bytes from which :func:`encode` made ``coded``; takes little more memory than they need.
 
     Raises:
-        FormatError: No coder has that name, or ``coded`` is not what it makes of ``n`` bytes.
+        FormatError: No coder or filter has that name, or ``coded`` is not what it makes of ``n`` bytes.
     """
-    if name not in CODERS:
-        raise FormatError(f"coder {name!r} is not known to this reader, which has {', '.join(CODERS)}: update it")
-    data = CODERS[name].decode(coded, n)
+    *filters, inner = name.split("-")
+    check_names(name)
+    cursor, undo = Cursor(coded, f"the numbers of {name}"), []
+    for one in (FILTERS[filter_name] for filter_name in filters):
+        numbers = tuple(cursor.number() for _ in range(one.n_numbers))
+        undo.append((one, n, numbers))
+        n = one.length(n, numbers)
+    data = (INNER if filters else CODERS)[inner].decode(coded[cursor.at :] if cursor.at else coded, n)
     if len(data) != n:
         raise FormatError(f"a {name} stream holds {len(data)} bytes, {n} are needed")
+    for one, n, numbers in reversed(undo):
+        data = one.undo(data, n, numbers)
     return data
+
+
+def minor(name: str) -> int:
+    """Return the minor version of the format that has a coder after its filters."""
+    return 1 if "-" in name else CODERS[name].minor
+
+
+def check_names(name: str) -> None:
+    """Check the name of a coder and of the filters before it.
+
+    Raises:
+        FormatError: This reader does not know one of them, or they are in another order.
+    """
+    *filters, inner = name.split("-")
+    places = [list(FILTERS).index(one) if one in FILTERS else -1 for one in filters]
+    if -1 in places or places != sorted(set(places)) or inner not in (INNER if filters else CODERS):
+        raise FormatError(
+            f"coder {name!r} is not known to this reader, which has {', '.join(CODERS)}, and after the filters "
+            f"{', '.join(FILTERS)} also zlib2: update it"
+        )
 
 
 def inflate(coded: bytes, n: int) -> bytes:
@@ -96,15 +136,10 @@ def _deflate(data: Bytes, size: float) -> bytes | None:
 
 
 def _repeats(data: Bytes) -> bool:
-    """Return whether zlib makes a sample clearly smaller than its order-0 entropy."""
-    sample = _windows(data).reshape(-1)
-    return len(zlib.compress(sample.tobytes(), 6)) < 0.9 * min(entropy_bytes(np.bincount(sample)), WORTH * len(sample))
-
-
-def _windows(data: Bytes) -> Bytes:
-    """Return ``(WINDOWS, WINDOW)`` bytes, spread over longer data from its beginning to its end."""
-    starts = [(len(data) - WINDOW) * i // (WINDOWS - 1) for i in range(WINDOWS)]
-    return np.stack([data[start : start + WINDOW] for start in starts])
+    """Return whether zlib makes a sample clearly smaller than its order-0 entropy, or next to nothing."""
+    sample = windows(data).reshape(-1)
+    coded = len(zlib.compress(sample.tobytes(), 6))
+    return coded < max(NOTHING * len(sample), 0.9 * min(entropy_bytes(np.bincount(sample)), WORTH * len(sample)))
 
 
 def _deflate_twice(data: Bytes, size: float) -> bytes | None:
@@ -126,64 +161,12 @@ def _inflate_twice(coded: bytes, n: int) -> Bytes:
     return np.frombuffer(inflate(once, n), np.uint8)
 
 
-def _delta(data: Bytes) -> Bytes | None:
-    """Return each byte less the one before it, modulo 256; None if that does not pay on a sample."""
-    sample = _windows(data) if len(data) > SAMPLE else data[None]
-    plain, filtered = (
-        sum(entropy_bytes(np.bincount(row)) for row in rows) for rows in (sample, np.diff(sample, axis=1))
-    )
-    return np.diff(data, prepend=np.zeros(1, np.uint8)) if filtered < 0.9 * plain else None
-
-
-def _sum(data: Bytes, n: int) -> Bytes:
-    """Undo :func:`_delta`."""
-    return np.cumsum(data[:n], dtype=np.uint8)
-
-
-def _bits(data: Bytes) -> Bytes | None:
-    """Return eight bytes that are 0 or 1 as one, the first one in the lowest bit; None if there are others."""
-    return np.packbits(data, bitorder="little") if len(data) and data.max() <= 1 else None
-
-
-def _bytes(data: Bytes, n: int) -> Bytes:
-    """Undo :func:`_bits`."""
-    if n % 8 and data[-1] >> n % 8:
-        raise FormatError("the last bits of a stream are followed by others than zeros")
-    return np.unpackbits(data, count=n, bitorder="little")
-
-
-def _filtered(
-    coder: Coder,
-    apply: Callable[[Bytes], Bytes | None],
-    undo: Callable[[Bytes, int], Bytes],
-    length: Callable[[int], int],
-) -> Coder:
-    """Return the coder of filtered bytes; ``length`` returns how many of these ``n`` bytes become."""
-
-    def encode(data: Bytes, size: float) -> bytes | None:
-        filtered = apply(data)
-        return None if filtered is None else coder.encode(filtered, size)
-
-    def decode(coded: bytes, n: int) -> Bytes:
-        data = coder.decode(coded, length(n))
-        if len(data) != length(n):
-            raise FormatError(f"a filtered stream holds {len(data)} bytes, {length(n)} are needed")
-        return undo(data, n)
-
-    return Coder(encode, decode, minor=1)
-
-
 # Where two coders reach the same size, the earlier row is kept.
 CODERS: dict[str, Coder] = {
-    "raw": Coder(lambda data, size: None, lambda coded, n: np.frombuffer(coded, np.uint8)),
+    "raw": Coder(
+        lambda data, size: data.tobytes() if len(data) < size else None, lambda coded, n: np.frombuffer(coded, np.uint8)
+    ),
     "zlib": Coder(_deflate, lambda coded, n: np.frombuffer(inflate(coded, n), np.uint8)),
     "rans": Coder(rans.encode, rans.decode),
 }
-for _name, _apply, _undo, _length in (
-    ("delta", _delta, _sum, lambda n: n),
-    ("bits", _bits, _bytes, lambda n: -(-n // 8)),
-):
-    for _inner, _coder in (
-        ("rans", CODERS["rans"]), ("zlib", CODERS["zlib"]), ("zlib2", Coder(_deflate_twice, _inflate_twice)),
-    ):  # fmt: skip
-        CODERS[f"{_name}-{_inner}"] = _filtered(_coder, _apply, _undo, _length)
+INNER = {**CODERS, "zlib2": Coder(_deflate_twice, _inflate_twice)}  # of filtered bytes

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
-from lightning_muws.artifact.codecs import decode
 from lightning_muws.artifact.container import Frame
 from lightning_muws.artifact.entropy import Bytes
 from lightning_muws.artifact.into import check_fit, fill
 from lightning_muws.artifact.manifest import DTYPES, Manifest, Piece, TensorEntry, piece_bytes
 from lightning_muws.artifact.opening import Readable, name_of, opened_bytes
+from lightning_muws.artifact.parts import decode
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
 from lightning_muws.artifact.values import displayed

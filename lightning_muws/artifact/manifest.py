@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightning_muws.artifact.codecs import CODERS
 from lightning_muws.artifact.container import NEWEST, VERSION
 from lightning_muws.artifact.json_text import MAX_DEPTH, nests_deeper
+from lightning_muws.artifact.parts import minor
 from lightning_muws.artifact.values import BYTES, FLOATS, MAX_PALETTE, PALETTE, STEPS, Form
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
@@ -138,7 +138,7 @@ class Manifest:
         """The lowest version of the format that has all that the file uses."""
         coders = {coder for chunk in self.chunks for coder, _ in chunk.streams.values()}
         is_new = any(e.is_copy or (e.form and (e.form.palette or e.dtype in BYTES)) for e in self.tensors)
-        is_new = is_new or any(CODERS[coder].minor for coder in coders)
+        is_new = is_new or any(minor(coder) for coder in coders)
         return NEWEST if is_new else VERSION
 
     def pieces(self) -> Iterator[list[Piece]]:

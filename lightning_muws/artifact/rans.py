@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_muws.artifact.entropy import Bytes, Ints, entropy_bytes
+from lightning_muws.artifact.varint import Cursor, number
 from lightning_muws.errors import FormatError
 
 Floats = NDArray[np.float64]
@@ -96,7 +97,7 @@ def _encode(data: Bytes, stretches: list[tuple[int, Ints]]) -> bytes:
             filled[: len(symbols)] = symbols
             x = _encode_steps(filled.reshape(-1, lanes), f, x, words)
         stop -= steps
-    head = _number(len(tables)) + b"".join(_number(steps) for steps, _ in stretches[:-1])
+    head = number(len(tables)) + b"".join(number(steps) for steps, _ in stretches[:-1])
     return b"".join([head, *map(_table, tables), x.astype("<u4").tobytes(), *words[::-1]])
 
 
@@ -184,34 +185,25 @@ def _decode_symbols(stretches: list[tuple[int, Ints]], x: Ints, words: Words) ->
     return np.frombuffer(bytes(out), np.uint8), np.array(states, np.int64), len(words) - sum(1 for _ in left)
 
 
-def _number(value: int) -> bytes:
-    """Return a number, 7 bits a byte, the lowest first, the top bit set in all bytes but the last."""
-    found = bytearray()
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*found, value])
-
-
 def _table(f: Ints) -> bytes:
     """Return the first and the last symbol that occur, and the frequencies from one to the other."""
     found = np.flatnonzero(f)
     frequencies = f[found[0] : found[-1] + 1].tolist()
-    return bytes([found[0], found[-1]]) + b"".join(map(_number, frequencies))
+    return bytes([found[0], found[-1]]) + b"".join(map(number, frequencies))
 
 
-class _Head:
+class _Head(Cursor):
     """Reads what stands before the states: the number of tables, the steps of each but the last, and the tables."""
 
     def __init__(self, coded: bytes) -> None:
-        self._coded, self.at = coded, 0
+        super().__init__(coded, "the tables of rans")
 
     def stretches(self, steps: int) -> list[tuple[int, Ints]]:
         """Return the steps and the frequencies of each table."""
-        n_tables = self._number()
+        n_tables = self.number()
         if not 1 <= n_tables <= min(steps, MAX_TABLES):
             raise FormatError(f"a rans stream of {steps} steps declares {n_tables} tables")
-        lengths = [self._number() for _ in range(n_tables - 1)]
+        lengths = [self.number() for _ in range(n_tables - 1)]
         lengths.append(steps - sum(lengths))
         if min(lengths) < 1:
             raise FormatError(f"the tables of a rans stream are not for its {steps} steps")
@@ -219,21 +211,9 @@ class _Head:
 
     def _table(self) -> Ints:
         f = np.zeros(256, np.int64)
-        first, last = self._byte(), self._byte()
+        first, last = self.byte(), self.byte()
         for symbol in range(first, last + 1):
-            f[symbol] = self._number()
+            f[symbol] = self.number()
         if int(f.sum()) != TOTAL:
             raise FormatError(f"the frequencies of a rans stream sum to {int(f.sum())}, they have to sum to {TOTAL}")
         return f
-
-    def _number(self) -> int:
-        value = shift = 0
-        while (byte := self._byte()) > 127 and shift < 21:
-            value, shift = value | (byte & 127) << shift, shift + 7
-        return value | byte << shift
-
-    def _byte(self) -> int:
-        if self.at >= len(self._coded):
-            raise FormatError("a rans stream ends within its tables")
-        self.at += 1
-        return self._coded[self.at - 1]

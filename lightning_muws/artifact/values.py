@@ -214,10 +214,12 @@ def repeats(u: Patterns) -> bool:
 
 def _with_palette(flat: Tensor, other: Form) -> Form:
     """Return the form of indices into the magnitudes that occur, if they are few and it is smaller than the other."""
-    sample = flat if len(flat) <= SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
+    if len(flat) < SAMPLED:
+        return other
+    sample = flat if len(flat) == SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
     few = bits(sample)
     sign = sign_bit(few.dtype)
-    if len(flat) < SAMPLED or not repeats(few & ~sign):
+    if not repeats(few & ~sign):
         return other
     found: NDArray[Any] = np.zeros(1, few.dtype)
     for part in slabs(len(flat), 1):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lightning_muws.artifact.chunk import NOTHING, ChunkWriter
-from lightning_muws.artifact.codecs import encode
 from lightning_muws.artifact.container import head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.load import Progress, check_errors
 from lightning_muws.artifact.manifest import ChunkEntry, Manifest, TensorEntry, item_bytes
+from lightning_muws.artifact.parts import encode
 from lightning_muws.artifact.report import SaveReport, StreamReport, tensor_report
 from lightning_muws.artifact.source import State
 from lightning_muws.artifact.streams import slabs
@@ -219,6 +219,8 @@ class Writer:
 
     def _affordable(self, form: Form, dtype: str) -> Form:
         """Return the form, or the exact one if the palettes of all tensors would make the manifest too large."""
+        if not form.palette:
+            return form
         n_bytes = 2 * len(form.palette) * item_bytes(dtype)
         if n_bytes > self.room:
             return Form(dtype)
@@ -252,7 +254,7 @@ class Writer:
         """Code the streams of a chunk and write them."""
         streams = {}
         for name, data in self.chunk.streams():
-            coder, coded = encode(data)
+            coder, coded = encode(data, self.chunk.rows if name == "other" else ())
             self.body.write(coded)
             streams[name] = (coder, zlib.crc32(coded))
             self.lengths[f"c{len(self.chunks)}.{name}"] = len(coded)

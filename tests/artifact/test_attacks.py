@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed, verify_compressed
 from lightning_muws.artifact.codecs import decode
 from lightning_muws.errors import FormatError
+from tests.support import fuzz_streams
 from tests.support.forge import put_together, small_model, take_apart
 from tests.support.fuzz_file import fuzz
 from tests.support.strategies import normal
@@ -350,6 +351,13 @@ def test_lies_of_any_kind_are_refused_or_harmless(seed, path):
     finally:
         path.write_bytes(good)
     assert time.process_time() - start < 5
+
+
+def test_streams_with_right_checksums_are_refused_or_loaded_at_once_in_little_memory(tmp_path):
+    """`make attack` does the same for 100,000 files."""
+    found = fuzz_streams.fuzz(range(300), tmp_path)
+    assert found["other"] == found["slow"] == found["large"] == 0, found
+    assert found["loaded"] > 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forked")

@@ -144,7 +144,7 @@ def test_it_is_a_safetensors_file(path):
         assert file.get_tensor("c0.kinds").dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", ["1.0-exact", "1.0-lossy", "1.1-exact"])
+@pytest.mark.parametrize("name", ["1.0-exact", "1.0-lossy", "1.1-exact", "1.1-masks"])
 def test_golden_files_load_for_ever(name):
     expected = torch.load(GOLDEN / f"{name}.pt", weights_only=True)
     assert_same(load_compressed(GOLDEN / f"{name}.muws"), expected)
@@ -163,6 +163,13 @@ def test_the_golden_file_of_1_1_has_all_that_1_1_adds():
     assert info.version == "1.1"
     assert [tensor.stored for tensor in info.tensors] == ["palette", "copy of few", "int8", "uint8", "bytes"]
     assert info.coders["other"].startswith("delta-")
+
+
+def test_the_golden_file_of_masks_has_parts_with_each_filter():
+    info = inspect_compressed(GOLDEN / "1.1-masks.muws")
+    assert (info.version, info.coders) == ("1.1", {"other": "parts"})
+    data = (GOLDEN / "1.1-masks.muws").read_bytes()
+    assert all(name in data for name in (b"xor-bits-zlib", b"repeat-bits-raw", b"delta-zlib2", b"raw"))
 
 
 # ---- small

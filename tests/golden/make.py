@@ -19,6 +19,14 @@ def newer() -> dict[str, torch.Tensor]:
     return {"few": few, "again": few.clone(), "q": bytes_, "u": uint8, "ids": ids}
 
 
+def masks() -> dict[str, torch.Tensor]:
+    """Return a state_dict whose file has each filter of format 1.1, in parts."""
+    ones, generator = torch.ones(96, 96, dtype=torch.bool), torch.Generator().manual_seed(0)
+    blocks = (torch.rand(24, 24, generator=generator) > 0.5).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    ids = torch.arange(60)[:, None] - torch.arange(60) + 59
+    return {"n": torch.tensor(3), "causal": ones.tril(), "blocks": blocks, "ids": ids, "m": torch.tensor(4)}
+
+
 def make_1_0() -> None:
     """Make the files of format 1.0."""
     state = small_model(HERE / "1.0-exact.muws")
@@ -32,3 +40,5 @@ if __name__ == "__main__":
     make_1_0()
     torch.save(newer(), HERE / "1.1-exact.pt")
     save_compressed(newer(), HERE / "1.1-exact.muws")
+    torch.save(masks(), HERE / "1.1-masks.pt")
+    save_compressed(masks(), HERE / "1.1-masks.muws")

@@ -37,6 +37,27 @@ def small_model(path: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     return state
 
 
+def newer_model(path: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Write a file of a few KB that uses all that format 1.1 adds, and return its state_dict."""
+    generator = torch.Generator().manual_seed(seed)
+    few = normal(seed, 9, dtype=torch.float32)[torch.randint(0, 9, (80, 90), generator=generator)]
+    steps = MicroStructure((4, 4), 0.6, 0.3).project(normal(seed, 64, 64)).mul(30).round().clamp(-127, 127)
+    kept = torch.rand(24, 24, generator=generator) > 0.5
+    state = {
+        "few": few,
+        "again": few.clone(),
+        "q": steps.to(torch.int8),
+        "u": steps.add(128).to(torch.uint8),
+        "n": torch.tensor(7 + seed),
+        "causal": torch.ones(96, 96, dtype=torch.bool).tril(),
+        "kept": kept.repeat_interleave(4, 0).repeat_interleave(4, 1),
+        "ids": torch.arange(60 + seed)[:, None] - torch.arange(60) + 59,
+        "batch": torch.arange(500).repeat(3, 1),
+    }
+    save_compressed(state, path)
+    return state
+
+
 def take_apart(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the manifest and the coded streams."""
     n = struct.unpack("<Q", data[:8])[0]

@@ -136,47 +136,98 @@ def read_blocks(e, rows, stored, kinds, signs, values):
 
 
 def decode(coder: str, coded: bytes, n: int) -> list[int]:
-    change, _, inner = coder.rpartition("-")
-    m = -(-n // 8) if change == "bits" else n
+    if coder == "parts":
+        return parts(coded, n)
+    *filters, inner = coder.split("-")
+    at, undo = 0, []
+    for name in filters:
+        numbers = []
+        for _ in range({"repeat": 3, "xor": 1}.get(name, 0)):
+            value, at = number(coded, at)
+            numbers.append(value)
+        undo.append((name, n, numbers))
+        if name == "repeat":
+            row, rows, cols = numbers
+            n = -(-(n // row) // rows) * -(-row // cols)
+        elif name == "bits":
+            n = -(-n // 8)
+    coded = coded[at:]
     data = {
         "raw": lambda: list(coded),
         "zlib": lambda: list(zlib.decompress(coded)),
         "zlib2": lambda: list(zlib.decompress(zlib.decompress(coded))),
-        "rans": lambda: rans(coded, m),
+        "rans": lambda: rans(coded, n),
     }
     found = data[inner]()
-    assert len(found) == m
-    if change == "delta":
-        total = 0
-        found = [total := (total + byte) % 256 for byte in found]
-    elif change == "bits":
-        found = [byte >> bit & 1 for byte in found for bit in range(8)][:n]
     assert len(found) == n
+    for name, n, numbers in reversed(undo):
+        found = unfilter(name, found, n, numbers)
+        assert len(found) == n
     return found
+
+
+def unfilter(name: str, found: list[int], n: int, numbers: list[int]) -> list[int]:
+    if name == "repeat":
+        row, rows, cols = numbers
+        across = -(-row // cols)
+        return [found[i // rows * across + j // cols] for i in range(n // row) for j in range(row)]
+    if name == "bits":
+        return [byte >> bit & 1 for byte in found for bit in range(8)][:n]
+    out = []
+    for k, byte in enumerate(found):
+        lag = numbers[0] if name == "xor" else 1
+        before = out[k - lag] if k >= lag else 0
+        out.append(byte ^ before if name == "xor" else (byte + before) % 256)
+    return out
+
+
+def number(coded: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte, at = coded[at], at + 1
+        value, shift = value + ((byte & 127) << shift), shift + 7
+        if byte < 128:
+            return value, at
+
+
+def parts(coded: bytes, n: int) -> list[int]:
+    n_parts, at = number(coded, 0)
+    lengths = []
+    for _ in range(n_parts - 1):
+        length, at = number(coded, at)
+        lengths.append(length)
+    lengths.append(n - sum(lengths))
+    coders = []
+    for _ in range(n_parts):
+        name = coded[at + 1 : at + 1 + coded[at]].decode()
+        n_coded, at = number(coded, at + 1 + coded[at])
+        coders.append((name, n_coded))
+    out = []
+    for (name, n_coded), length in zip(coders, lengths, strict=True):
+        out += decode(name, coded[at : at + n_coded], length)
+        at += n_coded
+    assert at == len(coded)
+    return out
 
 
 def rans(coded: bytes, n: int) -> list[int]:
     at = 0
 
-    def number() -> int:
+    def next_number() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = coded[at], at + 1
-            value, shift = value + ((byte & 127) << shift), shift + 7
-            if byte < 128:
-                return value
+        value, at = number(coded, at)
+        return value
 
     lanes = max(1, min(8192, n // 2048))
     steps = -(-n // lanes)
-    n_tables = number()
-    lengths = [number() for _ in range(n_tables - 1)]
+    n_tables = next_number()
+    lengths = [next_number() for _ in range(n_tables - 1)]
     lengths.append(steps - sum(lengths))
     tables = []
     for _ in range(n_tables):
         first, last = coded[at], coded[at + 1]
         at += 2
-        f = {s: number() for s in range(first, last + 1)}
+        f = {s: next_number() for s in range(first, last + 1)}
         assert sum(f.values()) == 4096
         tables.append([(s, f[s], sum(f[q] for q in range(first, s))) for s in f for _ in range(f[s])])
     x = [int.from_bytes(coded[at + 4 * i : at + 4 * i + 4], "little") for i in range(lanes)]
