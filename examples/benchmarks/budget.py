@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import tempfile
 from functools import partial
 from itertools import accumulate, pairwise
@@ -33,7 +34,7 @@ from lightning_muws import WeightUnificationCallback, load_compressed, save_comp
 from lightning_muws.structure.budget import allocate
 from lightning_muws.training import budget
 
-RIVALS = tuple(6 * 1.12**i for i in range(20))  # ratios of the rival's files: 6 to 52
+RIVALS = tuple(2 * 1.12**i for i in range(30))  # ratios of the rival's files: 2 to 53
 
 
 def importances(model: L.LightningModule, data: L.LightningDataModule, weighting: str) -> dict[str, float]:
@@ -78,7 +79,7 @@ def stored(model: L.LightningModule, data: L.LightningDataModule, compression: f
 
 
 def times_smaller(row: tuple, rivals: list[tuple]) -> float:
-    """Return our ratio over the rival's at equal accuracy; over its smallest ratio tried if none is as good.
+    """Return our ratio over the rival's at equal accuracy; infinity if none of its files is as good.
 
     Args:
         row: Our ratio and accuracy.
@@ -88,7 +89,7 @@ def times_smaller(row: tuple, rivals: list[tuple]) -> float:
     best = list(accumulate((a for _, a in reversed(rivals)), max))[::-1]  # as good as any smaller file is
     curve = [(r, b) for (r, _), b in zip(rivals, best, strict=True)]
     if accuracy > curve[0][1]:
-        return ratio / curve[0][0]
+        return math.inf
     for (r, a), (next_r, next_a) in pairwise(curve):
         if next_a < accuracy <= a:
             share = (a - accuracy) / (a - next_a)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_muws import WeightUnificationCallback
+from lightning_muws import MicroStructure, WeightUnificationCallback
 from lightning_muws.structure.sharded import whole
 from tests.support.explicit import PHASES
 from tests.support.modules import TwoLayers, fit
@@ -42,20 +42,26 @@ class Ranked(TwoLayers):
         return torch.utils.data.DataLoader(data, batch_size=4)
 
 
+def strategy() -> Strategy:
+    """Return DDP, or FSDP2 where the environment asks for it."""
+    if IS_SHARDED:
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    return DDPStrategy(process_group_backend="gloo")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    strategy = DDPStrategy(process_group_backend="gloo")
-    if IS_SHARDED:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     module, file = Ranked(), folder / "m.muws"
-    callback = WeightUnificationCallback(compression=6, phases=PHASES, save_to=file)
-    fit(module, callback, max_epochs=6, strategy=strategy, devices=2)
+    structure = MicroStructure("auto", unify_ratio=(0.1, 1.0))
+    callback = WeightUnificationCallback(structure, compression=6, phases=PHASES, save_to=file)
+    fit(module, callback, max_epochs=6, strategy=strategy(), devices=2)
     callback.verify()
     final = {name: whole(p.detach()).clone() for name, p in module.named_parameters()}
     buffers = sum(x.nbytes for x in module.buffers())
     results = {
         "plan": str(callback.plan),
         "final": final,
+        "rounded": sorted(callback._run.rounding.steps),
         "wrote": callback.saved is not None,
         "file_ratio": (sum(x.nbytes for x in final.values()) + buffers) / file.stat().st_size if callback.saved else 0,
     }

@@ -1,4 +1,4 @@
-"""One of two processes of test_drop: max_drop under DDP, with other validation data on each rank."""
+"""One of two processes of test_drop: max_drop under DDP or FSDP2, with other validation data on each rank."""
 
 import os
 import sys
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_muws import WeightUnificationCallback
-from tests.support.budget_worker import Ranked
+from lightning_muws.structure.sharded import whole
+from tests.support.budget_worker import Ranked, strategy
 from tests.support.explicit import PHASES
 from tests.support.modules import fit
 
@@ -26,14 +26,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     module, file = Seen(), folder / "m.muws"
     callback = WeightUnificationCallback(max_drop=0.05, monitor="val_loss", phases=PHASES, save_to=file)
-    options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
-    fit(module, callback, max_epochs=6, **options)
+    fit(module, callback, max_epochs=6, strategy=strategy(), devices=2)
     callback.verify()
     results = {
         "drop": vars(callback.drop),
         "plan": str(callback.plan),
         "last": module.last,
-        "final": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "final": {name: whole(p.detach()).clone() for name, p in module.named_parameters()},
         "file_ratio": callback.saved.compression_ratio if callback.saved else 0,
     }
     torch.save(results, folder / f"{os.environ['LOCAL_RANK']}.pt")

@@ -276,7 +276,11 @@ def test_two_ranks_choose_the_same_and_hold_the_same_bits(strategy, tmp_path):
     one, two = launch("tests.support.budget_worker", tmp_path, STRATEGY=strategy)
     assert one["plan"] == two["plan"]
     assert "open" not in one["plan"]
+    assert "auto" not in one["plan"]
+    loaded = load_compressed(tmp_path / "m.muws")
     for name, x in one["final"].items():
         assert same_bits(x, two["final"][name]), name
+        assert same_bytes(x, loaded[name]), name
+    assert one["rounded"] == two["rounded"] == sorted(one["final"])
     assert one["file_ratio"] >= 6
     assert (one["wrote"], two["wrote"]) == (True, False)

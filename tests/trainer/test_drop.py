@@ -431,8 +431,9 @@ def test_two_flags_are_enough(in_yaml, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_ranks_choose_the_same_from_the_mean_of_their_metrics(tmp_path):
-    one, two = launch("tests.support.drop_worker", tmp_path)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_choose_the_same_from_the_mean_of_their_metrics(strategy, tmp_path):
+    one, two = launch("tests.support.drop_worker", tmp_path, STRATEGY=strategy)
     assert one["last"] != two["last"]
     assert one["drop"] == two["drop"]
     assert one["plan"] == two["plan"]
