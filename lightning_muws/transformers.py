@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lightning_muws.artifact.save import save_compressed
+from lightning_muws.artifact.steps import choose_steps
 from lightning_muws.errors import StateError
 from lightning_muws.report import CompressionReport, make_report
 from lightning_muws.structure.micro import MicroStructure
@@ -137,9 +139,15 @@ class WeightUnificationCallback(TrainerCallback):
             self._load(run, Path(checkpoint))
         else:
             run.check_budget()
-        if self.phase != "retraining":
-            self._timeline = self.phases.on(huggingface.length(state, self.phases.interval))
+        length = huggingface.length(state, self.phases.interval)
+        if self.phase == "retraining":
+            self._timeline = Timeline(0, 0, 1, *self.phases.rounds(length))
+        else:
+            self._timeline = self.phases.on(length)
         self._unhook()
+        run.stepper = partial(
+            saving.choose_steps, choose_steps, model, state.is_world_process_zero, huggingface.broadcast
+        )
         self._clipping = huggingface.Clipping(self._trainer.accelerator, self._before_step)
         self._is_prepared = False
 
@@ -147,7 +155,8 @@ class WeightUnificationCallback(TrainerCallback):
         """Go on inside the frozen structure of an earlier run of this model, or make a plan and a run."""
         run, optimizer = self._run, huggingface.unwrapped(self._trainer.optimizer)
         if run and run.constraint and self.plan and coverage.is_same_model(model, self.plan, run.weights):
-            run.constraint.follow(run.weights)
+            run.follow()
+            run.reset_clock()
             return run
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         optimized = [p for p in model.parameters() if id(p) in held]
@@ -182,7 +191,11 @@ class WeightUnificationCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what is due: start the method, update it, or freeze the structure and begin retraining."""
-        if (run := self._run) is None or run.constraint:
+        if (run := self._run) is None:
+            return
+        if run.constraint:
+            now = huggingface.now(state, self.phases.interval)
+            run.tick(now, self._timeline, [huggingface.unwrapped(self._trainer.optimizer)])
             return
         huggingface.forgive_early_stopping(self._trainer)
         if self._tick(run, kwargs["model"], huggingface.now(state, self.phases.interval)) and run.constraint:
@@ -262,18 +275,22 @@ class WeightUnificationCallback(TrainerCallback):
         assert run.constraint  # noqa: S101  frozen now
         assert self.plan  # noqa: S101  made with the run
         run.check_finite()
+        if run.finish():
+            rank_zero_info("muws: the file grew too large at the end of training, so its values were rounded again")
+        run.stepper = None  # it holds the model
         try:
             run.verify()
         except StateError as error:
             rank_zero_warn(f"at the end of training {error}; it was projected back")
-            run.constraint.enforce(run.weights)
+            run.settle(run.watched)
         self.report = make_report(model, self.plan, self.supports, run.constraint.primal, run.history)
         if state.is_world_process_zero:
             self.report.print()
         if self.save_to:
             compression = self.budget.compression if self.budget else None
             to = self._file, model, self.plan, state.is_world_process_zero
-            self.saved = saving.save(save_compressed, *to, compression)
+            steps = run.rounding.steps if run.rounding else None
+            self.saved = saving.save(save_compressed, *to, compression, steps)
         self._trainer = None
 
     def _unhook(self) -> None:

@@ -202,7 +202,6 @@ def fit(
     dense_bytes: int,
     compression: float,
     encode: Callable[[Mapping[str, Offer]], tuple[int, Coded]],
-    is_rounded: bool = False,
 ) -> Coded:
     """Return the largest file coded whose size is at most ``dense_bytes / compression``.
 
@@ -216,7 +215,6 @@ def fit(
         dense_bytes: Bytes of all tensors in memory.
         compression: The least ``dense_bytes`` over the bytes of the file.
         encode: Codes a file of these offers; returns its bytes, and itself.
-        is_rounded: Whether the tensors were rounded for such a file before: then it is tried to lose nothing.
 
     Raises:
         SettingError: No file is as small as that.
@@ -229,7 +227,7 @@ def fit(
     def trial(multiplier: float) -> tuple[int, Coded]:
         return encode({name: one.offer(multiplier) for name, one in candidates.items()})
 
-    found = largest(trial, size, limit, loses=not is_rounded)
+    found = largest(trial, size, limit)
     if found is None:
         (exact, _), (smallest, found) = trial(SEARCH[0]), trial(SEARCH[1])
         if smallest > limit:
@@ -243,8 +241,6 @@ def largest(
     limit: float,
     aim: float = AIM,
     n_trials: int = TRIALS,
-    *,
-    loses: bool = True,
 ) -> Coded | None:
     """Return the largest file of at most ``limit`` bytes that was found; None if there was none.
 
@@ -254,13 +250,12 @@ def largest(
         limit: In bytes; the search ends with a file within ``ROOM`` of it.
         aim: ``limit`` over the bytes that are aimed at.
         n_trials: Files that are coded at the most.
-        loses: Whether a file that loses nothing is tried only if its estimate is near the limit.
     """
     low, high = SEARCH[0], SEARCH[1]
     tried: set[float] = set()
     best: tuple[float, Coded | None] = (0.0, None)
     # where perhaps nothing need be lost, that is tried first
-    multiplier = search(size, limit / aim) if loses and size(low) > limit * ROOM else low
+    multiplier = low if size(low) <= limit * ROOM else search(size, limit / aim)
     while multiplier not in tried and len(tried) < n_trials:
         tried.add(multiplier)
         n_bytes, coded = trial(multiplier)

@@ -108,57 +108,63 @@ def save_compressed(
     if not isinstance(blocks, tuple):
         blocks = {**state.grids, **(blocks or {})}
     own = check_manifest(state, blocks, state.extra if extra is None else extra)
-    choose_grid = grid_chooser(state, blocks)
     with Drafts(path, own, progress) as drafts:
         if compression is None:
-            draft = drafts.code(state, choose_grid, loss=loss)
+            draft = drafts.code(state, grid_chooser(state, blocks), loss=loss)
         else:
-            grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
             allowed = allowed_forms(model, state, lossy or "all", parameters)
-            draft = fit_size(state, grids, allowed, compression, drafts, choose_grid, steps or {})
+            draft = fit_size(state, blocks, allowed, compression, drafts, steps)
         return draft.put(path, is_lossy=bool(loss or compression))
 
 
 def fit_size(
     state: State,
-    grids: Mapping[str, BlockGrid | None],
+    blocks: Mapping[str, BlockGrid] | tuple[int, int] | None,
     allowed: Mapping[str, tuple[str, ...]],
     compression: float,
     drafts: Drafts,
-    choose_grid: ChooseGrid,
-    steps: Mapping[str, float],
+    steps: Mapping[str, float] | None = None,
 ) -> Draft:
     """Return the largest file that is so many times smaller than its tensors.
 
     Args:
         state: All tensors.
-        grids: How floating tensors are cut, by name.
+        blocks: As in :func:`save_compressed`.
         allowed: What each may be stored in besides its exact form, by name: see :func:`candidate`.
         compression: How many times smaller.
         drafts: Codes the files.
-        choose_grid: How other tensors are cut.
         steps: Of which tensors may be whole multiples, by name.
 
     Raises:
         SettingError: No file is as small as that.
     """
+    choose_grid = grid_chooser(state, blocks)
+    grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
     owned = {x.key: name for name, x in reversed(state.tensors.items())}  # the first name of shared ones
     dense_bytes = sum(state.tensors[name].nbytes for name in owned.values())
     found, others = {}, 0
     for name in owned.values():
         if name in grids:
-            x, step = state.tensors[name].read(), steps.get(name, 0.0)
+            x, step = state.tensors[name].read(), (steps or {}).get(name, 0.0)
             found[name] = candidate(x, grids[name], allowed.get(name, ()), step=step)
         else:
             others += state.tensors[name].nbytes
 
+    def code(cut: Mapping[str, BlockGrid | None], forms: Mapping[str, Form]) -> Draft:
+        return drafts.code(state, lambda name, x: cut[name] if name in cut else choose_grid(name, x), forms)
+
     def encode(offers: Mapping[str, Offer]) -> tuple[int, Draft]:
-        forms = {name: offer.form for name, offer in offers.items()}
-        draft = drafts.code(state, lambda name, x: grids[name] if name in grids else choose_grid(name, x), forms)
+        draft = code(grids, {name: offer.form for name, offer in offers.items()})
         return draft.n_bytes, draft
 
-    is_rounded = any(one.exact.step for one in found.values())
-    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode, is_rounded)
+    if any(one.exact.step for one in found.values()):  # they were rounded for such a file before: perhaps it fits
+        is_given = {name: isinstance(blocks, tuple) or name in (blocks or ()) for name in grids}
+        flat = {name: grid if is_given[name] else None for name, grid in grids.items()}
+        exact = {name: one.exact for name, one in found.items()}
+        smallest = min((code(cut, exact) for cut in (grids, flat)), key=lambda draft: draft.n_bytes)
+        if smallest.n_bytes <= dense_bytes / compression:
+            return smallest
+    return fit(found, others + TENSOR_BYTES * len(state.tensors), dense_bytes, compression, encode)
 
 
 def grid_chooser(state: State, blocks: Mapping[str, BlockGrid] | tuple[int, int] | None) -> ChooseGrid:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lightning_muws.artifact.precision import allowed_forms
-from lightning_muws.artifact.save import fit_size, grid_chooser
+from lightning_muws.artifact.save import fit_size
 from lightning_muws.artifact.source import Source, read_state
 from lightning_muws.artifact.values import STEPS
 from lightning_muws.artifact.writer import Drafts
@@ -49,9 +49,7 @@ def choose_steps(
     """
     check_compression(compression)
     state = read_state(model)
-    choose_grid = grid_chooser(state, blocks)
     allowed = allowed_forms(model, state, "all", parameters)
     with tempfile.TemporaryDirectory() as folder, Drafts(Path(folder) / "model.muws", {}) as drafts:
-        grids = {name: choose_grid(name, x.read()) for name, x in state.tensors.items() if x.is_cuttable}
-        forms = fit_size(state, grids, allowed, compression, drafts, choose_grid, {}).writer.forms
+        forms = fit_size(state, blocks, allowed, compression, drafts).writer.forms
     return {name: form.step for name, form in forms.items() if form.stored == STEPS and form.is_lossy}

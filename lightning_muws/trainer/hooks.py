@@ -195,7 +195,8 @@ class CompressionHooks:
             self._file = saving.prepare(self.save_to, pl_module, trainer.is_global_zero)
         self._begin_or_go_on(trainer, pl_module)
         if self._run and not trainers.averages(trainer):  # an average of rounded weights is not rounded
-            self._run.stepper = partial(saving.choose_steps, self.stepper, trainer, pl_module)
+            ranks = trainer.is_global_zero, trainer.strategy.broadcast
+            self._run.stepper = partial(saving.choose_steps, self.stepper, pl_module, *ranks)
         self._is_bound = True
         self._has_warned = False
         self._n_backwards = 0

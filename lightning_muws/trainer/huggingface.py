@@ -106,6 +106,14 @@ def refuse_ranks_apart(trainer: Any, fingerprint: int) -> None:
             )
 
 
+def broadcast(steps: dict[str, float]) -> dict[str, float]:
+    """Return on every rank what rank 0 gave."""
+    shared = [steps]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
 def forget_best(trainer: Any) -> None:
     """Forget the best checkpoint so far: it is of a network without structure."""
     state = trainer.state

@@ -112,8 +112,9 @@ def save(
 
 def choose_steps(
     stepper: Callable[..., Mapping[str, float]],
-    trainer: Any,
     module: Any,
+    is_global_zero: bool,
+    broadcast: Callable[[dict[str, float]], dict[str, float]],
     blocks: Mapping[str, BlockGrid],
     compression: float,
 ) -> Mapping[str, float]:
@@ -123,18 +124,19 @@ def choose_steps(
 
     Args:
         stepper: Chooses the steps, on rank 0.
-        trainer: The Trainer.
         module: The module.
+        is_global_zero: Whether this is rank 0.
+        broadcast: Returns on every rank what rank 0 gave to it.
         blocks: How weights are cut, by name.
         compression: How many times smaller than its tensors the file is at least.
     """
-    state, steps = _gathered(module, trainer.is_global_zero), {}
-    if trainer.is_global_zero:
+    state, steps = _gathered(module, is_global_zero), {}
+    if is_global_zero:
         try:
             steps = dict(stepper(state, blocks, compression, _parameters(module)))
         except SettingError as error:  # not raised: training would be lost, and the other ranks wait
             rank_zero_warn(f"retraining goes on with values that are not rounded: {error}")
-    return trainer.strategy.broadcast(steps) if trainer.world_size > 1 else steps
+    return broadcast(steps)
 
 
 def _gathered(module: Any, is_global_zero: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning_muws import MicroStructure, Penalty, Phases
 
 STRUCTURE = MicroStructure((2, 4), prune_ratio=0.5, unify_ratio=0.25)
 PHASES = Phases(interval="step", admm_start=2, admm_end=10, update_every=2)
-PENALTY = Penalty(rho=0.1, rho_growth=1.5, rho_max=0.2)
+PENALTY = Penalty(rho=0.1, rho_growth=1.5, rho_max=0.2, relative=False)
 
 
 class Net(nn.Module):
