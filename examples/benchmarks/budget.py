@@ -5,7 +5,7 @@ with the same `compression`. The last column says how many times smaller our fil
 the rival's file is written in many sizes, and its curve of accuracy against size is made monotone and interpolated.
 `left` is what the callback does: a squared distance costs one over the energy that a layer keeps. Other weightings are
 one over the energy that it had (`energy`), that times the root of its size (`sqrt`), and the mean squared gradient
-(`fisher`).
+(`fisher`). `no blocks` trains the rounded values alone: nothing is pruned or unified.
 Accuracies are on the test set; no setting was tuned on it. Run: make bench-size.
 """
 
@@ -30,10 +30,11 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from lightning_muws import WeightUnificationCallback, load_compressed, save_compressed
+from lightning_muws import MicroStructure, WeightUnificationCallback, load_compressed, save_compressed
 from lightning_muws.structure.budget import allocate
 from lightning_muws.training import budget
 
+WEIGHTINGS = ("left", "energy", "sqrt", "fisher", "no blocks")
 RIVALS = tuple(2 * 1.12**i for i in range(30))  # ratios of the rival's files: 2 to 53
 
 
@@ -58,8 +59,9 @@ def structured(
     start: L.LightningModule, data: L.LightningDataModule, epochs: int, compression: float, weighting: str
 ) -> tuple[L.LightningModule, dict]:
     """Return the network trained for a size, and the grids of its weights."""
-    model, callback = copy.deepcopy(start), WeightUnificationCallback(compression=compression)
-    weights = None if weighting == "left" else importances(start, data, weighting)
+    structure = MicroStructure(prune_ratio=(0, 0), unify_ratio=(0, 0)) if weighting == "no blocks" else MicroStructure()
+    model, callback = copy.deepcopy(start), WeightUnificationCallback(structure, compression=compression)
+    weights = None if weighting in ("left", "no blocks") else importances(start, data, weighting)
     budget.allocate = partial(allocate, importance=weights)
     train(model, data, epochs, callback)
     callback.verify()
@@ -100,7 +102,7 @@ def times_smaller(row: tuple, rivals: list[tuple]) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--compressions", type=float, nargs="+", default=[10, 20, 50, 100])
-    options.add_argument("--weightings", nargs="+", choices=("left", "energy", "sqrt", "fisher"), default=["left"])
+    options.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=["left"])
     options.add_argument("--first-seed", type=int, default=0)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--dense-epochs", type=int, default=5)
