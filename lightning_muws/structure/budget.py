@@ -33,8 +33,9 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.shapes import tiles
 from lightning_muws.structure.sharded import whole
 
+FINE = 0.005  # an allocation's size is this close, as a share of it: a file's is fitted when it is written
 FEW = 1 << 11  # values of a layer that its importance is found from
-NEARLY = 0.05  # a layer's importance is found to this share
+NEARLY = 0.1  # a layer's importance is found to this share
 MOST_WEIGHT = 50.0  # that a squared distance has over its share of the energy, where next to nothing is left
 RECOVERY = 0.1  # what training leaves of the loss that unifying and pruning cause, if rounding comes after it
 
@@ -109,7 +110,7 @@ def allocate(
     def size(multiplier: float) -> float:
         return file_bytes(layer.share(multiplier).n_bytes for layer in layers.values())
 
-    multiplier = search(size, target, guess=guess)
+    multiplier = search(size, target, guess=guess, slack=FINE)
     shares = {name: layer.share(multiplier) for name, layer in layers.items()}
     n_bytes = file_bytes(share.n_bytes for share in shares.values())
     costs = {name: layer.importance / layer.unit**2 if layer.unit else 0.0 for name, layer in layers.items()}
