@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -325,9 +326,9 @@ class CompressionHooks:
         if self._allowed and self.plan and not self.drop:
             module, entries = trainer.lightning_module, self.plan.covered
             measure = self._probe.measure(trainer, self._allowed, entries)
-            self.drop = choose_compression(self._allowed, measure, module, entries)
+            will_round = run.can_round and self._timeline.round_start < math.inf
+            self.drop = choose_compression(self._allowed, measure, module, entries, will_round=will_round)
             run.budget = self.budget
-            run.choose_structures()  # those whose drop was predicted, without a recovery from rounding
             say = rank_zero_warn if self.drop.doubt else rank_zero_info
             say(f"muws: {self.drop}{self.drop.doubt}")
 

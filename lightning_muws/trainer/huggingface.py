@@ -106,9 +106,9 @@ def refuse_ranks_apart(trainer: Any, fingerprint: int) -> None:
             )
 
 
-def broadcast(steps: dict[str, float]) -> dict[str, float]:
+def broadcast(thing: Any) -> Any:
     """Return on every rank what rank 0 gave."""
-    shared = [steps]
+    shared = [thing]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(shared, src=0)
     return shared[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_muws.errors import SettingError
@@ -114,13 +114,11 @@ def choose_steps(
     stepper: Callable[..., Mapping[str, float]],
     module: Any,
     is_global_zero: bool,
-    broadcast: Callable[[dict[str, float]], dict[str, float]],
+    broadcast: Callable[[Any], Any],
     blocks: Mapping[str, BlockGrid],
     compression: float,
 ) -> Mapping[str, float]:
     """Return the step of each parameter with which the module's file has the size; the same on all ranks. A collective.
-
-    Where no file is as small as that, there are no steps, with a warning: at the end of fit the writer says why.
 
     Args:
         stepper: Chooses the steps, on rank 0.
@@ -129,14 +127,21 @@ def choose_steps(
         broadcast: Returns on every rank what rank 0 gave to it.
         blocks: How weights are cut, by name.
         compression: How many times smaller than its tensors the file is at least.
+
+    Raises:
+        SettingError: No file is as small as that; on all ranks.
     """
-    state, steps = _gathered(module, is_global_zero), {}
+    state = _gathered(module, is_global_zero)
+    found: dict[str, float] | str = ""
     if is_global_zero:
         try:
-            steps = dict(stepper(state, blocks, compression, _parameters(module)))
-        except SettingError as error:  # not raised: training would be lost, and the other ranks wait
-            rank_zero_warn(f"retraining goes on with values that are not rounded: {error}")
-    return broadcast(steps)
+            found = dict(stepper(state, blocks, compression, _parameters(module)))
+        except SettingError as error:  # the other ranks wait: they must hear of it
+            found = str(error)
+    shared: dict[str, float] | str = broadcast(found)
+    if isinstance(shared, str):
+        raise SettingError(shared)
+    return shared
 
 
 def _gathered(module: Any, is_global_zero: bool) -> dict[str, Any]:

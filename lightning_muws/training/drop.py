@@ -179,12 +179,14 @@ def choose_compression(
     module: nn.Module,
     entries: Mapping[str, PlanEntry],
     n_probes: int = N_PROBES,
+    *,
+    will_round: bool = False,
 ) -> DropReport:
     """Return the largest compression whose predicted drop is allowed, by bisection over its logarithm.
 
-    Training repairs most of what projecting does, and nothing of what rounding does, as rounding comes after it. So the
+    Training repairs most of what projecting does, and nothing of what rounding does if that comes after it. So the
     prediction is ``rounding + RECOVERY * (both - rounding)``, with the measured drops of the network that is only
-    rounded, and of the one that is projected and rounded.
+    rounded, and of the one that is projected and rounded. If retraining rounds, it is ``RECOVERY * both``.
 
     Args:
         drop: How far the metric may drop.
@@ -193,6 +195,7 @@ def choose_compression(
         module: The network when the method starts.
         entries: The covered weights, with open structures.
         n_probes: How many compressions are tried.
+        will_round: Whether retraining rounds: see :meth:`lightning_muws.CompressionRun.choose_structures`.
 
     Raises:
         SettingError: The network cannot be even ``LEAST`` times smaller.
@@ -203,10 +206,10 @@ def choose_compression(
         raise StateError(f"{drop.metric} is {baseline} when the method starts: a drop from it cannot be measured")
 
     def predict(compression: float) -> float:
-        allocation = Budget(compression).allocate(module, entries)
+        allocation = Budget(compression).allocate(module, entries, 1.0 if will_round else RECOVERY)
         both = drop.of(baseline, measure(allocation, 1.0))
-        if RECOVERY * both > drop.most:
-            return RECOVERY * both  # too much, even if rounding does nothing
+        if will_round or RECOVERY * both > drop.most:  # too much, even if rounding does nothing
+            return max(0.0, RECOVERY * both)
         rounding = max(0.0, drop.of(baseline, measure(allocation, 0.0)))
         return rounding + RECOVERY * max(0.0, both - rounding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_muws.errors import StateError
+from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.budget import RECOVERY
 from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.micro import MicroStructure
@@ -254,18 +255,28 @@ class CompressionRun:
         if not timeline.rounds_due(now, self._last_tick if self.rounding else -1):
             return False
         self._last_tick = now
-        found = self._can_round
+        found = self._rounded_by
         if not found or any(keeps_points(optimizer) for optimizer in optimizers):
             return False
-        self._start_rounding(found[0], MARGIN * found[1])
+        self._start_rounding(found[0], MARGIN * found[1], found[1])
         return True
 
-    def _start_rounding(self, stepper: Stepper, compression: float) -> None:
+    def _start_rounding(self, stepper: Stepper, *compressions: float) -> None:
+        """Round for the first of these compressions that a file can have; with a warning not at all if it has none."""
         if self.constraint:
             self.rounding = self.rounding or Rounding(self.constraint.supports)
             self.rounding.restore(self.parameters)
-            self.rounding.start(self.parameters, stepper(self._grids, compression))
+            self.rounding.start(self.parameters, self._choose_steps(stepper, *compressions))
             self._held = {}
+
+    def _choose_steps(self, stepper: Stepper, compression: float, *others: float) -> Mapping[str, float]:
+        try:
+            return stepper(self._grids, compression)
+        except SettingError as error:  # not raised: training would be lost
+            if others:
+                return self._choose_steps(stepper, *others)
+            warnings.warn(f"retraining goes on with values that are not rounded: {error}", stacklevel=2)
+            return {}
 
     def finish(self) -> bool:
         """Round to coarser steps if the rounded parameters grew too large for the file since the last choice of steps.
@@ -275,8 +286,8 @@ class CompressionRun:
         Returns:
             Whether that was so.
         """
-        found = self._can_round
-        if not self.rounding or not found or not found[0](self._grids, found[1]):  # all of it fits without loss
+        found = self._rounded_by
+        if not self.rounding or not found or not self._choose_steps(*found):  # all of it fits without loss
             return False
         self._start_rounding(*found)
         return True
@@ -286,11 +297,14 @@ class CompressionRun:
         return {name: entry.grid for name, entry in self.entries.items()}
 
     @property
-    def _can_round(self) -> tuple[Stepper, float] | None:
-        """What is needed to round in training; None if something is missing."""
+    def can_round(self) -> bool:
+        """Whether retraining can round for a compression: something chooses steps, and magnitudes train."""
+        return bool(self.stepper) and self.retraining.unified == "tied"
+
+    @property
+    def _rounded_by(self) -> tuple[Stepper, float] | None:
         compression = self.budget.compression if self.budget else None
-        is_tied = self.retraining.unified == "tied"
-        return (self.stepper, compression) if self.stepper and compression and is_tied else None
+        return (self.stepper, compression) if self.stepper and compression and self.can_round else None
 
     def choose_structures(self, *, will_round: bool = False) -> None:
         """Choose what is open in the structures, for the budget if there is one, unless it has been done.
@@ -306,7 +320,7 @@ class CompressionRun:
             return
         weights, entries = self._given
         if self.budget and self._module:
-            recovery = 1.0 if will_round and self._can_round else RECOVERY
+            recovery = 1.0 if will_round and self.can_round else RECOVERY
             chosen = self.budget.choose(self._module, entries, self.times, recovery)
             self._adopt(chosen)
             if self.budget.speedup is not None and self.times:

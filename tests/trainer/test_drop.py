@@ -217,19 +217,27 @@ def test_the_metric_that_is_measured_is_that_of_the_file(tmp_path):
 
     trained = module.eval() and measured()
     module.load_state_dict(load_compressed(path))
-    assert callback.drop.measured != pytest.approx(trained, rel=1e-6)  # rounding does something
+    assert callback.drop.measured == pytest.approx(trained, rel=1e-6)  # it was trained rounded
     assert callback.drop.measured == pytest.approx(measured(), rel=0.01)
+
+
+class Steady(Calm):
+    """Has no buffer that counts validations: the size of the file, and so its steps, would depend on the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n_validated", torch.zeros(()), persistent=False)
 
 
 @pytest.mark.filterwarnings(PROVIDED, MISSED)
 def test_every_checkpoint_leads_to_the_same_bits_and_probes_only_once(tmp_path):
-    module, ours = Calm(), WeightUnificationCallback(phases=PHASES, **DROP)
+    module, ours = Steady(), WeightUnificationCallback(phases=PHASES, **DROP)
     saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
     fit(module, ours, saver, max_epochs=6, enable_checkpointing=True)
     for epoch in range(6):
-        resumed, again = Calm(), WeightUnificationCallback(phases=PHASES, **DROP)
+        resumed, again = Steady(), WeightUnificationCallback(phases=PHASES, **DROP)
         fit(resumed, again, max_epochs=6, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
-        assert again.drop == ours.drop
+        assert again.drop == ours.drop, epoch
         assert again.plan == ours.plan
         for name in ("layer.0.weight", "layer.4.weight", "layer.5.weight", "layer.0.bias"):
             assert same_bits(module.get_parameter(name).detach(), resumed.get_parameter(name).detach()), (epoch, name)
