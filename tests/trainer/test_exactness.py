@@ -7,7 +7,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_muws import MicroStructure, Phases, WeightUnificationCallback
-from tests.support.explicit import PHASES, Explicit, assert_same_after_admm
+from tests.support.explicit import PENALTY, PHASES, Explicit, assert_same_after_admm
 from tests.support.modules import STRUCTURE, TwoLayers, fit
 
 
@@ -54,7 +54,7 @@ def of_one_step(module: L.LightningModule, scaler: MixedPrecision, **options) ->
             batch["x"] = batch_
 
     batch = {}
-    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES)
+    callback = WeightUnificationCallback(STRUCTURE, phases=PHASES, penalty=PENALTY)
     fit(module, callback, Look(), max_epochs=5, plugins=[scaler], **options)
     return seen
 
@@ -170,7 +170,7 @@ def test_steps_of_several_optimizers_count_as_one_batch():
 
 def test_bf16_penalties_are_rounded_once():
     module = TwoLayers().bfloat16()
-    callback = WeightUnificationCallback(MicroStructure((2, 4), 0.5, 0.25), phases=PHASES)
+    callback = WeightUnificationCallback(MicroStructure((2, 4), 0.5, 0.25), phases=PHASES, penalty=PENALTY)
     seen = {}
 
     class Look(L.Callback):
