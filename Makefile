@@ -9,7 +9,7 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-drop bench-speed bench-compress sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, OpenVINO and ONNX Runtime, and ADMM against one-shot (2 hours)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
 	@echo "make bench-weighting  compare ways to weigh layers, and block shapes, on three trained networks (40 minutes)"
+	@echo "make bench-methods  compare the training methods, for three seeds (2 hours)"
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
@@ -75,7 +76,7 @@ bench: $(READY)
 	$(ENV) $(BIN)/python examples/benchmarks/peers.py
 	$(ENV) $(BIN)/python examples/benchmarks/peers.py --networks ResNet-18 --threads 2
 	$(ENV) $(BIN)/python examples/benchmarks/export.py
-	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/admm_or_one_shot.py $(ARGS)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/methods.py --methods admm one_shot --targets 90/5 95/2.5 $(ARGS)
 
 bench-size: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/budget.py $(ARGS)
@@ -83,6 +84,9 @@ bench-size: $(READY)
 bench-weighting: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/weighting.py $(ARGS)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/shapes.py $(ARGS)
+
+bench-methods: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/methods.py $(ARGS)
 
 bench-drop: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/drop.py $(ARGS)

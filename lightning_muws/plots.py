@@ -97,7 +97,7 @@ def plot_residuals(report: CompressionReport | Sequence[Update], ax: Axes | None
     ax.plot([u.when for u in updates], [u.dual for u in updates], "s--", markersize=4, label="dual |Z - Z_old| / |W|")
     first, last = history[0].when, history[-1].when
     room = 0.2 * (last - first) or 0.5
-    phases = [("ADMM", first, last, "C0")] if updates else []
+    phases = [("method", first, last, "C0")] if updates else []
     for update in projected:
         label = "projection |W - project(W)| / |W|"
         ax.scatter([update.when], [update.primal], marker="*", s=120, color="C3", zorder=3, label=label)
@@ -106,7 +106,7 @@ def plot_residuals(report: CompressionReport | Sequence[Update], ax: Axes | None
         ax.axvspan(start, end, color=colour, alpha=0.08)
         top = ax.get_xaxis_transform()
         ax.annotate(name, (start, 1), (4, -4), xycoords=top, textcoords="offset points", va="top")
-    ax.set(title="ADMM residuals", xlabel="epoch or step of the update", ylabel="relative residual")
+    ax.set(title="Residuals", xlabel="epoch or step of the update", ylabel="relative residual")
     ax.set(xlim=(first - room / 3, last + room), ylim=(0, 1.15 * max(max(u.primal, u.dual) for u in history) or 1))
     ax.legend()
     return ax

@@ -156,7 +156,7 @@ def residual_table(history: Sequence[Update]) -> Table:
         for update in history
     ]
     return Table(
-        title="ADMM residuals",
+        title="Residuals",
         columns=[Column("at"), Column("rho"), Column("primal"), Column("dual")],
         rows=rows,
         notes=["at: epoch or step of the update; primal: |W - Z| / |W|; dual: |Z - Z_old| / |W|; last row: projection"],

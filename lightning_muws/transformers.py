@@ -82,6 +82,7 @@ class WeightUnificationCallback(TrainerCallback):
         check_type("phases", phases, Phases, "Phases(interval='step', admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        phases.check_penalty(penalty)
         settings.check_file("save_to", save_to)
         self.budget: Budget | None = settings.make_budget(compression, None, max_relative_error)
         settings.check_open(self.budget, structure)

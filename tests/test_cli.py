@@ -128,7 +128,7 @@ FIELDS = {
     "phases.admm_start": "When ADMM starts",
     "phases.admm_end": "retraining starts",
     "phases.update_every": "Time between two Z/U updates",
-    "phases.method": "The training method between",
+    "phases.method": "brings the weights near their structure",
     "penalty.rho": "Penalty factor at the start",
     "penalty.rho_growth": "Factor on rho",
     "penalty.rho_max": "Where rho stops growing",

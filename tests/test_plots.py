@@ -44,11 +44,11 @@ def test_a_picture_of_blocks_has_a_colour_bar_and_its_shares_of_zeros(tmp_path):
 def test_a_picture_of_residuals_has_a_title_and_the_phases():
     updates = [Update(1, 0.1, 0.5, 0.4), Update(2, 0.2, 0.3, 0.2)]
     ax = plot_residuals([*updates, Update(3, 0.3, 0.1, 0.0)])
-    assert ax.get_title() == "ADMM residuals"
-    assert [text.get_text() for text in ax.texts] == ["ADMM", "retraining"]
+    assert ax.get_title() == "Residuals"
+    assert [text.get_text() for text in ax.texts] == ["method", "retraining"]
     assert [text.get_text().split()[0] for text in ax.get_legend().get_texts()] == ["primal", "dual", "projection"]
     still = plot_residuals(updates)  # in the middle of ADMM: nothing was projected yet
-    assert [text.get_text() for text in still.texts] == ["ADMM"]
+    assert [text.get_text() for text in still.texts] == ["method"]
     assert still.lines[1].get_ydata().tolist() == [0.4, 0.2]
     one_shot = plot_residuals([Update(3, 0.3, 0.1, 0.0)])
     assert [text.get_text() for text in one_shot.texts] == ["retraining"]

@@ -22,7 +22,7 @@ from statistics import mean
 
 import lightning as L
 import torch
-from admm_or_one_shot import be_quiet, spread, train
+from fitting import be_quiet, spread, train
 from datasets import load
 from machine import console, say_machine
 from networks import ConvNet

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from admm_or_one_shot import be_quiet
+from fitting import be_quiet
 from datasets import Images, Split, load
 from machine import console, say_machine
 from networks import ConvNet

@@ -13,7 +13,7 @@ import argparse
 from dataclasses import replace
 
 import torch
-from admm_or_one_shot import be_quiet
+from fitting import be_quiet
 from machine import console, say_machine
 from rich.progress import track
 from rich.table import Table

@@ -13,7 +13,7 @@ import argparse
 import copy
 
 import lightning as L
-from admm_or_one_shot import RULES, be_quiet, spread, train
+from fitting import RULES, be_quiet, spread, train
 from datasets import load
 from machine import console, say_machine
 from networks import ConvNet

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 
 import lightning as L
 import torch
-from admm_or_one_shot import be_quiet, train
+from fitting import be_quiet, train
 from compress import denoising, retrieval
 from datasets import load
 from machine import console, say_machine
@@ -88,11 +88,12 @@ def importances(
     generator = torch.Generator().manual_seed(0)
     if weighting == "squares":
         for x in batches:
-            model.zero_grad()
             out = forward(model, x)
-            (out * torch.randn(out.shape, generator=generator)).sum().backward()
-            for name, w in weights.items():
-                found[name] += float(w.grad.square().mean())
+            total = (out * torch.randn(out.shape, generator=generator)).sum()
+            # the outputs do not depend on MiniLM's pooling layer
+            gradients = torch.autograd.grad(total, list(weights.values()), materialize_grads=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                found[name] += float(gradient.square().mean())
     else:
         for name, w in weights.items():
             raw = w.detach().clone()
@@ -104,7 +105,8 @@ def importances(
                 ) / float(noise.square().sum())
                 w.copy_(raw)
     middle = sorted(found[name] * energies[name] for name in found)[len(found) // 2]  # biases cost their energy
-    return {name: value / middle for name, value in found.items()}
+    # no weight is free, not even one on which the outputs do not depend
+    return {name: max(value / middle, 1e-6 / energies[name]) for name, value in found.items()}
 
 
 @torch.no_grad()

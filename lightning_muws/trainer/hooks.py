@@ -105,6 +105,7 @@ class CompressionHooks:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        phases.check_penalty(penalty)
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
         budget = settings.make_budget(compression, speedup, max_relative_error)

@@ -24,7 +24,7 @@ from lightning_muws.structure.sharded import (
     whole,
 )
 from lightning_muws.structure.support import Support
-from lightning_muws.training.method import Method
+from lightning_muws.training.method import Method, exact_dtype
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.record import on_device
 from lightning_muws.training.residuals import Residuals, total
@@ -84,7 +84,7 @@ class Admm(Method):
             StateError: A weight has NaN or Inf.
         """
         for name in self.entries:
-            v = weights[name].detach().to(_exact(weights[name]), copy=True)
+            v = weights[name].detach().to(exact_dtype(weights[name]), copy=True)
             size = norm(v) if self.settings.relative else 1.0
             self._scales[name] = size**-2 if size else 1.0
             self._splits[name] = self._project_(name, v)
@@ -232,7 +232,7 @@ class Admm(Method):
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Load what :meth:`state_dict` returned, onto the devices and into the dtypes of these weights."""
         for name, saved in state["weights"].items():
-            tensors = on_device(saved, weights[name], _exact(weights[name]))
+            tensors = on_device(saved, weights[name], exact_dtype(weights[name]))
             support, magnitudes = load_choice(weights[name], tensors, self.entries[name].grid)
             self._splits[name] = _Split(like(tensors["v"], weights[name]), magnitudes, support.state_dict())
         self._rhos = dict(state["rho"])  # above a lower rho_max, the next update lowers it and scales U
@@ -265,8 +265,3 @@ class _Scratch:
         if key not in self._buffers:
             self._buffers[key] = torch.empty(self._sizes[x.dtype], dtype=x.dtype)
         return self._buffers[key][: x.numel()].view(x.shape).copy_(x)
-
-
-def _exact(weight: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: float32 for half precision."""
-    return torch.promote_types(weight.dtype, torch.float32)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_muws.structure.support import Support
 from lightning_muws.training.residuals import Residuals
@@ -15,7 +17,8 @@ class Method(Protocol):
     """A training method. :class:`~lightning_muws.training.run.CompressionRun` calls it and knows nothing else of it.
 
     The run calls :meth:`start` once, :meth:`before_step` and :meth:`after_step` around each optimizer step, and
-    :meth:`update` at the times of :class:`~lightning_muws.Phases`. Then it freezes the structure without the method.
+    :meth:`update` at the times of :class:`~lightning_muws.Phases`. At the end it calls :meth:`finish`, and freezes the
+    structure without the method.
 
     A new method is a class with a ``start`` and an ``update``, and one row in
     :data:`lightning_muws.training.methods.METHODS`. A class that inherits from this one gets the other methods. Where
@@ -23,9 +26,11 @@ class Method(Protocol):
 
     Args:
         rho: How hard the method pulls now, in the units of :class:`~lightning_muws.Penalty`.
+        ignored: The settings of a penalty that the method does not use; they must have their defaults.
     """
 
     rho: float
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     def start(self, weights: Mapping[str, Tensor]) -> None:
         """Begin with these weights, by name: all that the plan covers.
@@ -62,6 +67,25 @@ class Method(Protocol):
     def after_step(self, weights: Mapping[str, Tensor]) -> None:
         """Change weights that an optimizer has just stepped, in place."""
 
+    def advance(self, weights: Mapping[str, Tensor], share: float) -> bool:
+        """Take note of the time; return whether the method began something new, which stands for an update.
+
+        Args:
+            weights: All covered weights, by name.
+            share: Of the time between the method's start and its end, which part is over.
+        """
+        return False
+
+    def check(self, optimizers: Iterable[Optimizer]) -> None:
+        """Check that the method works with these optimizers.
+
+        Raises:
+            SettingError: It does not.
+        """
+
+    def finish(self, weights: Mapping[str, Tensor]) -> None:
+        """End the method: write into the weights, in place, what the structure is to be chosen from."""
+
     def choices(self) -> dict[str, tuple[Support, Tensor]]:
         """Return this rank's choice of blocks and magnitudes, by name; equal on all ranks, or empty."""
         return {}
@@ -80,3 +104,8 @@ class Method(Protocol):
         The run has checked that the state is of the same method, and of weights with the same shapes and structures.
         """
         self.rho = state["rho"]
+
+
+def exact_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which methods compute with a weight: float32 for half precision."""
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from lightning_muws.errors import SettingError
 from lightning_muws.training.checks import check_choice, is_number, refuse
-from lightning_muws.training.methods import METHODS
+from lightning_muws.training.methods import METHODS, ONE_SHOT, ignored
+from lightning_muws.training.penalty import Penalty
 
 N_STEPS = 4  # times that retraining chooses steps of the file: late ones fit weights that hardly change any more
 
@@ -27,7 +28,11 @@ class Phases:
         admm_end: When the weights are projected and retraining starts.
         update_every: Time between two Z/U updates: a whole number of epochs (or steps), or a share of the ADMM phase if
             it is a float. A share may be shorter than an epoch.
-        method: The training method between ``admm_start`` and ``admm_end``: ``admm``.
+        method: What brings the weights near their structure between ``admm_start`` and ``admm_end``. ``admm``: a
+            penalty with a dual, of strength :class:`~lightning_muws.Penalty`. ``soft``: after each step, the weights
+            move a small share of the way. ``straight_through``: the network computes with projected weights, and their
+            exact values train. ``one_shot``: nothing does; they train dense until they are projected. Several of the
+            first three with ``+`` between them, such as ``soft+admm``, follow each other in equal times.
         round_start: From when on retraining sees the values that the file will hold. This needs a compression to choose
             them for, and a structure: before ``admm_end`` it means ``admm_end``. A share has no effect in a run without
             end. 1.0 for never: the values are then rounded after training.
@@ -49,7 +54,10 @@ class Phases:
 
     def __post_init__(self) -> None:
         check_choice("interval", self.interval, ("epoch", "step"))
-        check_choice("method", self.method, tuple(METHODS))
+        if not _is_method(self.method):
+            words = ", ".join(map(repr, METHODS))
+            allowed = f"give {words} or {ONE_SHOT!r}, or several of the first {len(METHODS)} with + between them"
+            raise refuse("method", self.method, allowed)
         for name in ("admm_start", "admm_end", "update_every", "round_start"):
             value = getattr(self, name)
             whole = "ADMM phase" if name == "update_every" else "run"
@@ -88,6 +96,8 @@ class Phases:
                 f"admm_end={self.admm_end} comes before admm_start={self.admm_start} in a run of {length} "
                 f"{self.interval}s: raise admm_end or lower admm_start"
             )
+        if not self.has_method:
+            start = end
         every: int | float = self.update_every
         if isinstance(every, int) and end > start and every > end - start and not clip:
             raise SettingError(
@@ -113,6 +123,25 @@ class Phases:
         start = self.round_start if whole else self.round_start * length
         return (float(start), (length - start) / N_STEPS) if start < length else (math.inf, math.inf)
 
+    @property
+    def has_method(self) -> bool:
+        """Whether a method runs between ``admm_start`` and ``admm_end``; ``one_shot`` is none."""
+        return self.method != ONE_SHOT
+
+    def check_penalty(self, penalty: Penalty) -> None:
+        """Check that a penalty has an effect with the method.
+
+        Raises:
+            SettingError: A setting of it is not the default one, and the method does not use that.
+        """
+        unused = ignored(self.method)
+        found = [f.name for f in fields(Penalty) if f.name in unused and getattr(penalty, f.name) != f.default]
+        if found:
+            given = f"penalty.{found[0]}={getattr(penalty, found[0])!r}"
+            raise SettingError(
+                f"{given} has no effect with method={self.method!r}: leave it out, or take method='admm'"
+            )
+
     def _count(self, name: str, length: int | None) -> int:
         value: int | float = getattr(self, name)
         if isinstance(value, int):
@@ -123,6 +152,10 @@ class Phases:
                 f"give {name} as a whole number of {self.interval}s, or give the Trainer a length"
             )
         return round(value * length)
+
+
+def _is_method(value: object) -> bool:
+    return isinstance(value, str) and (value == ONE_SHOT or all(part in METHODS for part in value.split("+")))
 
 
 @dataclass(frozen=True)
@@ -142,6 +175,10 @@ class Timeline:
     every: int | float
     round_start: float = math.inf
     round_every: float = math.inf
+
+    def share(self, now: float) -> float:
+        """Return which part of the method's time is over; 0 to 1 while it runs."""
+        return (now - self.start) / max(self.end - self.start, 1)
 
     def due(self, now: float, last: float) -> int:
         """Return how many updates became due after ``last`` and until ``now``; several where batches are rarer.

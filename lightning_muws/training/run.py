@@ -25,7 +25,7 @@ from lightning_muws.training.budget import Budget, choose_shapes, open_structure
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint, check_finite, keeps_points
 from lightning_muws.training.method import Method
-from lightning_muws.training.methods import METHODS
+from lightning_muws.training.methods import make_method
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
 from lightning_muws.training.record import plain, record, refuse_differences
@@ -135,6 +135,7 @@ class CompressionRun:
         check_type("phases", phases, Phases, "Phases(admm_end=0.5)")
         check_type("retraining", retraining, Retraining, "Retraining(unified='tied')")
         check_type("penalty", penalty, Penalty, "Penalty(rho=0.003)")
+        phases.check_penalty(penalty)
         if budget is not None:
             check_type("budget", budget, Budget, "Budget(compression=20)")
             check_type("module", module, nn.Module, "the network whose file the budget is for")
@@ -205,12 +206,16 @@ class CompressionRun:
             Whether something was due.
 
         Raises:
+            SettingError: The method does not work with one of the optimizers.
             StateError: A weight has NaN or Inf.
         """
         if now <= self._last_tick:
             return False
         if self.constraint:
             return self._round(now, timeline, optimizers)
+        optimizers = list(optimizers)
+        if self.method:
+            self.method.check(optimizers)
         if now >= timeline.end:
             self.choose_structures(will_round=timeline.round_start < math.inf)
             self.freeze(now, optimizers)
@@ -219,6 +224,8 @@ class CompressionRun:
             method = self._new_method()
             method.start(self.weights)
             self.method = method
+        elif self.method and self.method.advance(self.weights, timeline.share(now)):
+            pass
         elif self.method and (due := timeline.due(now, self._last_tick)):
             rho, residuals = self.method.rho, self.method.update(self.weights, due)
             self._remember(now, rho, residuals)
@@ -243,6 +250,8 @@ class CompressionRun:
         """
         rho = self.method.rho if self.method else 0.0
         self.choose_structures()
+        if self.method:
+            self.method.finish(self.weights)
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None
         self._remember(now, rho, {name: Residuals(primal) for name, primal in self.constraint.primal.items()})
@@ -546,7 +555,7 @@ class CompressionRun:
         return {**times, **given}
 
     def _new_method(self) -> Method:
-        return METHODS[self.phases.method](self.entries, self.penalty)
+        return make_method(self.phases.method, self.entries, self.penalty)
 
     def _remember(self, now: float, rho: float, residuals: Mapping[str, Residuals]) -> None:
         overall = total(residuals, self.weights)

@@ -504,7 +504,7 @@ def test_the_report_is_printed_after_fit(capsys):
     fit(TwoLayers(), WeightUnificationCallback(STRUCTURE, phases=PHASES), max_epochs=5)
     printed = capsys.readouterr().out
     assert "layer.0.weight" in printed
-    assert "ADMM residuals" in printed
+    assert "Residuals" in printed
     assert "idealised" in printed
 
 

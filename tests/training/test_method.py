@@ -21,7 +21,7 @@ TIMES = {"admm_start": 1, "admm_end": 4, "update_every": 1}
 PENALTY = Penalty(rho=0.2, rho_growth=2.0, relative=False)
 
 
-class Soft(Method):
+class Shrink(Method):
     """Soft shrinkage: after each step, ``W = (W + rho * project(W)) / (1 + rho)``."""
 
     def __init__(self, entries, penalty):
@@ -46,7 +46,7 @@ class Soft(Method):
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(METHODS, "soft", Soft)
+    monkeypatch.setitem(METHODS, "shrink", Shrink)
 
 
 def train(layer, run, optimizer, epochs):
@@ -65,7 +65,7 @@ def a_run():
     layer.weight.data.copy_(normal(0, 8, 16))
     layer.bias.data.zero_()
     plan = make_plan(layer, STRUCTURE)
-    run = CompressionRun(plan.weights(layer), plan.covered, Phases(**TIMES, method="soft"), Retraining(), PENALTY)
+    run = CompressionRun(plan.weights(layer), plan.covered, Phases(**TIMES, method="shrink"), Retraining(), PENALTY)
     return layer, run, torch.optim.SGD(layer.parameters(), 0.05, momentum=0.9)
 
 
@@ -75,7 +75,7 @@ def test_a_second_method_runs_through_the_run_that_knows_only_the_protocol():
     for epoch in range(6):
         train(layer, run, optimizer, [epoch])
         phases.append(run.phase)
-    assert phases == ["dense", "soft", "soft", "soft", "retraining", "retraining"]
+    assert phases == ["dense", "shrink", "shrink", "shrink", "retraining", "retraining"]
     run.verify()
     assert [u.rho for u in run.history] == [0.2, 0.4, 0.8]
     residuals = [u.primal for u in run.history]
@@ -101,7 +101,7 @@ def test_a_second_method_resumes_bit_for_bit(stop, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 def test_a_second_method_runs_through_a_real_trainer_and_resumes_bit_for_bit(tmp_path):
     def callback():
-        return WeightUnificationCallback(STRUCTURE, phases=Phases(**TIMES, method="soft"), penalty=PENALTY)
+        return WeightUnificationCallback(STRUCTURE, phases=Phases(**TIMES, method="shrink"), penalty=PENALTY)
 
     module, whole = TwoLayers("adam"), callback()
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -119,9 +119,10 @@ def test_a_second_method_runs_through_a_real_trainer_and_resumes_bit_for_bit(tmp
         assert resumed.history == whole.history
         for a, b in zip(module.parameters(), again.parameters(), strict=True):
             assert same_bits(a.detach(), b.detach()), path
-    assert phases == ["dense", "soft", "soft", "soft", "retraining"]
+    assert phases == ["dense", "shrink", "shrink", "shrink", "retraining"]
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(SettingError, match="method='amdm' is not allowed: give 'admm' or 'soft'"):
+    methods = "'admm', 'soft', 'straight_through', 'shrink' or 'one_shot'"
+    with pytest.raises(SettingError, match=f"method='amdm' is not allowed: give {methods}, or several"):
         Phases(method="amdm")
