@@ -22,8 +22,8 @@ from statistics import mean
 
 import lightning as L
 import torch
-from fitting import be_quiet, spread, train
 from datasets import load
+from fitting import be_quiet, spread, train
 from machine import console, say_machine
 from networks import ConvNet
 from rich.progress import track

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from fitting import be_quiet
 from datasets import Images, Split, load
+from fitting import be_quiet
 from machine import console, say_machine
 from networks import ConvNet
 from rich.table import Table

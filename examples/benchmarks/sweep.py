@@ -13,8 +13,8 @@ import argparse
 import copy
 
 import lightning as L
-from fitting import RULES, be_quiet, spread, train
 from datasets import load
+from fitting import RULES, be_quiet, spread, train
 from machine import console, say_machine
 from networks import ConvNet
 from rich.progress import track

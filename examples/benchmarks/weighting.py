@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping
 
 import lightning as L
 import torch
-from fitting import be_quiet, train
 from compress import denoising, retrieval
 from datasets import load
+from fitting import be_quiet, train
 from machine import console, say_machine
 from networks import ConvNet
 from rich.progress import track
