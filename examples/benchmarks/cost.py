@@ -19,6 +19,8 @@ from lightning_muws.training.rounding import Rounding
 from lightning_muws.training.run import CompressionRun
 
 STRUCTURE = MicroStructure(prune_ratio=0.8, unify_ratio=0.1)
+OTHERS = ("soft", "straight_through")
+PHASES = ("plain", "ADMM", *OTHERS, "tied", "frozen", "rounded")
 BOUNDS = {"CIFAR": {"ADMM": 1.03, "tied": 1.06}, "ImageNet": {"ADMM": 1.10, "tied": 1.20}}
 
 
@@ -53,9 +55,10 @@ def trainer(model: nn.Module, phase: str) -> tuple[Callable[[], None], Compressi
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     plan = make_plan(model, STRUCTURE)
     unified = "frozen" if phase == "frozen" else "tied"
-    run = CompressionRun(plan.weights(model), plan.covered, Phases(), Retraining(unified))
+    method = phase if phase in OTHERS else "admm"
+    run = CompressionRun(plan.weights(model), plan.covered, Phases(method=method), Retraining(unified))
     if phase != "plain":
-        run.tick(0, Timeline(0, 10 if phase == "ADMM" else 0, 1), [optimizer])
+        run.tick(0, Timeline(0, 10 if phase in ("ADMM", *OTHERS) else 0, 1), [optimizer])
     if phase == "rounded":
         run.rounding = Rounding(run.constraint.supports)
         run.parameters = dict(model.named_parameters())
@@ -82,7 +85,7 @@ def n_bytes(tensors: object) -> int:
 def main() -> None:
     say_machine()
     for stem, rounds in (("ImageNet", 21), ("CIFAR", 7)):
-        steps = {phase: trainer(resnet18(stem), phase) for phase in ("plain", "ADMM", "tied", "frozen", "rounded")}
+        steps = {phase: trainer(resnet18(stem), phase) for phase in PHASES}
         run = steps["ADMM"][1]
         dense = resnet18(stem)
         entries = make_plan(dense, MicroStructure(), open_ratios=True).covered
