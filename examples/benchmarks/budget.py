@@ -5,8 +5,8 @@ with the same `compression`. The last column says how many times smaller our fil
 the rival's file is written in many sizes, and its curve of accuracy against size is made monotone and interpolated.
 `left` is what the callback does: a squared distance costs one over the energy that a layer keeps. Other weightings are
 one over the energy that it had (`energy`), that times the root of its size (`sqrt`), and the mean squared gradient
-(`fisher`). `no blocks` trains the rounded values alone: nothing is pruned or unified. `auto shapes` lets each layer choose
-its block shape. `--width 32` is the demo's network; with 48 it has 800,000 weights.
+(`fisher`). `no blocks` trains the rounded values alone: nothing is pruned or unified. `auto shapes` lets each layer
+choose its block shape. `--width 32` is the demo's network; with 48 it has 800,000 weights.
 Accuracies are on the test set; no setting was tuned on it. Run: make bench-size.
 """
 
