@@ -19,18 +19,18 @@ from lightning_muws.report import CompressionReport, make_report
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
 from lightning_muws.structure.structure import check_structure
-from lightning_muws.structure.support import Support
 from lightning_muws.trainer import coverage, huggingface, saving, settings
+from lightning_muws.trainer.reading import RunReading
 from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.run import CompressionRun, Update
+from lightning_muws.training.run import CompressionRun
 
 STATE_FILE = "muws.pt"  # in each checkpoint's folder
 
 
-class WeightUnificationCallback(TrainerCallback):
+class WeightUnificationCallback(RunReading, TrainerCallback):
     """Train any model of a ``transformers.Trainer`` towards micro-structured weights, then inside the structure.
 
     The method and its exactness are those of :class:`lightning_muws.WeightUnificationCallback`: gradients of the
@@ -99,31 +99,6 @@ class WeightUnificationCallback(TrainerCallback):
         self._began = 0  # the step at which retraining began
         self._clipping: huggingface.Clipping | None = None
         self._is_prepared = False  # whether this step's gradients have been changed
-
-    @property
-    def phase(self) -> str:
-        """The phase of the run: ``dense``, then the name of the training method (``admm``), then ``retraining``."""
-        return self._run.phase if self._run else "dense"
-
-    @property
-    def supports(self) -> dict[str, Support]:
-        """The frozen structure of each covered weight, by name; empty before the retraining phase."""
-        return self._run.supports if self._run else {}
-
-    @property
-    def history(self) -> list[Update]:
-        """The Z/U updates with their residuals, the first one first; the last entry is the projection."""
-        return list(self._run.history) if self._run else []
-
-    def verify(self) -> None:
-        """Check that every covered weight is inside its structure, with ``==``.
-
-        Raises:
-            StateError: A weight is not, or the structure is not frozen yet.
-        """
-        if self._run is None:
-            raise StateError("there is nothing to verify before train: give this callback to a Trainer and train")
-        self._run.verify()
 
     # ---- the start of a run
 
@@ -212,9 +187,7 @@ class WeightUnificationCallback(TrainerCallback):
         elif not run.tick(now, self._timeline, optimizers):
             return False
         huggingface.refuse_ranks_apart(self._trainer, run.fingerprint())
-        if self.plan and (plan := self.plan.updated(run.planned)) != self.plan:
-            self.plan = plan
-            rank_zero_info(f"muws: for {run.budget or 'these ratios'}, {coverage.summary(model, plan)}")
+        self._follow_budget(model, run)
         return True
 
     # ---- each optimizer step

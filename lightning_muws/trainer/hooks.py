@@ -17,9 +17,9 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
 from lightning_muws.structure.structure import check_structure
-from lightning_muws.structure.support import Support
 from lightning_muws.trainer import coverage, measuring, rates, saving, settings, trainers
 from lightning_muws.trainer.probe import Probe, refuse_no_validation
+from lightning_muws.trainer.reading import RunReading
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
 from lightning_muws.training.budget import Budget
 from lightning_muws.training.checks import check_type
@@ -27,10 +27,10 @@ from lightning_muws.training.constraint import Constraint
 from lightning_muws.training.drop import Drop, DropReport, choose_compression
 from lightning_muws.training.penalty import Penalty
 from lightning_muws.training.phases import Phases, Retraining, Timeline
-from lightning_muws.training.run import CompressionRun, Update
+from lightning_muws.training.run import CompressionRun
 
 
-class CompressionHooks:
+class CompressionHooks(RunReading):
     """The hooks of WeightUnificationCallback: the base class to name before a namespace's Callback.
 
     The hooks have the names and arguments that Lightning gives them; Lightning describes them.
@@ -147,21 +147,6 @@ class CompressionHooks:
     # ---- what a user asks
 
     @property
-    def phase(self) -> str:
-        """The phase of the run: ``dense``, then the name of the training method (``admm``), then ``retraining``."""
-        return self._run.phase if self._run else "dense"
-
-    @property
-    def supports(self) -> dict[str, Support]:
-        """The frozen structure of each covered weight, by name; empty before the retraining phase."""
-        return self._run.supports if self._run else {}
-
-    @property
-    def history(self) -> list[Update]:
-        """The Z/U updates with their residuals, the first one first; the last entry is the projection."""
-        return list(self._run.history) if self._run else []
-
-    @property
     def budget(self) -> Budget | None:
         """What ``compression``, ``speedup`` or ``max_relative_error`` asks for, or what was chosen for ``max_drop``.
 
@@ -170,16 +155,6 @@ class CompressionHooks:
         if self.drop:
             return Budget(self.drop.compression)
         return settings.make_budget(self.compression, self.speedup, self.max_relative_error)
-
-    def verify(self) -> None:
-        """Check that every covered weight is inside its structure, with ``==``.
-
-        Raises:
-            StateError: A weight is not, or the structure is not frozen yet.
-        """
-        if self._run is None:
-            raise StateError("there is nothing to verify before fit: give this callback to a Trainer and call its fit")
-        self._run.verify()
 
     # ---- the start of a fit
 
@@ -332,13 +307,6 @@ class CompressionHooks:
             run.budget = self.budget
             say = rank_zero_warn if self.drop.doubt else rank_zero_info
             say(f"muws: {self.drop}{self.drop.doubt}")
-
-    def _follow_budget(self, pl_module: Any, run: CompressionRun) -> None:
-        """Put the structures that the run chose into the plan; say so if they are new."""
-        if self.plan is None or (plan := self.plan.updated(run.planned)) == self.plan:
-            return
-        self.plan = plan
-        rank_zero_info(f"muws: for {run.budget or 'these ratios'}, {coverage.summary(pl_module, plan)}")
 
     def _begin_retraining(self, trainer: Any) -> None:
         self._began = rates.Beginning.now(trainer)

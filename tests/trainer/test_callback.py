@@ -421,7 +421,7 @@ def test_weights_that_another_callback_moved_are_brought_back_with_a_warning():
 
 
 def test_before_fit_there_is_nothing_to_verify():
-    with pytest.raises(StateError, match="call its fit"):
+    with pytest.raises(StateError, match="let it train"):
         WeightUnificationCallback(STRUCTURE).verify()
 
 

@@ -278,7 +278,7 @@ def test_what_does_not_work_is_refused(tmp_path):
         WeightUnificationCallback(speedup=2)
     with pytest.raises(SettingError, match="give phases=Phases"):
         WeightUnificationCallback(admm_end=3)
-    with pytest.raises(StateError, match="nothing to verify before train"):
+    with pytest.raises(StateError, match="nothing to verify before training"):
         callback().verify()
     with pytest.raises(StateError, match="no Trainer of transformers is running"):
         huggingface.running()
