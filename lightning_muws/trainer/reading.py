@@ -41,7 +41,7 @@ class RunReading:
             StateError: A weight is not, or the structure is not frozen yet.
         """
         if self._run is None:
-            raise StateError("there is nothing to verify before training: give the callback to a Trainer and let it train")
+            raise StateError("there is nothing to verify before training: give it to a Trainer and let it train")
         self._run.verify()
 
     def _follow_budget(self, module: Any, run: CompressionRun) -> None:
