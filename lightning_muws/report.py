@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_muws.page import Page
+from lightning_muws.pictures import Line, Span, line_chart
+from lightning_muws.structure.block_map import COLOURS, MEANING, BlockMap
 from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.plan import Plan, PlanEntry
 from lightning_muws.structure.sharded import whole
@@ -87,6 +90,7 @@ class CompressionReport(Tabular):
         drop: The drop of a monitored metric, if a callback was given ``max_drop``.
         predicted_speedup: How many times faster than its best dense form ``accelerate`` should make the module; None if
             the structures were not chosen for a speedup.
+        maps: Where the blocks of each covered weight lie, by name; not in ``to_dict``.
     """
 
     layers: tuple[LayerReport, ...]
@@ -95,6 +99,7 @@ class CompressionReport(Tabular):
     history: tuple[Update, ...] = ()
     drop: DropReport | None = None
     predicted_speedup: float | None = None
+    maps: Mapping[str, BlockMap] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sparsity(self) -> float:
@@ -112,7 +117,37 @@ class CompressionReport(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers, ready for JSON."""
         drop = asdict(self.drop) | {"drop": self.drop.drop, "is_kept": self.drop.is_kept} if self.drop else None
-        return asdict(self) | {"drop": drop, "sparsity": self.sparsity, "ideal_ratio": self.ideal_ratio}
+        found = asdict(replace(self, maps={})) | {"drop": drop}
+        del found["maps"]
+        return found | {"sparsity": self.sparsity, "ideal_ratio": self.ideal_ratio}
+
+    def to_html(self, *, scores: Mapping[str, float] | None = None, speed: Tabular | None = None) -> str:
+        """Return a page of HTML with this report and a picture of each block map; it needs no other file.
+
+        :func:`lightning_muws.file_page.file_page` makes such a page of a file, with the bytes that it takes.
+
+        Args:
+            scores: Numbers to show, by name, such as ``{"accuracy": 0.92, "accuracy of the dense network": 0.93}``.
+            speed: What :func:`lightning_muws.accelerate` reports.
+        """
+        page = Page("Micro-structured weights")
+        n_weights = int(self._sum("n_weights"))
+        facts = [("covered weights", f"{n_weights:,}"), ("of them are zero", f"{self.sparsity:.1%}")]
+        page.facts([*facts, *score_facts(scores or {})])
+        shapes = {
+            layer.name: ("x".join(map(str, x)) for x in (layer.shape, layer.block_shape)) for layer in self.layers
+        }
+        captions = {name: " in blocks of ".join(found) for name, found in shapes.items()}
+        if self.maps:
+            add_maps(page, [(name, captions.get(name, ""), found) for name, found in self.maps.items()])
+        add_residuals(page, self.history)
+        page.heading("Layers")
+        page.table(self._layers())
+        if speed:
+            page.heading("Speed")
+            for table in speed.tables():
+                page.table(table)
+        return page.html()
 
     def tables(self) -> list[Table]:
         """Return the table of the layers, and that of the residuals if there was an update."""
@@ -163,6 +198,39 @@ def residual_table(history: Sequence[Update]) -> Table:
     )
 
 
+def score_facts(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return numbers as text for a page: what each is, and its value."""
+    return [(name, f"{value:.6g}") for name, value in scores.items()]
+
+
+def add_maps(page: Page, maps: Sequence[tuple[str, str, BlockMap]]) -> None:
+    """Add the pictures of block maps to a page, each with a name and what is below it, and their legend."""
+    page.heading("Blocks")
+    page.legend((MEANING[kind], COLOURS[kind]) for kind in Kind)
+    page.pictures((name, f"{below}; {found}", found.pixels()) for name, below, found in maps)
+    if not all(found.is_exact for _, _, found in maps):
+        page.text("A pixel that stands for several blocks has the mean of their colours.")
+
+
+def add_residuals(page: Page, history: Sequence[Update]) -> None:
+    """Add a chart of the residuals of a run, with its phases, to a page; nothing without updates."""
+    finite = [update for update in history if all(map(math.isfinite, (update.when, update.primal, update.dual)))]
+    if not finite:
+        return
+    # a projection has no dual residual
+    updates, projected = (finite[:-1], finite[-1:]) if finite[-1].dual == 0 else (finite, [])
+    lines = [
+        Line("primal |W - Z| / |W|", "#1f77b4", [(u.when, u.primal) for u in finite]),
+        Line("dual |Z - Z_old| / |W|", "#ff7f0e", [(u.when, u.dual) for u in updates], "6 4"),
+    ]
+    first, last = finite[0].when, finite[-1].when
+    spans = [Span("ADMM", first, last, "#1f77b4")] if updates else []
+    if projected:
+        spans.append(Span("retraining", last, last + (0.2 * (last - first) or 0.5), "#2ca02c"))
+    page.heading("Residuals")
+    page.chart(line_chart(lines, spans, "epoch or step of the update", "relative residual"))
+
+
 def make_report(
     module: nn.Module,
     plan: Plan,
@@ -186,8 +254,10 @@ def make_report(
     known = {id(w) for w in weights.values()}
     rest = [p for p in module.parameters() if id(p) not in known]
     bits = sum(p.numel() * 8 * p.element_size() for p in rest)
+    n_rest = sum(p.numel() for p in rest)
+    maps = {name: BlockMap.of(supports[name].kinds) for name in weights if supports[name].kinds.numel()}
     return CompressionReport(
-        tuple(layers), sum(p.numel() for p in rest), bits, tuple(history), predicted_speedup=predicted_speedup
+        tuple(layers), n_rest, bits, tuple(history), predicted_speedup=predicted_speedup, maps=maps
     )
 
 

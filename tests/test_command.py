@@ -552,3 +552,32 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
               f"{sys.executable} -m lightning_muws verify {path} >&- 2>&-; echo $?"  # fmt: skip
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)  # noqa: S603, S607
     assert (done.stdout, done.stderr) == ("2\n0\n", "muws: No space left on device\n")
+
+
+def test_report_writes_a_page_and_replaces_none(capsys, path, tmp_path):
+    page, history, speed = (tmp_path / name for name in ("page.html", "history.json", "speed.json"))
+    history.write_text(json.dumps({"history": [{"when": 1, "rho": 0.1, "primal": 0.5, "dual": 0.25}], "layers": []}))
+    words = ("report", path, "-o", page, "--history", history, "--score", "accuracy=0.92")
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert out == f"{page}: written, {page.stat().st_size:,} bytes\n"
+    text = page.read_text(encoding="utf-8")
+    for part in ("conv.weight", "0.92", "accuracy", "<svg", "model.muws"):
+        assert part in text
+    code, _, err = run(capsys, *words)
+    assert (code, page.read_text(encoding="utf-8")) == (2, text)
+    assert "--force" in err
+    assert json.loads(run(capsys, *words, "--force", "--json")[1]) == {"file": str(page), "n_bytes": len(text.encode())}
+    for wrong in ("[{}]", "3", "{", '{"history": 3}', "[" * 100_000):
+        history.write_text(wrong)
+        code, _, err = run(capsys, *words, "--force")
+        assert (code, "holds no history" in err) == (2, True), wrong
+    speed.write_text("{}")
+    assert "no speed report" in run(capsys, "report", path, "-o", page, "-f", "--speed", speed)[2]
+    assert "ends in .html" in run(capsys, "report", path, "-o", tmp_path / "page.txt")[2]
+    with pytest.raises(SystemExit):
+        run(capsys, "report", path, "-o", page, "--score", "accuracy=high")
+    assert "give a name and a number" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "the header declares" in run(capsys, "report", path, "-o", page, "-f")[2]
+    assert page.read_text(encoding="utf-8") == text

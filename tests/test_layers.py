@@ -11,11 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "lightning_muws"
 # A room imports only rooms of earlier lines: rooms of one line do not import each other.
 ORDER = [
     ["errors", "tables", "generators"],
+    ["pictures"],
+    ["page"],
     ["structure"],
     ["training", "artifact", "runtime", "calibration"],
     ["trainer", "ops"],
     ["report", "compression", "hub"],
-    ["plots", "sizes"],
+    ["plots", "sizes", "file_page"],
     ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
 ]

@@ -323,7 +323,7 @@ def readers(
     """Yield each piece that is wanted, in order, with the reader of its chunk; other chunks are not read."""
     chunks = {i: pieces for i, pieces in enumerate(manifest.pieces()) if not pieces or any(map(wanted, pieces))}
     with blaming(path):
-        kinds = _checked_kinds(frame, manifest, chunks)
+        kinds = checked_kinds(frame, manifest, chunks)
     for i, pieces in chunks.items():
         with blaming(path):
             reader = _reader(frame, manifest, i, pieces, kinds.pop(i, None))
@@ -335,7 +335,7 @@ def readers(
         del reader
 
 
-def _checked_kinds(frame: Frame, manifest: Manifest, chunks: Mapping[int, list[Piece]]) -> dict[int, Bytes]:
+def checked_kinds(frame: Frame, manifest: Manifest, chunks: Mapping[int, list[Piece]]) -> dict[int, Bytes]:
     """Compare the blocks of each tensor with the manifest, before memory is taken for any tensor.
 
     Returns:
@@ -347,7 +347,7 @@ def _checked_kinds(frame: Frame, manifest: Manifest, chunks: Mapping[int, list[P
         n, at = sum(n_blocks(piece)[0] for piece in pieces), 0
         packed = None
         if n and "kinds" in manifest.chunks[i].streams:
-            packed = _stream(frame, manifest, i, "kinds", -(-n // KINDS_A_BYTE))
+            packed = stream_bytes(frame, manifest, i, "kinds", -(-n // KINDS_A_BYTE))
             if (room := room - len(packed)) >= 0:
                 kept[i] = packed
         for piece in pieces:
@@ -373,7 +373,7 @@ def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece], kinds
         if not n or name not in left:
             return np.zeros(n, np.uint8)
         left.remove(name)
-        return kinds if name == "kinds" and kinds is not None else _stream(frame, manifest, i, name, n)
+        return kinds if name == "kinds" and kinds is not None else stream_bytes(frame, manifest, i, name, n)
 
     reader = ChunkReader(pieces, read)
     if left:
@@ -381,7 +381,7 @@ def _reader(frame: Frame, manifest: Manifest, i: int, pieces: list[Piece], kinds
     return reader
 
 
-def _stream(frame: Frame, manifest: Manifest, i: int, name: str, n: int) -> Bytes:
+def stream_bytes(frame: Frame, manifest: Manifest, i: int, name: str, n: int) -> Bytes:
     """Return the ``n`` bytes of a stream of a chunk."""
     coder, checksum = manifest.chunks[i].streams[name]
     return decode(coder, frame.stream(f"c{i}.{name}", checksum), n)
