@@ -4,9 +4,13 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
+import webbrowser
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -552,6 +556,42 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
               f"{sys.executable} -m lightning_muws verify {path} >&- 2>&-; echo $?"  # fmt: skip
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)  # noqa: S603, S607
     assert (done.stdout, done.stderr) == ("2\n0\n", "muws: No space left on device\n")
+
+
+def test_view_serves_the_file_until_it_is_interrupted(path):
+    words = [sys.executable, "-m", "lightning_muws", "view", str(path), "--no-browser"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # noqa: S603
+    try:
+        url = process.stdout.readline().strip()
+        assert url.endswith("/#model.muws")
+        with urllib.request.urlopen(url.partition("#")[0] + "file", timeout=20) as answer:  # noqa: S310  this machine
+            assert answer.read() == path.read_bytes()
+        with urllib.request.urlopen(url.partition("#")[0], timeout=20) as answer:  # noqa: S310
+            assert b"muws viewer" in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_view_opens_the_browser_unless_told_not_to_and_refuses_damage_and_bad_ports(capsys, path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    code, out, _ = run(capsys, "view", path)
+    assert (code, opened) == (0, [out.splitlines()[0]])
+    code, out, _ = run(capsys, "view", path, "--no-browser", "--json")
+    assert (code, len(opened)) == (0, 1)
+    assert json.loads(out)["url"].startswith("http://127.0.0.1:")
+    assert "port 99999 cannot be used" in run(capsys, "view", path, "--port", "99999")[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run(capsys, "view", path)[0] == 2
+
+
+def interrupted(server):
+    raise KeyboardInterrupt
 
 
 def test_report_writes_a_page_and_replaces_none(capsys, path, tmp_path):

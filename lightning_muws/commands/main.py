@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lightning_muws
-from lightning_muws.commands import bench, files, pack, page, sensitivity
+from lightning_muws.commands import bench, files, pack, page, sensitivity, view
 from lightning_muws.commands.output import BAD, TROUBLE, reason, say, say_json
 from lightning_muws.errors import FormatError, MuwsError
 
@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     files.add_parsers(command)
     pack.add_parsers(command)
     page.add_parsers(command)
+    view.add_parsers(command)
     bench.add_parser(commands)
     sensitivity.add_parser(commands)
     return found
