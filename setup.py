@@ -1,7 +1,7 @@
-"""Builds the native kernels: one library without Python and torch, with one level per instruction set.
+"""Builds two libraries without Python and torch: the native kernels, with one level per instruction set, and the coder.
 
-The library is optional. Without a compiler, or with one that lacks the vector extensions of GCC and clang, the package
-is installed without it and uses torch operations.
+Both are optional. Without a compiler, or with one that lacks the vector extensions of GCC and clang, the package
+is installed without them and uses torch operations and numpy.
 """
 
 import platform
@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 SOURCE = Path("lightning_muws/runtime/native/src")
+CODER = Path("lightning_muws/artifact/src")
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -35,8 +36,8 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
     }
 
 
-class BuildLevels(build_ext):
-    """Compiles level.cpp once for every level that this compiler supports, and links them behind one dispatcher."""
+class BuildNative(build_ext):
+    """Compiles the libraries: of the kernels, level.cpp once for every level that this compiler supports."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return a name without a Python version: the file is no Python module."""
@@ -45,25 +46,29 @@ class BuildLevels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; raise an error that setuptools ignores for an optional extension."""
         if self.compiler.compiler_type == "msvc":
-            raise PlatformError("the native kernels need GCC or clang; the package works without them")
+            raise PlatformError("the native libraries need GCC or clang; the package works without them")
+        objects = self._kernels() if ext is kernels else self._compile(ext.sources, "coder", FLAGS, [])
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def _kernels(self) -> list[str]:
+        """Compile the levels of the kernels that this compiler has, and what selects one."""
         objects, macros = [], []
         for name, flags in LEVELS.items():
             try:
-                objects += self._compile("level.cpp", name, [*FLAGS, *flags], [("MUWS_LEVEL", name)])
+                objects += self._compile([str(SOURCE / "level.cpp")], name, [*FLAGS, *flags], [("MUWS_LEVEL", name)])
             except CompileError:  # an older compiler, or one for another machine
                 if name == "portable":
                     raise
                 continue
             macros.append((f"MUWS_HAVE_{name.upper()}", "1"))
-        objects += self._compile("api.cpp", "dispatch", FLAGS, macros)
-        objects += self._compile("threads.cpp", "dispatch", FLAGS, [])
-        target = self.get_ext_fullpath(ext.name)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+        objects += self._compile([str(SOURCE / "api.cpp")], "dispatch", FLAGS, macros)
+        return objects + self._compile([str(SOURCE / "threads.cpp")], "dispatch", FLAGS, [])
 
-    def _compile(self, source: str, name: str, flags: list[str], macros: list[tuple[str, str]]) -> list[str]:
+    def _compile(self, sources: list[str], name: str, flags: list[str], macros: list[tuple[str, str]]) -> list[str]:
         directory = str(Path(self.build_temp) / name)
-        return self.compiler.compile([str(SOURCE / source)], directory, macros, extra_postargs=flags)
+        return self.compiler.compile(sources, directory, macros, extra_postargs=flags)
 
 
 class AnyPython(bdist_wheel):
@@ -80,4 +85,10 @@ kernels = Extension(
     depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
     optional=True,
 )
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildLevels, "bdist_wheel": AnyPython})
+coder = Extension(
+    "lightning_muws.artifact.coder",
+    sources=[str(path) for path in sorted(CODER.glob("*.cpp"))],
+    depends=[str(CODER / "coder.h")],
+    optional=True,
+)
+setup(ext_modules=[kernels, coder], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})

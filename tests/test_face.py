@@ -16,8 +16,8 @@ from lightning_muws.errors import MuwsError
 from lightning_muws.trainer.trainers import REFUSED
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = "lightning_muws.runtime.native.kernels"  # looks like a module to Python, and is a plain library
-MODULES = [m.name for m in pkgutil.walk_packages(lightning_muws.__path__, "lightning_muws.") if m.name != LIBRARY]
+LIBRARIES = {"lightning_muws.runtime.native.kernels", "lightning_muws.artifact.coder"}  # look like modules to Python
+MODULES = [m.name for m in pkgutil.walk_packages(lightning_muws.__path__, "lightning_muws.") if m.name not in LIBRARIES]
 
 
 def public_things():

@@ -22,8 +22,7 @@ from lightning_muws.artifact.streams import (
     N_KINDS,
     PRUNED,
     Patterns,
-    block_bits,
-    kinds_of,
+    block_kinds,
     pack_kinds,
     plane,
     rotate,
@@ -125,7 +124,7 @@ def _cost(u: Patterns, shape: Shape, value_bytes: float, one_bytes: float) -> fl
     """Return about how many bytes the streams would take, if a value and a magnitude take so many."""
     (rows, cols), numel = shape, shape[0] * shape[1]
     covered = u[:, : u.shape[1] // rows * rows, : u.shape[2] // cols * cols]
-    kinds = kinds_of(*block_bits(covered.reshape(-1, covered.shape[2]), shape)).reshape(-1)
+    kinds = block_kinds(covered.reshape(-1, covered.shape[2]), shape).reshape(-1)
     counts = np.bincount(kinds, minlength=N_KINDS)
     n_unified = len(kinds) - counts[DENSE] - counts[PRUNED]
     n_free = counts[DENSE] * numel + u.size - covered.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,17 +24,16 @@ from lightning_muws.artifact.streams import (
     Patterns,
     is_unified,
     join,
+    join_planes,
     pack_kinds,
     pack_signs,
-    plane,
-    rotate,
-    rotate_back,
+    planes,
     slabs,
     split,
     unpack_kinds,
     unpack_signs,
 )
-from lightning_muws.artifact.values import WIDTHS, Form
+from lightning_muws.artifact.values import WIDTHS, Form, bits
 from lightning_muws.errors import FormatError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -71,7 +70,7 @@ class ChunkWriter:
 
     kinds: list[Bytes] = field(default_factory=list)
     signs: list[Any] = field(default_factory=list)
-    values: dict[str, list[Patterns]] = field(default_factory=lambda: defaultdict(list))
+    values: dict[str, list[Sequence[Bytes]]] = field(default_factory=lambda: defaultdict(list))
     other: list[Bytes] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)  # of the tensors in ``other``
     n_bytes: int = 0
@@ -113,12 +112,15 @@ class ChunkWriter:
 
     def _free(self, form: Form, flat: Tensor, original: Tensor) -> Measured:
         """Add values in no block, and return their errors."""
+        if form.is_plain(flat.dtype) and original is flat:
+            self._add(f"free.{form.stored}", bits(flat.contiguous()))
+            return NOTHING
         found = NOTHING
         for part in slabs(len(flat), 1):
             x = flat[part].contiguous()
             u = form.patterns(x)
             found += _errors(form, u, x, original[part] if original is not flat else x)
-            self._add(f"free.{form.stored}", rotate(u))
+            self._add(f"free.{form.stored}", u)
         return found
 
     def _parts(self, form: Form, parts: Parts) -> None:
@@ -126,11 +128,11 @@ class ChunkWriter:
         self.signs.append(parts.signs.reshape(-1))
         self.symbols["kinds"] += len(parts.kinds)
         self.symbols["signs"] += parts.signs.size
-        self._add(f"magnitudes.{form.stored}", rotate(parts.magnitudes))
-        self._add(f"free.{form.stored}", rotate(parts.free.reshape(-1)))
+        self._add(f"magnitudes.{form.stored}", parts.magnitudes)
+        self._add(f"free.{form.stored}", parts.free.reshape(-1))
 
     def _add(self, name: str, values: Patterns) -> None:
-        self.values[name].append(values)
+        self.values[name].append(planes(values))
         self.symbols[name] += len(values)
 
     def streams(self) -> Iterator[tuple[str, Bytes]]:
@@ -144,10 +146,14 @@ class ChunkWriter:
             yield "kinds", pack_kinds(np.concatenate(self.kinds))
             yield "signs", pack_signs(np.concatenate(self.signs))
         for name in ORDER:
-            for i in range(WIDTHS[name.partition(".")[2]].itemsize if self.values.get(name) else 0):
-                yield f"{name}.{i}", np.concatenate([plane(values, i) for values in self.values[name]])
+            for i in range(_width(name).itemsize if self.values.get(name) else 0):
+                yield f"{name}.{i}", _joined([found[i] for found in self.values[name]])
         if self.other:
             yield "other", np.concatenate(self.other)
+
+
+def _joined(parts: Sequence[Bytes]) -> Bytes:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _errors(form: Form, u: Patterns, x: Tensor, original: Tensor) -> Measured:
@@ -183,7 +189,9 @@ class ChunkReader:
             if piece.entry.form:
                 needed[f"free.{_stored(piece.entry)}"] += _n_edge(piece)
         self.signs = unpack_signs(read("signs", -(-n_signs // 8)), n_signs)
-        self.values = {name: _values(name, n, read) for name, n in needed.items() if n}
+        self.planes = {
+            name: [read(f"{name}.{i}", n) for i in range(_width(name).itemsize)] for name, n in needed.items() if n
+        }
         n_other = sum(piece_bytes(piece) for piece in pieces if not piece.entry.form)
         self.other = read("other", n_other)
         self._at: dict[str, int] = defaultdict(int)
@@ -223,22 +231,36 @@ class ChunkReader:
 
     def _fill_free(self, form: Form, flat: Tensor) -> None:
         name = f"free.{form.stored}"
+        if form.is_plain(flat.dtype):
+            self._take_values(name, bits(flat))
+            return
         for part in slabs(len(flat), 1):
-            u = rotate_back(self._take(name, self.values[name], part.stop - part.start))
+            u = np.empty(part.stop - part.start, WIDTHS[form.stored])
+            self._take_values(name, u)
             flat[part] = form.values(u, flat.dtype)
 
     def _fill_blocks(self, form: Form, grid: BlockGrid, slab: Tensor) -> None:
         width, numel = WIDTHS[form.stored], grid.block_numel
         kinds = self._take("kinds", self.kinds, slab.numel() // numel)
         n_mixed, n_free = (int(np.count_nonzero(kinds == kind)) for kind in (MIXED, DENSE))
-        taken = []
-        for role, n in (("magnitudes", int(np.count_nonzero(is_unified(kinds)))), ("free", n_free * numel)):
-            values = self.values.get(f"{role}.{form.stored}", np.zeros(0, width))
-            taken.append(rotate_back(self._take(f"{role}.{form.stored}", values, n)))
+        magnitudes, free = np.empty(int(np.count_nonzero(is_unified(kinds))), width), np.empty(n_free * numel, width)
+        self._take_values(f"magnitudes.{form.stored}", magnitudes)
+        self._take_values(f"free.{form.stored}", free)
         signs = self._take("signs", self.signs, n_mixed * numel).reshape(-1, *grid.block_shape)
+        parts = Parts(kinds, signs, magnitudes, free.reshape(-1, *grid.block_shape))
+        if form.is_plain(slab.dtype) and slab.is_contiguous():
+            join(parts, bits(slab), grid.block_shape)
+            return
         u = np.empty(slab.shape, width)
-        join(Parts(kinds, signs, taken[0], taken[1].reshape(-1, *grid.block_shape)), u, grid.block_shape)
+        join(parts, u, grid.block_shape)
         slab.copy_(form.values(u, slab.dtype))
+
+    def _take_values(self, name: str, out: Patterns) -> None:
+        """Write the next values of a stream into contiguous ``out``."""
+        if len(out):
+            start = self._at[name]
+            self._at[name] = start + len(out)
+            join_planes([plane[start : start + len(out)] for plane in self.planes[name]], out)
 
     def _take(self, name: str, values: Any, n: int) -> Any:
         start = self._at[name]
@@ -270,10 +292,6 @@ def _n_edge(piece: Piece) -> int:
     return (piece.stop - piece.start) * piece.entry.matrix_shape[1] - blocks * numel
 
 
-def _values(name: str, n: int, read: Callable[[str, int], Bytes]) -> Patterns:
-    """Return ``n`` values from their byte planes."""
-    width = WIDTHS[name.partition(".")[2]]
-    raw = np.empty((n, width.itemsize), np.uint8)
-    for i in range(width.itemsize):
-        raw[:, i] = read(f"{name}.{i}", n)
-    return raw.reshape(-1).view(width.newbyteorder("<")).astype(width, copy=False)
+def _width(name: str) -> np.dtype[Any]:
+    """Return the type of the patterns of a stream of values, from its name without the number of a byte."""
+    return WIDTHS[name.partition(".")[2]]

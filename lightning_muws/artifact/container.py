@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_muws.artifact import native
 from lightning_muws.artifact.codecs import inflate
 from lightning_muws.artifact.json_text import dump, parse
 from lightning_muws.errors import FormatError, SettingError
@@ -68,10 +69,8 @@ class Frame:
             FormatError: They have another checksum, or the file ends within them.
         """
         data = self._read(*self._spans[name])
-        if zlib.crc32(data) != checksum:
-            raise FormatError(
-                f"stream {name!r} has checksum {zlib.crc32(data)}, expected {checksum}: the file is damaged"
-            )
+        if (found := native.crc32(data)) != checksum:
+            raise FormatError(f"stream {name!r} has checksum {found}, expected {checksum}: the file is damaged")
         return data
 
     def _read(self, start: int, stop: int) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_muws.artifact import native
 from lightning_muws.artifact.chunk import ChunkReader, n_blocks, tally
 from lightning_muws.artifact.container import Frame
 from lightning_muws.artifact.entropy import Bytes
@@ -314,7 +315,9 @@ def piece_units(path: Readable, piece: Piece, reader: ChunkReader) -> Tensor:
 def empty_units(entry: TensorEntry, n: int) -> Tensor:
     """Return memory for so many units of a tensor."""
     shape = (n, entry.matrix_shape[1]) if entry.grid else (n,)
-    return torch.empty(shape, dtype=DTYPES[entry.dtype])
+    units = torch.empty(shape, dtype=DTYPES[entry.dtype])
+    native.large_pages(units.data_ptr(), units.numel() * units.element_size())
+    return units
 
 
 def readers(

@@ -6,11 +6,14 @@ Source: Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.33
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_muws.artifact.entropy import Bytes, Ints, entropy_bytes
+from lightning_muws.artifact import native
+from lightning_muws.artifact.entropy import Bytes, Ints
+from lightning_muws.artifact.stretches import POINT, counts, merged
 from lightning_muws.artifact.varint import Cursor, number
 from lightning_muws.errors import FormatError
 
@@ -36,8 +39,8 @@ def encode(data: Bytes, size: float) -> bytes | None:
         data: ``(n,)`` uint8.
         size: In bytes.
     """
-    stretches = _stretches(data)
-    return _encode(data, stretches) if sum(_cost(counts) for _, counts in stretches) < size else None
+    stretches, cost = _stretches(data)
+    return _encode(data, stretches) if cost < size else None
 
 
 def n_lanes(n: int) -> int:
@@ -48,54 +51,53 @@ def n_lanes(n: int) -> int:
 def _frequencies(counts: Ints) -> Ints:
     """Return ``(256,)`` frequencies that sum to TOTAL, at least 1 for each symbol that occurs."""
     f = np.where(counts > 0, np.maximum(1, np.floor(counts * (TOTAL / counts.sum()))), 0).astype(np.int64)
-    while excess := int(f.sum()) - TOTAL:
-        # one more or one less where it costs least: a symbol that occurs c times takes c * log2(TOTAL / f) bits
-        if excess > 0:
-            f[np.argmin(np.where(f > 1, counts * np.log2(np.maximum(f, 2) / np.maximum(f - 1, 1)), np.inf))] -= 1
-        else:
-            f[np.argmax(np.where(f > 0, counts * np.log2((f + 1) / np.maximum(f, 1)), -1.0))] += 1
+    excess = int(f.sum()) - TOTAL
+    # one more or one less where it costs least: a symbol that occurs c times takes c * log2(TOTAL / f) bits
+    change = -1 if excess > 0 else 1
+    costs = _cost_of_change(counts, f, change)
+    for _ in range(abs(excess)):
+        at = int(np.argmin(costs))
+        f[at] += change
+        costs[at : at + 1] = _cost_of_change(counts[at : at + 1], f[at : at + 1], change)
     return f
 
 
-def _stretches(data: Bytes) -> list[tuple[int, Ints]]:
-    """Return how many steps each table holds for, and the counts of its symbols: a new one wherever it pays.
+def _cost_of_change(counts: Ints, f: Ints, change: int) -> Floats:
+    """Return how many bits more symbols take if their frequency changes by 1; infinity where it may not."""
+    if change < 0:
+        return np.where(f > 1, counts * np.log2(np.maximum(f, 2) / np.maximum(f - 1, 1)), np.inf)
+    return np.where(f > 0, -(counts * np.log2((f + 1) / np.maximum(f, 1))), np.inf)
+
+
+def _stretches(data: Bytes) -> tuple[list[tuple[int, Ints]], float]:
+    """Return how many steps each table holds for and the counts of its symbols, and about how many bytes all take.
 
     A stream runs over many tensors, and what is frequent changes from one to the next.
     """
     lanes = n_lanes(len(data))
     steps = max(1, max(STRETCH, len(data) // MAX_STRETCHES) // lanes)
-    found: list[tuple[int, Ints]] = []
-    cost = 0.0  # of the last one
-    for start in range(0, len(data), steps * lanes):
-        part = data[start : start + steps * lanes]
-        n, counts = -(-len(part) // lanes), np.bincount(part, minlength=256)
-        apart, together = _cost(counts), _cost(found[-1][1] + counts) if found else 0.0
-        if found and together <= cost + apart:
-            found[-1], cost = (found[-1][0] + n, found[-1][1] + counts), together
-        else:
-            found.append((n, counts))
-            cost = apart
-    return found
-
-
-def _cost(counts: Ints) -> float:
-    """Return about how many bytes symbols take with a separate table."""
-    there = np.flatnonzero(counts)
-    return entropy_bytes(counts) + 1.2 * float(there[-1] - there[0] + 1) + 4 if len(there) else 0.0
+    firsts, tables, cost = merged(counts(data, steps * lanes))
+    lengths = np.diff(firsts * steps, append=-(-len(data) // lanes)).tolist()
+    return list(zip(lengths, tables, strict=True)), cost / (8 << POINT)
 
 
 def _encode(data: Bytes, stretches: list[tuple[int, Ints]]) -> bytes:
     """Return tables, states and words; symbols are coded last to first, so that they are decoded first to last."""
     lanes, tables = n_lanes(len(data)), [_frequencies(counts) for _, counts in stretches]
-    x, stop = np.full(lanes, float(LOW)), sum(steps for steps, _ in stretches)
+    is_native = native.level() is not None
+    x: NDArray[Any] = np.full(lanes, LOW, np.uint32 if is_native else np.float64)
+    stop = sum(steps for steps, _ in stretches)
     words: list[bytes] = []
     for (steps, _), f in zip(reversed(stretches), reversed(tables), strict=True):
         for top in range(stop, stop - steps, -max(1, AT_A_TIME // lanes)):
             bottom = max(stop - steps, top - max(1, AT_A_TIME // lanes))
             symbols = data[bottom * lanes : top * lanes]
-            filled = np.full((top - bottom) * lanes, np.argmax(f), np.uint8)
-            filled[: len(symbols)] = symbols
-            x = _encode_steps(filled.reshape(-1, lanes), f, x, words)
+            missing = (top - bottom) * lanes - len(symbols)
+            filled = np.append(symbols, np.full(missing, np.argmax(f), np.uint8)) if missing else symbols
+            if is_native:
+                words.append(native.rans_encode(f, filled.reshape(-1, lanes), x))
+            else:
+                x = _encode_steps(filled.reshape(-1, lanes), f, x, words)
         stop -= steps
     head = number(len(tables)) + b"".join(number(steps) for steps, _ in stretches[:-1])
     return b"".join([head, *map(_table, tables), x.astype("<u4").tobytes(), *words[::-1]])
@@ -133,11 +135,21 @@ def decode(coded: bytes, n: int) -> Bytes:
         raise FormatError("a rans stream ends within its states")
     x = np.frombuffer(coded, "<u4", lanes, head.at).astype(np.int64)
     words = np.frombuffer(coded, "<u2", -1, head.at + 4 * lanes)
-    run = _decode_symbols if lanes < FEW_LANES else _decode_steps
-    out, x, read = run(stretches, x, words)
+    in_numpy = _decode_symbols if lanes < FEW_LANES else _decode_steps
+    out, x, read = (in_numpy if native.level() is None else _decode_native)(stretches, x, words)
     if read != len(words) or (x != LOW).any():
         raise FormatError("a rans stream does not end where it should")
     return out[:n]
+
+
+def _decode_native(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+    """Return what :func:`_decode_steps` does, from the native coder."""
+    out, read, done = np.empty((sum(steps for steps, _ in stretches), len(x)), np.uint8), 0, 0
+    states = x.astype(np.uint32)
+    for n_steps, f in stretches:
+        read += native.rans_decode(f, states, words[read:], out[done : done + n_steps])
+        done += n_steps
+    return out.reshape(-1), states.astype(np.int64), read
 
 
 def _decode_steps(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:

@@ -6,7 +6,7 @@ decisions are taken on patterns, so that NaN payloads, infinities, subnormals an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import product
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_muws.artifact import native
 from lightning_muws.artifact.entropy import Bytes, count
 from lightning_muws.errors import FormatError
 from lightning_muws.structure.grid import CHUNK_NUMEL
@@ -68,11 +69,18 @@ def kinds_of(ors: Patterns, ands: Patterns) -> Bytes:
     """Return the kind of each block, of the same shape, from :func:`block_bits`."""
     sign = sign_bit(ors.dtype)
     one_magnitude = ((ors ^ ands) & ~sign) == 0
-    kinds = np.where(one_magnitude, np.uint8(MIXED), np.uint8(DENSE))
+    kinds: Bytes = np.where(one_magnitude, np.uint8(MIXED), np.uint8(DENSE))
     kinds[one_magnitude & ((ors & sign) == 0)] = POSITIVE
     kinds[one_magnitude & ((ands & sign) != 0)] = NEGATIVE
     kinds[ors == 0] = PRUNED
     return kinds
+
+
+def block_kinds(u: Patterns, block_shape: tuple[int, int]) -> Bytes:
+    """Return the kind of each block of a matrix of whole blocks, ``(down, across)``."""
+    if native.level() is not None:
+        return native.kinds(u, block_shape)
+    return kinds_of(*block_bits(u, block_shape))
 
 
 def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
@@ -83,6 +91,9 @@ def is_unified(kinds: Bytes) -> NDArray[np.bool_]:
 
 def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
     """Return the parts of a matrix of whole blocks."""
+    if native.level() is not None:
+        found, minus, magnitudes, free = native.split_blocks(u, block_shape)
+        return Parts(found, minus.view(np.bool_).reshape(-1, *block_shape), magnitudes, free.reshape(-1, *block_shape))
     ors, ands = block_bits(u, block_shape)
     kinds, sign, tiles = kinds_of(ors, ands), sign_bit(u.dtype), _tiles(u, block_shape)
     signs = (tiles[kinds == MIXED] & sign) != 0
@@ -91,6 +102,9 @@ def split(u: Patterns, block_shape: tuple[int, int]) -> Parts:
 
 def join(parts: Parts, out: Patterns, block_shape: tuple[int, int]) -> None:
     """Write the parts into a matrix of whole blocks: undoes :func:`split`."""
+    if native.level() is not None:
+        native.join_blocks(*parts, out, block_shape)
+        return
     tiles, sign = _tiles(out, block_shape), sign_bit(out.dtype)
     kinds = parts.kinds.reshape(tiles.shape[:2])
     values = np.zeros(kinds.shape, out.dtype)
@@ -197,6 +211,25 @@ def rotate_back(u: Patterns) -> Patterns:
 def plane(values: Patterns, i: int) -> Bytes:
     """Return byte ``i`` of each value, the lowest one first."""
     return np.ascontiguousarray(_little(values).reshape(-1, 1).view(np.uint8)[:, i])
+
+
+def planes(values: Patterns) -> Sequence[Bytes]:
+    """Return the bytes of values ``(n,)`` turned left by one bit, ``(n,)`` each, the lowest ones first."""
+    if native.level() is not None:
+        return list(native.split_planes(values))
+    turned = rotate(values)
+    return [plane(turned, i) for i in range(values.itemsize)]
+
+
+def join_planes(found: Sequence[Bytes], out: Patterns) -> None:
+    """Undo :func:`planes` into contiguous ``out``."""
+    if native.level() is not None:
+        native.join_planes(found, out)
+        return
+    raw = np.empty((len(out), out.itemsize), np.uint8)
+    for i, one in enumerate(found):
+        raw[:, i] = one
+    out[:] = rotate_back(raw.reshape(-1).view(out.dtype.newbyteorder("<")).astype(out.dtype, copy=False))
 
 
 def _little(values: Patterns) -> Patterns:

@@ -117,6 +117,10 @@ class Form:
         signed: Patterns = steps | (negative.astype(np.uint16) << np.uint16(15))
         return signed
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Return whether the patterns are the bits of the values in this dtype."""
+        return self.stored not in ZEROS and self.stored == str(dtype).removeprefix("torch.")
+
     def _indices(self, u: Patterns) -> Patterns:
         """Return the index of each magnitude, 0 for 0, with its sign in the highest bit."""
         sign = sign_bit(u.dtype)

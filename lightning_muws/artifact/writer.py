@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import tempfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_muws.artifact import native
 from lightning_muws.artifact.chunk import NOTHING, ChunkWriter
 from lightning_muws.artifact.container import head, write
 from lightning_muws.artifact.entropy import count, entropy_bytes
@@ -256,7 +256,7 @@ class Writer:
         for name, data in self.chunk.streams():
             coder, coded = encode(data, self.chunk.rows if name == "other" else ())
             self.body.write(coded)
-            streams[name] = (coder, zlib.crc32(coded))
+            streams[name] = (coder, native.crc32(coded))
             self.lengths[f"c{len(self.chunks)}.{name}"] = len(coded)
             self.coded[name].append((coder, len(coded), len(data), entropy_bytes(count(data))))
             self._share(name, len(coded))

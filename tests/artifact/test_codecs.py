@@ -66,13 +66,13 @@ def test_decode_undoes_encode(data):
 
 @given(streams())
 def test_rans_is_exact_whether_it_pays_or_not(data):
-    coded = rans._encode(data, rans._stretches(data))
+    coded = rans._encode(data, rans._stretches(data)[0])
     assert np.array_equal(rans.decode(coded, len(data)), data)
 
 
 @pytest.mark.parametrize("data", [skewed(0, 5000), np.concatenate([skewed(1, 9000), skewed(2, 9000, 0.9, 30)])])
 def test_another_decoder_reads_the_same(data):
-    coded = rans._encode(data, rans._stretches(data))
+    coded = rans._encode(data, rans._stretches(data)[0])
     assert format_reader.rans(coded, len(data)) == data.tolist()
 
 
@@ -85,9 +85,9 @@ def test_the_size_is_the_entropy():
 
 def test_a_new_table_where_the_symbols_change():
     data = np.concatenate([skewed(4, 1 << 18), skewed(5, 1 << 18, 0.7, 60)])
-    assert len(rans._stretches(data)) == 2
+    assert len(rans._stretches(data)[0]) == 2
     assert len(encode(data)[1]) < 0.85 * entropy_bytes(np.bincount(data))
-    assert len(rans._stretches(skewed(6, 1 << 20))) == 1
+    assert len(rans._stretches(skewed(6, 1 << 20))[0]) == 1
 
 
 def test_long_repeats_are_left_to_zlib():
@@ -108,7 +108,7 @@ def test_frequencies_sum_to_the_total_and_forget_no_symbol(counts):
 
 
 def coded_by_rans(data: np.ndarray) -> bytes:
-    return rans._encode(data, rans._stretches(data))
+    return rans._encode(data, rans._stretches(data)[0])
 
 
 @pytest.mark.parametrize(
