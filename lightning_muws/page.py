@@ -26,14 +26,15 @@ td, th { padding: 3px 10px; border-bottom: 1px solid var(--line); overflow-wrap:
 .facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; }
 .facts div { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
 .facts b { display: block; font-size: 1.3em; }
-.maps { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-end; }
-figure { margin: 0; max-width: 320px; } figcaption { font-size: 12px; overflow-wrap: anywhere; }
-figure img { image-rendering: pixelated; border: 1px solid var(--line); display: block; }
-.key { display: inline-block; width: 1em; height: 1em; border: 1px solid #8888; vertical-align: -2px;
-  margin: 0 4px 0 14px; }
 .bar { background: #3d5a80; height: 12px; min-width: 1px; } .bars td:last-child { width: 300px; }
 svg { max-width: 720px; width: 100%; font: 12px system-ui, sans-serif; }
 """
+# a notebook has no style sheet of ours
+KEY = "display:inline-block;width:1em;height:1em;border:1px solid #8888;vertical-align:-2px;margin:0 4px 0 14px"
+ROW = "display:flex;flex-wrap:wrap;gap:20px;align-items:flex-end"
+IMAGE = "image-rendering:pixelated;border:1px solid #8884;display:block;max-width:none"
+CAPTION = "font-size:12px;overflow-wrap:anywhere"
+Picture = tuple[str, str, NDArray[np.uint8]]  # the name, what is below it, and the pixels ``(height, width, 3)``
 
 
 @dataclass
@@ -84,21 +85,13 @@ class Page:
         )
         self.parts.append(f'<div class="wide"><table class="bars">{lines}</table></div>')
 
-    def legend(self, keys: Iterable[tuple[str, tuple[int, int, int]]]) -> None:
+    def legend(self, meanings: Iterable[tuple[str, tuple[int, int, int]]]) -> None:
         """Add the meaning of colours ``(red, green, blue)``."""
-        found = "".join(
-            f'<span class="key" style="background:rgb{colour}"></span>{escaped(name)}' for name, colour in keys
-        )
-        self.parts.append(f"<p>{found}</p>")
+        self.parts.append(keys(meanings))
 
-    def pictures(self, pictures: Iterable[tuple[str, str, NDArray[np.uint8]]]) -> None:
-        """Add pictures with sharp pixels.
-
-        Args:
-            pictures: The name, what is below it, and the pixels ``(height, width, 3)``.
-        """
-        figures = "".join(_figure(*picture) for picture in pictures)
-        self.parts.append(f'<div class="maps">{figures}</div>')
+    def pictures(self, pictures: Iterable[Picture]) -> None:
+        """Add pictures with sharp pixels."""
+        self.parts.append(figures(pictures))
 
     def chart(self, svg: str) -> None:
         """Add an SVG element of :mod:`lightning_muws.pictures`."""
@@ -122,15 +115,25 @@ def escaped(text: str, longest: int = LONGEST) -> str:
     return html.escape(visible(text if len(text) <= longest else text[:longest] + " ..."))
 
 
+def keys(meanings: Iterable[tuple[str, tuple[int, int, int]]]) -> str:
+    """Return the meaning of colours ``(red, green, blue)`` as HTML that needs no style sheet."""
+    found = "".join(f'<span style="{KEY};background:rgb{colour}"></span>{escaped(name)}' for name, colour in meanings)
+    return f"<p>{found}</p>"
+
+
+def figures(pictures: Iterable[Picture]) -> str:
+    """Return pictures with sharp pixels as HTML that needs no style sheet."""
+    return f'<div style="{ROW}">{"".join(_figure(*picture) for picture in pictures)}</div>'
+
+
 def _figure(name: str, below: str, pixels: NDArray[np.uint8]) -> str:
     height, width, _ = pixels.shape
-    scale = max(1, PIXELS // max(height, width))
-    size = f'width="{scale * width}" height="{scale * height}"'
-    if max(height, width) > PIXELS:
-        shrink = PIXELS / max(height, width)
-        size = f'width="{max(2, round(width * shrink))}" height="{max(2, round(height * shrink))}"'
+    scale = PIXELS / max(height, width)
+    if scale >= 1:
+        scale = int(scale)
+    size = f'width="{max(2, round(scale * width))}" height="{max(2, round(scale * height))}"'
     return (
-        f'<figure><img {size} alt="block map" src="{data_url(png(pixels))}">'
-        f'<figcaption title="{escaped(name)}"><b>{escaped(shorten(name, 44))}</b><br>{escaped(below)}</figcaption>'
-        "</figure>"
+        f'<figure style="margin:0;max-width:320px"><img {size} style="{IMAGE}" alt="block map" '
+        f'src="{data_url(png(pixels))}"><figcaption style="{CAPTION}" title="{escaped(name)}">'
+        f"<b>{escaped(shorten(name, 44))}</b><br>{escaped(below)}</figcaption></figure>"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.page import Page
+from lightning_muws.page import Page, figures, keys
 from lightning_muws.pictures import Line, Span, line_chart
 from lightning_muws.structure.block_map import COLOURS, MEANING, BlockMap
 from lightning_muws.structure.kinds import Kind
@@ -35,6 +35,7 @@ LAYERS = (
     Column("mults", drop=4),
     Column("adds", drop=4),
 )
+KEYS = [(MEANING[kind], COLOURS[kind]) for kind in Kind]  # of the pictures of blocks
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,12 @@ class CompressionReport(Tabular):
                 page.table(table)
         return page.html()
 
+    def _repr_html_(self) -> str:
+        tables = super()._repr_html_()
+        if not self.maps:
+            return tables
+        return tables + keys(KEYS) + figures((name, str(found), found.pixels()) for name, found in self.maps.items())
+
     def tables(self) -> list[Table]:
         """Return the table of the layers, and that of the residuals if there was an update."""
         return [self._layers(), *([residual_table(self.history)] if self.history else [])]
@@ -206,7 +213,7 @@ def score_facts(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 def add_maps(page: Page, maps: Sequence[tuple[str, str, BlockMap]]) -> None:
     """Add the pictures of block maps to a page, each with a name and what is below it, and their legend."""
     page.heading("Blocks")
-    page.legend((MEANING[kind], COLOURS[kind]) for kind in Kind)
+    page.legend(KEYS)
     page.pictures((name, f"{below}; {found}", found.pixels()) for name, below, found in maps)
     if not all(found.is_exact for _, _, found in maps):
         page.text("A pixel that stands for several blocks has the mean of their colours.")
@@ -224,7 +231,7 @@ def add_residuals(page: Page, history: Sequence[Update]) -> None:
         Line("dual |Z - Z_old| / |W|", "#ff7f0e", [(u.when, u.dual) for u in updates], "6 4"),
     ]
     first, last = finite[0].when, finite[-1].when
-    spans = [Span("ADMM", first, last, "#1f77b4")] if updates else []
+    spans = [Span("method", first, last, "#1f77b4")] if updates else []
     if projected:
         spans.append(Span("retraining", last, last + (0.2 * (last - first) or 0.5), "#2ca02c"))
     page.heading("Residuals")

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from torch import nn
 
-from lightning_muws import MicroStructure, save_compressed
+from lightning_muws import MicroStructure, inspect_compressed, save_compressed
 from lightning_muws.artifact.maps import map_compressed
 from lightning_muws.file_page import file_page
 from lightning_muws.page import Page
 from lightning_muws.pictures import BOTTOM, HEIGHT, Line, Span, line_chart, png
 from lightning_muws.report import make_report
+from lightning_muws.runtime.measure.report import LayerSpeed, Machine, SpeedReport
 from lightning_muws.structure.block_map import COLOURS
 from lightning_muws.structure.plan import make_plan
 from lightning_muws.training.run import Update
@@ -110,6 +111,36 @@ def test_a_page_of_a_report_has_a_map_for_each_layer():
     assert len(images) == len(supports) == 2
     assert "maps" not in report.to_dict()
     json.dumps(report.to_dict())
+
+
+def test_a_notebook_shows_plan_report_file_and_map(tmp_path):
+    report, supports = report_of(("<script>first</script>", "second"))
+    html = report._repr_html_()
+    tags = [tag for tag, _ in Tags(html).tags]
+    assert tags.count("img") == len(supports)
+    assert "script" not in tags
+    assert all(attrs["src"].startswith("data:") for tag, attrs in Tags(html).tags if tag == "img")
+    assert "unified: one magnitude" in Tags(html).texts
+    for kind, other in ((kind, Tags(kind._repr_html_())) for kind in notebook_values(tmp_path)):
+        assert "table" in {tag for tag, _ in other.tags}, kind
+        assert not {"script", "b"} & {tag for tag, _ in other.tags}, kind
+    found = next(iter(report.maps.values()))
+    picture = np.rint(imread(io.BytesIO(found._repr_png_()), format="png")[:, :, :3] * 255)
+    scale = len(picture) // len(found.pixels())
+    assert scale > 1
+    assert np.array_equal(picture[::scale, ::scale], found.pixels())
+    assert np.array_equal(picture[scale - 1 :: scale, scale - 1 :: scale], found.pixels())
+
+
+def notebook_values(folder):
+    """Return a plan, a file's content, a saved file's report and a speed report, each with markup in its names."""
+    layer = nn.Sequential()
+    layer.add_module("<b>", nn.Linear(16, 12))
+    yield make_plan(layer, MicroStructure(prune_ratio=0.5))
+    yield save_compressed(layer, folder / "m.muws")
+    yield inspect_compressed(folder / "m.muws")
+    machine = Machine("<b>", "", "", "cpu", 1, "", "none")
+    yield SpeedReport(machine, ((1, 16),), 1.0, "", (LayerSpeed("<b>", "Linear", reason="<script>"),), {"dense": 1.0})
 
 
 def test_a_history_of_nan_is_left_out():

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_muws.pictures import png
 from lightning_muws.structure.kinds import Kind
 
 MOST = 192  # cells along a side: the blocks of 4x4 of a weight of 768x768, one by one
@@ -65,6 +66,12 @@ class BlockMap:
         whole = self.counts.sum(axis=2, keepdims=True, dtype=np.int64)
         found: NDArray[np.uint8] = np.rint(self.counts / np.maximum(1, whole) @ _TABLE).astype(np.uint8)
         return found
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture, for a notebook; small ones are enlarged."""
+        pixels = self.pixels()
+        scale = max(1, 2 * MOST // max(pixels.shape))
+        return png(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
 
     def __str__(self) -> str:
         down, across = self.n_blocks
