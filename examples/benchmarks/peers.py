@@ -143,7 +143,9 @@ def over(times: dict[str, list[float]], base: str | None, ours: str) -> str:
     return f"{middle:.2f} ({least:.2f} to {most:.2f})"
 
 
-def measure(name: str, batch: int, shares: list[float], rounds: int, threads: int) -> tuple[list[str], list[list[str]]]:
+def measure(
+    name: str, batch: int, shares: list[float], rounds: int, threads: int, kernels: list[str] | None
+) -> tuple[list[str], list[list[str]]]:
     """Return the row of the dense forms' milliseconds, and a row for each share of ours."""
     dense, x = pruned(name, 0.0), torch.randn(batch, *NETWORKS[name][1])
     tasks = peers_of(dense, x, threads)
@@ -157,11 +159,12 @@ def measure(name: str, batch: int, shares: list[float], rounds: int, threads: in
         tasks["torch fp32"] = runs[best]
         for share in shares:
             model = pruned(name, share)
-            fast, _ = accelerate(model, x)
+            exact = kernels and [kernel for kernel in kernels if kernel != "native_int8"]
+            fast, _ = accelerate(model, x, kernels=exact)
             ours[f"ours fp32 {share:.0%}"] = lambda fast=fast: fast(x)
-            fast, report = accelerate(model, x, dtype=torch.int8, calibration=batches_like(x))
+            fast, report = accelerate(model, x, dtype=torch.int8, calibration=batches_like(x), kernels=kernels)
             ours[f"ours int8 {share:.0%}"] = lambda fast=fast: fast(x)
-            console.print(f"{name}, batch {batch}, int8, {share:.0%} pruned: {report.summary()}")
+            console.print(f"{name}, batch {batch}, int8, {share:.0%} pruned ({report.chosen}): {report.summary()}")
         times = interleaved(tasks | ours, rounds, sample_s=0.02)
     cells = [f"{1e3 * median(times[n]):.3f}" if n in times else "-" for n in ("torch fp32", *PEERS)]
     fp32, int8 = best_of(times, FP32), best_of(times, INT8)
@@ -181,6 +184,7 @@ def main() -> None:
     options.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     options.add_argument("--rounds", type=int, default=0, help="0: 31 at batch 1, 9 at larger batches")
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--kernels", nargs="+", help="that accelerate may try; all by default, which takes longer")
     chosen = options.parse_args()
     say_machine(chosen.threads)
     dense = Table(title=f"The dense network, ms (median), {chosen.threads} thread(s)")
@@ -199,7 +203,8 @@ def main() -> None:
         gains.add_column(header, justify="right" if header not in ("network", "") else "left")
     for name in chosen.networks:
         for batch in chosen.batches:
-            row, ours = measure(name, batch, chosen.shares, chosen.rounds or (31 if batch == 1 else 9), chosen.threads)
+            rounds = chosen.rounds or (31 if batch == 1 else 9)
+            row, ours = measure(name, batch, chosen.shares, rounds, chosen.threads, chosen.kernels)
             dense.add_row(*row)
             for cells in ours:
                 gains.add_row(*cells)

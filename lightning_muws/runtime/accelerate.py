@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.kernels import ALLOWED, DENSE, KERNELS, ON_REQUEST
-from lightning_muws.runtime.kernels.base import LAYER_TYPES, Layer
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel, Layer
 from lightning_muws.runtime.kernels.native_int8 import Int8Sparse
 from lightning_muws.runtime.measure.activations import Inputs, check_batches, collect, fit
 from lightning_muws.runtime.measure.layer import (
@@ -304,11 +304,13 @@ def _load_plan(plan: object) -> SpeedReport | None:
 def _measure(work: Acceleration) -> tuple[nn.Module, SpeedReport]:
     """Return the model with the layers that win, if it wins as a whole, and the report."""
     folded = copy.deepcopy(work.root)
-    report = replace(work.report, layers=tuple(_choose_layers(work)))
+    speeds, native = _choose_layers(work)
+    report = replace(work.report, layers=tuple(speeds))
     dense = dense_forms(work.source, folded, work.example)
     if work.model is not work.source:
         dense["compiled"] = work.model, work.example
-    fast = fast_forms(work.root, work.example)
+    names = {module: name for name, module in work.root.named_modules()}
+    fast = fast_forms(work.root, work.example, {names[module]: kernel for module, (_, kernel) in native.items()})
     expected = expected_output(work.source, work.example)
     if not expected:
         raise SettingError("the model returns no tensors to check: wrap it in a module whose forward returns some")
@@ -325,26 +327,39 @@ def _measure(work: Acceleration) -> tuple[nn.Module, SpeedReport]:
     )
     if verdict.chosen == "dense":
         return copy.deepcopy(work.source), replace(report, note=_why_dense(verdict))
+    if verdict.chosen == "fast_native":
+        steps = {_name(names[module]): step for module, step in native.items()}
+        report = replace(
+            report, layers=tuple(_won_by(s, *steps[s.name]) if s.name in steps else s for s in report.layers)
+        )
     return fast[verdict.chosen][0].model, report
 
 
-def _choose_layers(work: Acceleration) -> list[LayerSpeed]:
-    """Swap each layer for its fastest kernel, and return what was measured."""
+def _choose_layers(work: Acceleration) -> tuple[list[LayerSpeed], dict[nn.Module, tuple[str, Kernel]]]:
+    """Swap each layer for its fastest kernel, and return what was measured.
+
+    The second is the fastest kernel for a chain, and its name, of each module whose kernel is not that one.
+    """
     criteria = work.criteria(tuple(dict.fromkeys([*DENSE, *work.settings.kernels])))
     given = {_plain(name): shape for name, shape in work.settings.block_shapes.items()}
-    speeds = []
+    speeds: list[LayerSpeed] = []
+    native: dict[nn.Module, tuple[str, Kernel]] = {}
     for name, layer in work.layers.items():
         if reason := left_alone(layer, work.calls.get(layer)):
             speeds.append(LayerSpeed(name, describe(layer), reason=reason))
             continue
         rows, columns = given.get(f"{name}.weight" if name else "weight") or infer_shape_for_kernels(layer.weight)
         judged = work.criteria_of(layer, criteria)
-        speed, module = choose(name, layer, work.calls[layer].inputs, (rows, columns), judged)
-        if isinstance(module, Int8Sparse):
-            speed = replace(speed, rounding=module.way)
+        speed, module, step = choose(name, layer, work.calls[layer].inputs, (rows, columns), judged)
         replace_module(work.root, layer, module)
-        speeds.append(speed)
-    return speeds
+        speeds.append(_won_by(speed, speed.winner, module))
+        if step is not None and step[1] is not module:
+            native[module] = step
+    return speeds, native
+
+
+def _won_by(speed: LayerSpeed, winner: str, module: nn.Module) -> LayerSpeed:
+    return replace(speed, winner=winner, rounding=module.way if isinstance(module, Int8Sparse) else "")
 
 
 def _largest_error(work: Acceleration) -> float:
@@ -380,13 +395,19 @@ def _apply(work: Acceleration, stored: SpeedReport) -> tuple[nn.Module, SpeedRep
         else:
             why = refused.get(speed.winner, "it does not apply")
             warnings.warn(f"{speed.name} stays dense, not {speed.winner}: {why}", stacklevel=3)
-    return fast_forms(work.root, work.example)[stored.chosen][0].model, stored
+    chosen = "fast_chained" if stored.chosen == "fast_native" else stored.chosen  # the layers are those of the chain
+    return fast_forms(work.root, work.example)[chosen][0].model, stored
 
 
 def _layers(root: nn.Module) -> dict[str, Layer]:
     """Return every Linear, Conv1d and Conv2d under its name in the model as given."""
     found = {name: m for name, m in root.named_modules() if isinstance(m, LAYER_TYPES)}
-    return {name.removeprefix("model").removeprefix("."): layer for name, layer in found.items()}
+    return {_name(name): layer for name, layer in found.items()}
+
+
+def _name(name: str) -> str:
+    """Return the name in the model as given of a module of its :class:`Root`."""
+    return name.removeprefix("model").removeprefix(".")
 
 
 def _plain(name: str) -> str:

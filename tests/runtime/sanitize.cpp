@@ -176,7 +176,14 @@ static void run_signs(const void* level) {
     }
 }
 
-// A layer of 8 bits against sums of whole numbers.
+// Bytes exactly as many as asked for.
+struct ExactBytes {
+  uint8_t* data;
+  explicit ExactBytes(int64_t n) : data((uint8_t*)std::malloc((size_t)n)) {}
+  ~ExactBytes() { std::free(data); }
+};
+
+// A layer of 8 bits against sums of whole numbers; from float32 to float32, or from bytes to both as a step of a program.
 static void run_int8(const void* level, const char* name) {
   const int64_t rows[] = {1, 2, 4};
   MuwsInt8 l{};
@@ -189,7 +196,9 @@ static void run_int8(const void* level, const char* name) {
     l.h = any(l.kh, 12), l.w = any(l.kw, any(0, 4) ? 12 : 80);
   }
   l.oh = (l.h + 2 * l.ph - l.kh) / l.sh + 1, l.ow = (l.w + 2 * l.pw - l.kw) / l.sw + 1;
-  l.scale = 0.25f, l.inverse = 4.0f, l.zero = any(0, 255), l.row_blocks = (l.o + l.rows - 1) / l.rows;
+  const int64_t zero = any(0, 255), next_zero = any(0, 255);
+  const float activation[] = {0.25f, (float)zero}, next[] = {0.5f, (float)next_zero};
+  l.activation = activation, l.row_blocks = (l.o + l.rows - 1) / l.rows;
   const int64_t per_group = l.c / l.groups, n_in = per_group * l.kh * l.kw, quads = (n_in + 3) / 4;
   std::vector<int64_t> matrix((size_t)(l.row_blocks * l.rows * n_in), 0);
   std::vector<int32_t> starts{0}, sums;
@@ -225,8 +234,26 @@ static void run_int8(const void* level, const char* name) {
   Exact x(l.n * l.c * l.h * l.w), y(l.n * l.o * l.oh * l.ow), other(l.n * l.o * l.oh * l.ow);
   for (int64_t i = 0; i < l.n * l.c * l.h * l.w; i++) x.data[i] = 0.25f * (float)any(-300, 300);
   const float* onto = any(0, 1) ? other.data : nullptr;
-  function<void (*)(const void*, const MuwsInt8*, const float*, const float*, float*, int64_t)>("muws_int8")(
-      level, &l, x.data, onto, y.data, any(1, 3));
+  const int64_t n_in_all = l.n * l.c * l.h * l.w;
+  const auto byte_of = [](float v, float inverse, int64_t z) {
+    return (uint8_t)(z + (int64_t)std::nearbyint(std::fmin(std::fmax(v * inverse, (float)-z), (float)(255 - z))));
+  };
+  ExactBytes given(n_in_all), made(l.n * l.o * l.oh * l.ow);
+  for (int64_t i = 0; i < n_in_all; i++) given.data[i] = byte_of(x.data[i], 4.0f, zero);
+  const bool in_program = any(0, 1), with_numbers = !in_program || any(0, 1);
+  if (in_program) {
+    l.bytes_in = 1, l.next = next;
+    void* outside[] = {given.data, (void*)onto, y.data, made.data};
+    MuwsStep step{STEP_INT8, &l, PLACE_OUTSIDE, PLACE_OUTSIDE + 1, with_numbers ? PLACE_OUTSIDE + 2 : -1, PLACE_OUTSIDE + 3, 0, 0, 0};
+    if (function<int (*)(const void*, const MuwsStep*, int64_t, char*, void* const*, int64_t)>("muws_program")(
+            level, &step, 1, nullptr, outside, any(1, 3))) {
+      std::printf("%s int8: finite outputs are reported as NaN\n", name);
+      std::exit(1);
+    }
+  } else {
+    function<void (*)(const void*, const MuwsInt8*, const float*, const float*, float*, int64_t)>("muws_int8")(
+        level, &l, x.data, onto, y.data, any(1, 3));
+  }
   for (int64_t n = 0; n < l.n; n++)
     for (int64_t o = 0; o < l.o; o++)
       for (int64_t i = 0; i < l.oh * l.ow; i++) {
@@ -235,14 +262,18 @@ static void run_int8(const void* level, const char* name) {
           const int64_t ch = o / (l.o / l.groups) * per_group + k / (l.kh * l.kw);
           const int64_t h = i / l.ow * l.sh + k / l.kw % l.kh - l.ph, w = i % l.ow * l.sw + k % l.kw - l.pw;
           if (h < 0 || h >= l.h || w < 0 || w >= l.w) continue;
-          int64_t q = (int64_t)(4.0f * x.data[((n * l.c + ch) * l.h + h) * l.w + w]) + l.zero;
+          int64_t q = (int64_t)(4.0f * x.data[((n * l.c + ch) * l.h + h) * l.w + w]) + zero;
           q = q < 0 ? 0 : q > 255 ? 255 : q;
-          sum += matrix[(size_t)(o * n_in + k)] * (q - l.zero);
+          sum += matrix[(size_t)(o * n_in + k)] * (q - zero);
         }
         const int64_t at = (n * l.o + o) * l.oh * l.ow + i;
         const float exact = (float)sum * 0.125f + (l.bias ? l.bias[o] : 0.0f) + (onto ? onto[at] : 0.0f);
         const float want = l.relu && exact < 0 ? 0.0f : exact;
-        if (y.data[at] != want) {
+        if (in_program && made.data[at] != byte_of(want, 2.0f, next_zero)) {
+          std::printf("%s int8: got byte %d, not %d\n", name, made.data[at], byte_of(want, 2.0f, next_zero));
+          std::exit(1);
+        }
+        if (with_numbers && y.data[at] != want) {
           std::printf("%s int8: got %.9g, not %.9g\n", name, y.data[at], want);
           std::exit(1);
         }

@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from lightning_muws.runtime.native.program import Sparse
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these: a subclass may compute something else
@@ -28,8 +31,8 @@ class Kernel(nn.Module):
     * ``forward(x)`` equals the layer's for any batch and any size, with the same shape and dtype. It does not change
       ``x``, and nothing else holds the memory of what it returns, so that the next step may overwrite it.
     * The weights are buffers. The layer is not kept. The kernel can be copied, pickled, moved and given a state_dict.
-    * Fusion may ask for :meth:`with_relu`, :attr:`can_add` and :meth:`with_batch_last`. The defaults here are right for
-      a kernel that reads :attr:`relu` in its ``forward`` and has nothing special to offer.
+    * Fusion may ask for :meth:`with_relu`, :attr:`can_add`, :meth:`with_batch_last` and :meth:`step`. The defaults here
+      are right for a kernel that reads :attr:`relu` in its ``forward`` and has nothing special to offer.
 
     Attributes:
         relu: Whether ReLU ends the kernel.
@@ -54,6 +57,14 @@ class Kernel(nn.Module):
 
         It takes such a batch without a copy and returns one (strides ``(1, h * w * n, w * n, n)``); it also takes any
         other input.
+        """
+        return None
+
+    def step(self, n_in: int) -> Sparse | None:
+        """Return the kernel as a step of a native program, or None if it cannot be one.
+
+        Args:
+            n_in: Numbers of a sample, or channels of an image, that the layer takes.
         """
         return None
 

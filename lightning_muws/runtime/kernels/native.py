@@ -15,6 +15,7 @@ from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, level
 from lightning_muws.runtime.native.ops import block_sparse_op
 from lightning_muws.runtime.native.packing import Packed, choose_block, pack, pack_pairs
 from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan
+from lightning_muws.runtime.native.program import Sparse
 from lightning_muws.runtime.timing import clock_for
 
 TRIALS = 4
@@ -133,6 +134,10 @@ class BlockSparse(Kernel):
         twin.geometry = self.geometry._replace(**changes)
         twin.relu = bool(twin.geometry.relu)
         return twin
+
+    def step(self, n_in: int) -> Sparse | None:
+        """Return the layer as a step, or None if its outputs are laid side by side."""
+        return None if self.geometry.batch_last else Sparse(self._blocks(), self.geometry, self.n_dims, n_in)
 
     def extra_repr(self) -> str:
         """Return the number of blocks and the geometry."""

@@ -14,6 +14,7 @@ from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, matrix_o
 from lightning_muws.runtime.kernels.native import geometry_of, is_native, refuse_gradient
 from lightning_muws.runtime.native.ops import int8_sparse_op
 from lightning_muws.runtime.native.plan8 import Blocks8, Geometry8, Plan8
+from lightning_muws.runtime.native.program import Sparse
 from lightning_muws.runtime.native.quantize import Packed8, choose_rows, pack8, quantized
 
 LEVELS = 255  # steps between the smallest and the largest input
@@ -135,8 +136,7 @@ class Int8Sparse(Kernel):
     def _plan(self, x: Tensor, geometry: Geometry8) -> Plan8:
         blocks = self._blocks()
         pointers = map(id, blocks)
-        rounding = blocks.activation.tolist()  # a plan holds a copy
-        key = (x.dtype, x.device, x.shape, geometry.relu, *pointers, blocks.weights.data_ptr(), *rounding)
+        key = (x.dtype, x.device, x.shape, geometry.relu, *pointers, blocks.weights.data_ptr())
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= PLANS:
@@ -156,6 +156,10 @@ class Int8Sparse(Kernel):
         twin.geometry = self.geometry._replace(**changes)
         twin.relu = bool(twin.geometry.relu)
         return twin
+
+    def step(self, n_in: int) -> Sparse:
+        """Return the layer as a step."""
+        return Sparse(self._blocks(), self.geometry, self.n_dims, n_in)
 
     def extra_repr(self) -> str:
         """Return the number of blocks, the way inputs are rounded, and the geometry."""

@@ -51,8 +51,11 @@ class Criteria:
 
 def choose(
     name: str, layer: Layer, inputs: Sequence[Tensor], block_shape: tuple[int, int], criteria: Criteria
-) -> tuple[LayerSpeed, nn.Module]:
-    """Measure a layer's kernels; return the measurements and the module that wins, the layer itself if dense wins.
+) -> tuple[LayerSpeed, nn.Module, tuple[str, Kernel] | None]:
+    """Measure a layer's kernels; return the measurements, the module that wins, and the fastest for a native program.
+
+    The module is the layer itself if dense wins. The last is a kernel and its name, or None if no kernel that may win
+    can be a step of a program.
 
     Args:
         name: The layer's name in the report.
@@ -79,7 +82,21 @@ def choose(
         winner=winner,
         refused=refused,
     )
-    return speed, modules[winner]
+    return speed, modules[winner], _fastest_step(modules, times, allowed)
+
+
+def _fastest_step(
+    modules: Mapping[str, nn.Module], times: Mapping[str, Sequence[float]], allowed: Sequence[str]
+) -> tuple[str, Kernel] | None:
+    steps = {
+        name: module
+        for name in allowed
+        if isinstance(module := modules[name], Kernel) and times[name] and module.step(1) is not None
+    }
+    if not steps:
+        return None
+    fastest = min(steps, key=lambda name: median(times[name]))
+    return fastest, steps[fastest]
 
 
 def pick(times: Mapping[str, Sequence[float]], min_gain: float) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.runtime.kernels import dense
-from lightning_muws.runtime.kernels.base import LAYER_TYPES, channels_last
+from lightning_muws.runtime.kernels.base import LAYER_TYPES, Kernel, channels_last
+from lightning_muws.runtime.rewrite.chain import chain
 from lightning_muws.runtime.rewrite.graph import fuse, keep_batch_last
 from lightning_muws.runtime.rewrite.observe import (
     FAILURES,
@@ -73,8 +74,17 @@ def dense_forms(given: Callable[..., Any], folded: nn.Module, example: Example) 
     return forms
 
 
-def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
-    """Return the accelerated forms: as it is, with fused steps, and with the images of a batch side by side inside."""
+def fast_forms(
+    root: Root, example: Example, native: Mapping[str, Kernel] | None = None
+) -> dict[str, tuple[Root, Example]]:
+    """Return the accelerated forms: as it is, with fused steps, with the images of a batch side by side, and in chains.
+
+    Args:
+        root: The network with its layers swapped.
+        example: The example input.
+        native: Kernels that can be steps of a chain, for layers that another kernel computes, by name in ``root``. If
+            there are any, one form more has them: a longer chain may gain more than a layer loses.
+    """
     forms = {"fast": (root, example)}
     with suppress(*FAILURES):  # a form that raises is left out; judge() reports why the first one does
         fused = copy.deepcopy(root)
@@ -85,6 +95,16 @@ def fast_forms(root: Root, example: Example) -> dict[str, tuple[Root, Example]]:
         if example.tensors[0].shape[:1] > (1,) and keep_batch_last(batch_last) > 1:
             fuse(batch_last, example)
             forms["fast_batch_last"] = batch_last, example
+    for name, swapped in (("fast_chained", {}), ("fast_native", native or {})):
+        if name == "fast_native" and not swapped:
+            continue
+        with suppress(*FAILURES):
+            chained = copy.deepcopy(root)
+            for layer, kernel in swapped.items():
+                replace_module(chained, chained.get_submodule(layer), kernel)
+            if chain(chained, example):
+                fuse(chained, example)
+                forms[name] = chained, example
     return forms
 
 

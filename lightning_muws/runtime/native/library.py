@@ -48,8 +48,19 @@ class Int8(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "row_blocks", "loose", "linear", "dynamic")),
         *((name, ctypes.c_void_p) for name in ("starts", "columns", "weights", "sums", "scales", "bias")),
         ("relu", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("scale", "inverse")),
-        ("zero", ctypes.c_int64),
+        ("activation", ctypes.c_void_p),
+        ("bytes_in", ctypes.c_int64),
+        ("next", ctypes.c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """``MuwsStep`` of api.h, field by field."""
+
+    _fields_: ClassVar = [
+        ("kind", ctypes.c_int64),
+        ("layer", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x", "onto", "y", "q", "rows", "width", "relu")),
     ]
 
 
@@ -61,7 +72,7 @@ def library() -> ctypes.CDLL | None:
             found = _declared(ctypes.CDLL(str(path)))
         except (OSError, AttributeError):  # built for another machine, or not with these functions
             continue
-        if [found.muws_layout(i) for i in range(3)] == [ctypes.sizeof(kind) for kind in (Layer, Signs, Int8)]:
+        if [found.muws_layout(i) for i in range(4)] == [ctypes.sizeof(kind) for kind in (Layer, Signs, Int8, Step)]:
             _share_threads(found)
             return found
     return None
@@ -80,6 +91,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         ("muws_gemv", [pointer, pointer, pointer, pointer, number], None),
         ("muws_signs", [pointer, pointer, pointer, pointer, number], None),
         ("muws_int8", [pointer, pointer, pointer, pointer, pointer, number], None),
+        ("muws_program", [pointer, pointer, number, pointer, pointer, number], ctypes.c_int),
         ("muws_use_team", [pointer, pointer, pointer], None),
     ):
         function = getattr(found, name)

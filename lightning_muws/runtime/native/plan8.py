@@ -58,6 +58,17 @@ class Blocks8(NamedTuple):
     activation: Tensor
 
 
+def layer8(shape: tuple[int, ...], blocks: Blocks8, g: Geometry8) -> Int8:
+    """Return a layer as the kernels take it, for an input of this shape; it points into ``blocks``."""
+    n, c, h, w = (*shape, 1, 1) if g.linear else shape
+    _, o, oh, ow = (*g.out_shape(shape), 1, 1) if g.linear else g.out_shape(shape)
+    layer = Int8(n, c, h, w, o, oh, ow, *g[1:8], g.rows, blocks.starts.numel() - 1, g.loose, g.linear, g.dynamic)
+    for name, tensor in blocks._asdict().items():
+        setattr(layer, name, 0 if tensor is None else tensor.data_ptr())
+    layer.relu = g.relu
+    return layer
+
+
 class Plan8:
     """A layer of 8 bits prepared for inputs of one shape."""
 
@@ -66,18 +77,8 @@ class Plan8:
         self.found, self.level = level_for(x)
         self.x_shape = x.shape
         self.shape = g.out_shape(x.shape)
-        n, c, h, w = (*x.shape, 1, 1) if g.linear else x.shape
-        _, o, oh, ow = (*self.shape, 1, 1) if g.linear else self.shape
-        layer = Int8(n, c, h, w, o, oh, ow, *g[1:8], g.rows, blocks.starts.numel() - 1, g.loose, g.linear, g.dynamic)
-        for name in ("starts", "columns", "weights", "sums", "scales", "bias"):
-            tensor = getattr(blocks, name)
-            setattr(layer, name, 0 if tensor is None else tensor.data_ptr())
-        layer.relu = g.relu
-        self.rounding = blocks.activation.tolist()
-        scale, zero = self.rounding
-        layer.scale, layer.zero = scale, int(zero)
-        layer.inverse = float(1 / blocks.activation[0]) if scale > 0 else 0.0
-        self.layer, self.address = layer, ctypes.addressof(layer)
+        self.layer = layer8(x.shape, blocks, g)
+        self.address = ctypes.addressof(self.layer)
         self.is_empty = 0 in self.shape
 
     def is_for(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> bool:
@@ -88,7 +89,6 @@ class Plan8:
             and x.dtype is torch.float32
             and all(tensors[name] is tensor for name, tensor in zip(Blocks8._fields, blocks, strict=True))
             and blocks.weights.data_ptr() == self.layer.weights
-            and blocks.activation.tolist() == self.rounding
         )
 
     def takes(self, onto: Tensor) -> bool:
@@ -123,7 +123,7 @@ def int8_sparse(
     """Return the layer of :class:`Blocks8` for ``x``, ``(n, in)`` if it is a Linear, else ``(n, c, h, w)``; float32."""
     blocks = Blocks8(weights, starts, columns, sums, scales, bias, activation)
     pointers = tuple(0 if t is None else t.data_ptr() for t in blocks)
-    key = (level(), x.dtype, x.device, x.shape, *geometry, *pointers, *activation.tolist())
+    key = (level(), x.dtype, x.device, x.shape, *geometry, *pointers)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = Plan8(x, blocks, Geometry8(*geometry))

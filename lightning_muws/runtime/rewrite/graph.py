@@ -33,10 +33,22 @@ class _OneLevel(fx.Tracer):
         return type(m) is not nn.Sequential or has_hooks(m)
 
 
-def trace(module: nn.Module) -> fx.Graph | None:
-    """Return the steps of the module's forward, or None if they depend on values or use the module's own tensors."""
+class _Through(fx.Tracer):
+    """Traces a forward down to kernels and torch's own modules."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Kernel) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module, through: bool = False) -> fx.Graph | None:
+    """Return the steps of the module's forward, or None if they depend on values or use the module's own tensors.
+
+    Args:
+        module: The module.
+        through: Trace the forwards of its children too, down to kernels and torch's own modules.
+    """
     try:
-        graph = _OneLevel().trace(module)
+        graph = (_Through() if through else _OneLevel()).trace(module)
     except Exception:  # a forward is arbitrary code: whatever it raises, it cannot be traced
         return None
     if any(node.op == "get_attr" for node in graph.nodes) or sum(n.op == "placeholder" for n in graph.nodes) != 1:
@@ -90,21 +102,28 @@ def _traceable(calls: Mapping[nn.Module, Calls]) -> list[nn.Module]:
 
 
 class FusedForward(nn.Module):
-    """The forward of a module as traced steps, for inputs of the traced shape.
+    """The forward of a module as traced steps, for inputs of the traced shape or, if so asked, of any size.
 
     Args:
         module: The module, which keeps its own forward.
         graph: The traced steps.
         children: The modules that the steps call.
         shape: Shape of the example without its batch; other shapes use the original forward.
+        any_size: Use the steps for every input of as many dimensions. They hold for it: a forward that depends on sizes
+            cannot be traced.
     """
 
     def __init__(
-        self, module: nn.Module, graph: fx.Graph, children: Mapping[str, nn.Module], shape: torch.Size
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        children: Mapping[str, nn.Module],
+        shape: torch.Size,
+        any_size: bool = False,
     ) -> None:
         super().__init__()
         self.__dict__["module"] = module  # no child: it contains this one
-        self.shape = shape
+        self.shape, self.any_size = shape, any_size
         names = {name: f"m{i}" for i, name in enumerate(children)}  # no dots: one look-up per call, not three
         for node in graph.nodes:
             if node.op == "call_module":
@@ -113,7 +132,7 @@ class FusedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the module's forward returns."""
-        if x.shape[1:] == self.shape:
+        if x.shape[1:] == self.shape or (self.any_size and x.dim() == len(self.shape) + 1):
             return cast("Tensor", self.steps.forward(x))  # its __call__ costs as much as a small layer
         return cast("Tensor", cast("Any", type(self.module)).forward(self.module, x))
 
@@ -130,7 +149,7 @@ def fuse(model: nn.Module, example: Example) -> int:
         if isinstance(module, Kernel) or (graph := trace(module)) is None:
             continue
         children = {str(n.target): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
-        n = _fuse(graph, children)
+        n = fuse_graph(graph, children)
         if n:
             module.forward = FusedForward(module, graph, children, seen.inputs[0].shape[1:]).forward
             n_fused += n
@@ -153,15 +172,15 @@ class AddInto(nn.Module):
         return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
 
 
-def _fuse(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
-    """Rewrite the graph in place, and return how many steps were removed or work in place."""
+def fuse_graph(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
+    """Fuse in a graph and its children, in place; return how many steps were removed or work in place."""
     n_fused = 0
     for node in list(graph.nodes):
         if node.op == "call_module" and type(children[str(node.target)]) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
-        if _is_relu(node, children):
+        if is_relu(node, children):
             n_fused += _fuse_relu(graph, node, children)
         elif node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
             n_fused += _add_onto(graph, node, children) or _add_in_place(node, children)
@@ -216,7 +235,8 @@ def _add_onto(graph: fx.Graph, node: fx.Node, children: Mapping[str, nn.Module])
     return True
 
 
-def _is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
+def is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
+    """Return whether a step is a ReLU, in place or not."""
     if node.op == "call_module":
         return type(children[str(node.target)]) is nn.ReLU
     return (node.op == "call_function" and node.target in RELUS) or (

@@ -60,9 +60,11 @@ const Candidate candidates[] = {
 
 extern "C" {
 
-// The sizes of MuwsLayer (0), MuwsSigns (1) and MuwsInt8 (2). Python compares them with its own and ignores a library that differs.
+// The sizes of MuwsLayer (0), MuwsSigns (1), MuwsInt8 (2) and MuwsStep (3). Python compares them with its own and ignores a
+// library that differs.
 MUWS_PUBLIC int64_t muws_layout(int64_t which) {
-  return which == 0 ? sizeof(MuwsLayer) : which == 1 ? sizeof(MuwsSigns) : sizeof(MuwsInt8);
+  const size_t sizes[] = {sizeof(MuwsLayer), sizeof(MuwsSigns), sizeof(MuwsInt8), sizeof(MuwsStep)};
+  return (int64_t)sizes[which];
 }
 
 // Level number n of those that this CPU can run, the best first; null past the last.
@@ -89,5 +91,9 @@ MUWS_PUBLIC void muws_signs(const void* level, const MuwsSigns* layer, const flo
 MUWS_PUBLIC void muws_int8(const void* level, const MuwsInt8* layer, const float* x, const float* onto, float* y,
                            int64_t threads) {
   ((const MuwsLevel*)level)->int8(layer, x, onto, y, threads);
+}
+MUWS_PUBLIC int muws_program(const void* level, const MuwsStep* steps, int64_t n_steps, char* arena,
+                             void* const* outside, int64_t threads) {
+  return ((const MuwsLevel*)level)->program(steps, n_steps, arena, outside, threads);
 }
 }

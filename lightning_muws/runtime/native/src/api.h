@@ -37,7 +37,8 @@ struct MuwsSigns {
 };
 
 // A Linear or a convolution whose weights are whole numbers of 8 bits. Inputs are quantised as they are packed:
-// x = scale * (q - zero) with q of 0 .. 255. A block is 4 columns of `rows` outputs.
+// x = scale * (q - zero) with q of 0 .. 255. A block is 4 columns of `rows` outputs. In a program (below) a layer may get
+// the bytes q that the layer before it made, and make those of the layer after it.
 struct MuwsInt8 {
   int64_t n, c, h, w;        // as in MuwsLayer
   int64_t o, oh, ow;
@@ -53,9 +54,21 @@ struct MuwsInt8 {
   const float* scales;       // (row_blocks * rows): an output's weights are scale * whole number
   const float* bias;         // (row_blocks * rows) or null
   int64_t relu;
-  float scale, inverse;      // of the input; inverse = 1 / scale, or 0
-  int64_t zero;
+  const float* activation;   // (2): scale and zero of the input
+  int64_t bytes_in;          // the input is q already, a byte each
+  const float* next;         // (2): scale and zero of the bytes to make of the output, or null
 };
+
+// A step of a program. A place is an offset in the arena, or PLACE_OUTSIDE plus the number of a tensor outside, or -1.
+enum { STEP_INT8, STEP_PLAN, STEP_GEMV, STEP_ADD, STEP_RELU, STEP_MEAN };
+struct MuwsStep {
+  int64_t kind;
+  const void* layer;         // MuwsInt8; what muws_plan made; MuwsLayer
+  int64_t x, onto, y, q;     // places of float32; q: of the bytes that a layer of 8 bits makes. x is of bytes if it says so
+  int64_t rows, width;       // STEP_ADD: y = x + onto, STEP_RELU: rows * width numbers; STEP_MEAN: the means of rows
+  int64_t relu;              // STEP_ADD
+};
+constexpr int64_t PLACE_OUTSIDE = (int64_t)1 << 48;
 
 typedef void (*MuwsTask)(void* context, int64_t item);
 void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
@@ -69,5 +82,7 @@ struct MuwsLevel {
   void (*gemv)(const MuwsLayer*, const float* x, float* y, int64_t threads);
   void (*signs)(const MuwsSigns*, const float* x, float* y, int64_t threads);
   void (*int8)(const MuwsInt8*, const float* x, const float* onto, float* y, int64_t threads);
+  // 1 if bytes were to be made of NaN or infinity: then the outputs are not those of the layers one by one
+  int (*program)(const MuwsStep*, int64_t n_steps, char* arena, void* const* outside, int64_t threads);
 };
 }

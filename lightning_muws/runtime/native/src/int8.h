@@ -157,6 +157,53 @@ MUWS_INLINE vf load_some(const float* from, int64_t n) {
 #endif
 }
 
+MUWS_INLINE void store_some(float* to, vf v, int64_t n) {
+#if MUWS_LANES == 16
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+  __builtin_memcpy(to, &v, 4 * (size_t)n);
+#endif
+}
+MUWS_INLINE void store_some_bytes(uint8_t* to, vi v, int64_t n) {
+#if MUWS_LANES == 16
+  _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << n) - 1), (__m512i)v);
+#else
+  const vb b = bytes_of(v);
+  __builtin_memcpy(to, &b, (size_t)n);
+#endif
+}
+
+// Where the outputs of a layer go: float32, bytes for the next layer, or both.
+struct Output8 {
+  const float* onto;  // is added first, or null
+  float* y;
+  uint8_t* q;
+  Rounding next;
+  int* broken;        // 1 after bytes were made of NaN or infinity
+
+  Output8 from(int64_t at) const {
+    return Output8{onto ? onto + at : onto, y ? y + at : y, q ? q + at : q, next, broken};
+  }
+};
+
+MUWS_INLINE void watch(const Output8& to, vi sizes) {
+  if (to.q && !is_finite(sizes)) __atomic_store_n(to.broken, 1, __ATOMIC_RELAXED);
+}
+
+// Add, apply ReLU, and store n neighbouring outputs from place `at` on.
+MUWS_INLINE void put_line(const float* values, const Output8& to, int64_t at, int64_t n, bool ends_in_relu, vi& sizes) {
+  for (int64_t i = 0; i < n; i += V) {
+    const int64_t count = least<int64_t>(V, n - i);
+    vf v = count == V ? load(values + i) : load_some(values + i, count);
+    if (to.onto) v += count == V ? load(to.onto + at + i) : load_some(to.onto + at + i, count);
+    if (ends_in_relu) v = relu(v);
+    if (to.y) store_some(to.y + at + i, v, count);
+    if (!to.q) continue;
+    sizes = most_of(sizes, sizes_of(v));
+    store_some_bytes(to.q + at + i, nearest(v, to.next), count);
+  }
+}
+
 // Round n numbers; writes up to V - 1 bytes more. `sizes` grows to the largest size of each lane.
 MUWS_INLINE void round_row(const float* x, int64_t n, Rounding rounding, uint8_t* to, vi& sizes) {
   for (int64_t i = 0; i < n; i += V) {

@@ -12,6 +12,8 @@ struct Int8Plan {
   int64_t planes;            // of all groups: quads, or 4 * quads if loose
   int64_t positions, pitch;  // of an item at most; bytes from one plane to the next
   int64_t rows_in, row_bytes;  // convolution: padded input rows that an item reads at most, bytes of one (without phases)
+  float scale;               // of the input
+  Rounding rounding;
 };
 
 // What is packed for one item.
@@ -23,29 +25,50 @@ struct Packed8 {
 
 constexpr int64_t INT8_SLACK = 64;  // bytes that vectors may read or write past the end
 
-// Round the input rows that output rows first .. last of an image read; return whether all their numbers are finite.
-// bytes: (channel, row, phase, column), the zeros of the padding included. Rows are written in order and in whole vectors: the
+// The input: float32, or bytes if the layer says so.
+struct Input8 {
+  const void* data;
+  const float* numbers(int64_t at) const { return (const float*)data + at; }
+  const uint8_t* bytes(int64_t at) const { return (const uint8_t*)data + at; }
+};
+
+// to[b * pitch + j] = row[step * j + b] for the phases b < n_phases.
+static void split_phases(const uint8_t* row, int64_t step, int64_t n_phases, int64_t pitch, uint8_t* to) {
+  if (step == 2) {  // the compiler makes vectors of it
+    for (int64_t j = 0; j < pitch; j++) to[j] = row[2 * j];
+    for (int64_t j = 0; j < pitch && n_phases > 1; j++) to[pitch + j] = row[2 * j + 1];
+    return;
+  }
+  for (int64_t b = 0; b < n_phases; b++)
+    for (int64_t j = 0; j < pitch; j++) to[b * pitch + j] = row[step * j + b];
+}
+
+// Round the rows that output rows first .. last of an image read; return whether all their numbers are finite. `start`: of the
+// image in the input. bytes: (channel, row, phase, column), the zeros of the padding included. Rows are written in order and in whole vectors: the
 // next row overwrites what is too much.
-static bool round_image(const Int8Plan& p, const float* image, int64_t first, int64_t last, uint8_t* bytes,
+static bool round_image(const Int8Plan& p, Input8 x, int64_t start, int64_t first, int64_t last, uint8_t* bytes,
                         uint8_t* line) {
   const MuwsInt8& l = *p.layer;
-  const Rounding rounding{l.inverse, (int32_t)l.zero};
+  const int zero = p.rounding.zero;
   const int64_t rows = (last - first - 1) * l.sh + l.kh, top = first * l.sh - l.ph, wide = l.sw * p.row_bytes;
   vi sizes = vi{};
   for (int64_t c = 0; c < l.c; c++)
     for (int64_t i = 0; i < rows; i++) {
+      if (l.kh < l.sh && i % l.sh >= l.kh) continue;  // no output reads it
       uint8_t* to = bytes + (c * p.rows_in + i) * wide;
-      const int64_t h = top + i;
+      const int64_t h = top + i, at = start + (c * l.h + h) * l.w;
       if (h < 0 || h >= l.h) {
-        fill_bytes(to, (int)l.zero, wide);
+        fill_bytes(to, zero, wide);
         continue;
       }
       uint8_t* row = l.sw == 1 ? to : line;
-      fill_bytes(row, (int)l.zero, l.pw);
-      round_row(image + (c * l.h + h) * l.w, l.w, rounding, row + l.pw, sizes);
-      fill_bytes(row + l.pw + l.w, (int)l.zero, wide - l.pw - l.w);
-      for (int64_t b = 0; b < l.sw && l.sw > 1; b++)
-        for (int64_t j = 0; j < p.row_bytes; j++) to[b * p.row_bytes + j] = row[l.sw * j + b];
+      fill_bytes(row, zero, l.pw);
+      if (l.bytes_in)
+        copy_bytes(row + l.pw, x.bytes(at), l.w);
+      else
+        round_row(x.numbers(at), l.w, p.rounding, row + l.pw, sizes);
+      fill_bytes(row + l.pw + l.w, zero, wide - l.pw - l.w);
+      if (l.sw > 1) split_phases(row, l.sw, least(l.sw, l.kw), p.row_bytes, to);
     }
   return is_finite(sizes);
 }
@@ -92,7 +115,7 @@ static void unfold_image(const Int8Plan& p, const uint8_t* bytes, int64_t n_rows
 }
 
 // Pack output rows first .. last, counted over the whole batch.
-static void pack_convolution(const Int8Plan& p, const float* x, int64_t first, int64_t last, Packed8& packed,
+static void pack_convolution(const Int8Plan& p, Input8 x, int64_t first, int64_t last, Packed8& packed,
                              uint8_t* bytes) {
   const MuwsInt8& l = *p.layer;
   uint8_t* line = bytes + l.c * p.rows_in * l.sw * p.row_bytes + INT8_SLACK;
@@ -100,14 +123,14 @@ static void pack_convolution(const Int8Plan& p, const float* x, int64_t first, i
   bool any_broken = false;
   for (int64_t row = first; row < last;) {
     const int64_t image = row / l.oh, start = row % l.oh, stop = least(l.oh, start + last - row);
-    const float* from = x + image * l.c * l.h * l.w;
-    const bool finite = round_image(p, from, start, stop, bytes, line);
+    const int64_t at = image * l.c * l.h * l.w;
+    const bool finite = round_image(p, x, at, start, stop, bytes, line);
     unfold_image(p, bytes, stop - start, (row - first) * l.ow, packed.planes);
     for (int64_t i = 0; i < positions && !finite && !any_broken; i++)
-      packed.scales[i] = l.scale, packed.zeros[i] = (int32_t)l.zero;
+      packed.scales[i] = p.scale, packed.zeros[i] = p.rounding.zero;
     any_broken = any_broken || !finite;
     for (int64_t r = start; r < stop && !finite; r++)
-      for (int64_t j = 0; j < l.ow && reads_broken(l, from, r); j++)
+      for (int64_t j = 0; j < l.ow && reads_broken(l, x.numbers(at), r); j++)
         packed.scales[(row - first + r - start) * l.ow + j] = __builtin_nanf("");
     row += stop - start;
   }
@@ -138,28 +161,32 @@ static Rounding range_of(const float* x, int64_t n, float& scale) {
   return Rounding{inverse, (int32_t)__builtin_rintf(least(-least_x * inverse, 255.0f))};
 }
 
-// Round one sample of a Linear: bytes of its quads, side by side.
-static void round_sample(const Int8Plan& p, const float* x, uint8_t* to, float& scale, int32_t& zero) {
+// Round sample n of a Linear: bytes of its quads, side by side.
+static void round_sample(const Int8Plan& p, Input8 x, int64_t n, uint8_t* to, float& scale, int32_t& zero) {
   const MuwsInt8& l = *p.layer;
-  scale = l.scale;
-  Rounding rounding{l.inverse, (int32_t)l.zero};
-  if (l.dynamic) rounding = range_of(x, l.c, scale);
+  scale = p.scale;
+  Rounding rounding = p.rounding;
+  if (l.dynamic) rounding = range_of(x.numbers(n * l.c), l.c, scale);
   zero = rounding.zero;
-  vi sizes = vi{};
-  round_row(x, l.c, rounding, to, sizes);
-  if (!is_finite(sizes)) scale = __builtin_nanf("");
+  if (l.bytes_in) {
+    copy_bytes(to, x.bytes(n * l.c), l.c);
+  } else {
+    vi sizes = vi{};
+    round_row(x.numbers(n * l.c), l.c, rounding, to, sizes);
+    if (!is_finite(sizes)) scale = __builtin_nanf("");
+  }
   for (int64_t i = l.c; i < 4 * p.quads; i++) to[i] = 0;
 }
 
 // Pack samples first .. last of a Linear: positions are samples.
-static void pack_samples(const Int8Plan& p, const float* x, int64_t first, int64_t last, Packed8& packed,
+static void pack_samples(const Int8Plan& p, Input8 x, int64_t first, int64_t last, Packed8& packed,
                          uint8_t* bytes) {
   const MuwsInt8& l = *p.layer;
   const int64_t n = last - first, width = 4 * p.quads + INT8_SLACK;
   for (int64_t start = 0; start < n; start += V) {
     const int rows = (int)least<int64_t>(V, n - start);
     for (int r = 0; r < rows; r++)
-      round_sample(p, x + (first + start + r) * l.c, bytes + r * width, packed.scales[start + r],
+      round_sample(p, x, first + start + r, bytes + r * width, packed.scales[start + r],
                    packed.zeros[start + r]);
     for (int64_t q = 0; q < p.quads; q += V) {
       const int count = (int)least<int64_t>(V, p.quads - q);

@@ -9,8 +9,8 @@ constexpr int64_t INT8_SAMPLES = 3;        // up to so many samples, a Linear ru
 
 struct Int8Run {
   Int8Plan plan;
-  const float *x, *onto;
-  float* y;
+  Input8 x;
+  Output8 to;
   int64_t units, item_units, row_splits;  // units: samples of a Linear, else output rows of all images
 };
 
@@ -41,20 +41,25 @@ static void run_samples8(const Int8Run& run, int64_t first, int64_t last) {
   uint8_t* bytes = (uint8_t*)muws_scratch(0, (size_t)(l.n * width / 4));
   float scale[INT8_SAMPLES];
   int32_t zero[INT8_SAMPLES];
-  for (int64_t n = 0; n < l.n; n++) round_sample(run.plan, run.x + n * l.c, bytes + n * width, scale[n], zero[n]);
+  for (int64_t n = 0; n < l.n; n++) round_sample(run.plan, run.x, n, bytes + n * width, scale[n], zero[n]);
   const Dot8Fn dot = choose_dot8(l);
-  for (int64_t b = first; b < last; b++)
+  const int64_t together = GROUP8 / l.rows;  // block rows that are scaled and stored together
+  vi sizes = vi{};
+  for (int64_t b = first; b < last; b += together) {
+    const int64_t stop = least(last, b + together), row = b * l.rows, count = least(l.o, stop * l.rows) - row;
+    int32_t sums[INT8_SAMPLES][GROUP8 + 4] = {};  // a block row writes four
+    for (int64_t i = b; i < stop; i++)
+      for (int64_t n = 0; n < l.n; n++) dot(l, bytes + n * width, i, (int32_t (&)[4])sums[n][(i - b) * l.rows]);
     for (int64_t n = 0; n < l.n; n++) {
-      int32_t sums[4];
-      dot(l, bytes + n * width, b, sums);
-      for (int64_t r = 0; r < l.rows && b * l.rows + r < l.o; r++) {
-        const int64_t row = b * l.rows + r, at = n * l.o + row;
-        const float shifted = (float)(sums[r] - zero[n] * l.sums[row]);
-        float v = shifted * (scale[n] * l.scales[row]) + (l.bias ? l.bias[row] : 0.0f);
-        if (run.onto) v += run.onto[at];
-        run.y[at] = l.relu && v < 0.0f ? 0.0f : v;
+      float values[GROUP8];
+      for (int64_t r = 0; r < count; r++) {  // the compiler makes vectors of it
+        const float shifted = (float)(sums[n][r] - zero[n] * l.sums[row + r]);
+        values[r] = shifted * (scale[n] * l.scales[row + r]) + (l.bias ? l.bias[row + r] : 0.0f);
       }
+      put_line(values, run.to, n * l.o + row, count, l.relu != 0, sizes);
     }
+  }
+  watch(run.to, sizes);
 }
 
 static void run_item8(void* context, int64_t item) {
@@ -78,11 +83,7 @@ static void run_item8(void* context, int64_t item) {
     pack_samples(p, run.x, first, last, packed, bytes);
   else
     pack_convolution(p, run.x, first, last, packed, bytes);
-  Work8 work{&p, &packed, run.onto, run.y, first_row, last_row};
-  if (l.linear) {
-    work.y += first * l.o;
-    if (work.onto) work.onto += first * l.o;
-  }
+  const Work8 work{&p, &packed, l.linear ? run.to.from(first * l.o) : run.to, first_row, last_row};
   Tile8 tile;
   const int64_t vectors = ceil_div(positions, V), tiles = ceil_div(vectors, most_vectors8(l.rows));
   for (int64_t i = 0; i < tiles; i++) {
@@ -92,17 +93,25 @@ static void run_item8(void* context, int64_t item) {
   }
 }
 
-static void run_int8(const MuwsInt8* layer, const float* x, const float* onto, float* y, int64_t threads) {
+static Rounding rounding_of(const float* activation) {
+  return Rounding{activation[0] > 0.0f ? 1.0f / activation[0] : 0.0f, (int32_t)activation[1]};
+}
+
+// Run a layer into float32 y, bytes q, or both; return 1 if bytes were made of NaN or infinity.
+static int run_layer8(const MuwsInt8* layer, const void* x, const float* onto, float* y, uint8_t* q, int64_t threads) {
   const MuwsInt8& l = *layer;
-  Int8Run run{{}, x, onto, y, 0, 0, 1};
+  int broken = 0;
+  Int8Run run{{}, {x}, {onto, y, q, {}, &broken}, 0, 0, 1};
+  if (q) run.to.next = rounding_of(l.next);
   Int8Plan& p = run.plan;
   p.layer = layer;
+  p.scale = l.activation[0], p.rounding = rounding_of(l.activation);
   p.columns = l.c / l.groups * l.kh * l.kw;
   p.quads = ceil_div(p.columns, 4);
   p.planes = l.groups * p.quads * (l.loose ? 4 : 1);
   const int64_t width = l.linear ? 1 : l.ow, unit_bytes = 4 * l.groups * p.quads * width;
   run.units = l.linear ? l.n : l.n * l.oh;
-  if (!run.units || !l.o) return;
+  if (!run.units || !l.o) return 0;
   int64_t items = ceil_div(run.units, most<int64_t>(l.linear ? V : 1, INT8_BYTES / unit_bytes));
   // one item per thread, if each still fills its tiles
   if (items < threads && run.units * width >= threads * V * most_vectors8(l.rows)) items = threads;
@@ -116,6 +125,11 @@ static void run_int8(const MuwsInt8* layer, const float* x, const float* onto, f
   p.row_bytes = ceil_div(l.w + 2 * l.pw, l.sw);
   if (items < threads) run.row_splits = least(l.row_blocks, ceil_div(threads, items));
   muws_parallel(threads, items * run.row_splits, run_item8, &run);
+  return broken;
+}
+
+static void run_int8(const MuwsInt8* layer, const float* x, const float* onto, float* y, int64_t threads) {
+  run_layer8(layer, x, onto, y, nullptr, threads);
 }
 
 }  // namespace

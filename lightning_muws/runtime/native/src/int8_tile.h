@@ -31,8 +31,7 @@ struct Tile8 {
 struct Work8 {
   const Int8Plan* plan;
   const Packed8* packed;
-  const float* onto;
-  float* y;  // the item's first sample, if the layer is a Linear
+  Output8 to;  // from the item's first sample on, if the layer is a Linear
   int64_t first, last;  // block rows
 };
 
@@ -45,8 +44,8 @@ MUWS_INLINE void scale_sums(const vi (&sum)[ROWS][N], const Tile8& tile, const W
     const int64_t row = b * ROWS + r;
     const vf bias = splat(l.bias ? l.bias[row] : 0.0f);
     if (!work.packed->scales) {
-      const vi shift = splat_int((int32_t)l.zero * l.sums[row]);
-      const vf scale = splat(l.scales[row] * l.scale);
+      const vi shift = splat_int(work.plan->rounding.zero * l.sums[row]);
+      const vf scale = splat(l.scales[row] * work.plan->scale);
 #pragma GCC unroll 8
       for (int t = 0; t < N; t++) y[r][t] = __builtin_convertvector(sum[r][t] - shift, vf) * scale + bias;
       continue;
@@ -62,16 +61,13 @@ MUWS_INLINE void scale_sums(const vi (&sum)[ROWS][N], const Tile8& tile, const W
 
 // Add and store one row of a tile whose vectors are cut into runs of neighbouring outputs.
 static __attribute__((noinline)) void put_runs(const float* sums, const Tile8& tile, const Work8& work, int64_t row) {
-  const MuwsInt8& l = *work.plan->layer;
-  for (int64_t t = 0; t < tile.vectors; t++) {
-    float lanes[V], added[V] = {};
-    for (int i = tile.start[t]; work.onto && i < tile.start[t + 1]; i++)
-      __builtin_memcpy(added + tile.runs[i].lane, work.onto + row + tile.runs[i].to, 4 * (size_t)tile.runs[i].count);
-    const vf v = load(sums + t * V) + load(added);
-    store(lanes, l.relu ? relu(v) : v);
-    for (int i = tile.start[t]; i < tile.start[t + 1]; i++)
-      __builtin_memcpy(work.y + row + tile.runs[i].to, lanes + tile.runs[i].lane, 4 * (size_t)tile.runs[i].count);
-  }
+  vi sizes = vi{};
+  for (int64_t t = 0; t < tile.vectors; t++)
+    for (int i = tile.start[t]; i < tile.start[t + 1]; i++) {
+      const Run8& run = tile.runs[i];
+      put_line(sums + t * V + run.lane, work.to, row + run.to, run.count, work.plan->layer->relu != 0, sizes);
+    }
+  watch(work.to, sizes);
 }
 
 // Store outputs of a convolution.
@@ -80,6 +76,7 @@ MUWS_INLINE void put_planes(vf (&sum)[ROWS][N], const Tile8& tile, const Work8& 
   const MuwsInt8& l = *work.plan->layer;
   const int64_t pitch = l.oh * l.ow;
   const int rows = (int)least<int64_t>(ROWS, l.o - b * ROWS);
+  vi sizes = vi{};
   if (!tile.whole) {
     float values[ROWS][N * V];
 #pragma GCC unroll 8
@@ -91,16 +88,21 @@ MUWS_INLINE void put_planes(vf (&sum)[ROWS][N], const Tile8& tile, const Work8& 
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
-    if (r >= rows) return;
+    if (r >= rows) break;
     const int64_t row = (b * ROWS + r) * pitch;
 #pragma GCC unroll 8
     for (int t = 0; t < N; t++) {
       const int64_t to = row + tile.runs[t].to;
       vf v = sum[r][t];
-      if (work.onto) v += load(work.onto + to);
-      store(work.y + to, l.relu ? relu(v) : v);
+      if (work.to.onto) v += load(work.to.onto + to);
+      if (l.relu) v = relu(v);
+      if (work.to.y) store(work.to.y + to, v);
+      if (!work.to.q) continue;
+      sizes = most_of(sizes, sizes_of(v));
+      store_bytes(work.to.q + to, nearest(v, work.to.next));
     }
   }
+  watch(work.to, sizes);
 }
 
 // Outputs of a Linear that are computed before they are stored: a cache line of each sample, so that each is written once. The
@@ -112,18 +114,20 @@ static __attribute__((noinline)) void put_samples(const float* sums, const Tile8
                                                   int count) {
   const MuwsInt8& l = *work.plan->layer;
   const int64_t pitch = tile.vectors * V;
+  const bool plain = work.to.y && !work.to.q && !work.to.onto && !l.relu;
+  float lines[V * GROUP8];
+  vi sizes = vi{};
   for (int64_t t = 0; t < tile.vectors; t++) {
     const int lanes = (int)least<int64_t>(V, tile.lanes - t * V);
-    const int64_t to = (tile.at + t * V) * l.o + row;
+    const int64_t at = (tile.at + t * V) * l.o + row;
+    float* to = plain ? work.to.y + at : lines;
     for (int r = 0; r < count; r += V)
-      transpose_block(sums + r * pitch + t * V, pitch, (int)least<int64_t>(V, count - r), V, work.y + to + r, l.o, lanes,
-                      (int)least<int64_t>(V, count - r));
-    for (int64_t i = 0; i < lanes && (work.onto || l.relu); i++) {
-      float* y = work.y + to + i * l.o;
-      for (int r = 0; work.onto && r < count; r++) y[r] += work.onto[to + i * l.o + r];
-      for (int r = 0; l.relu && r < count; r++) y[r] = y[r] < 0.0f ? 0.0f : y[r];
-    }
+      transpose_block(sums + r * pitch + t * V, pitch, (int)least<int64_t>(V, count - r), V, to + r,
+                      plain ? l.o : GROUP8, lanes, (int)least<int64_t>(V, count - r));
+    for (int64_t i = 0; i < lanes && !plain; i++)
+      put_line(lines + i * GROUP8, work.to, at + i * l.o, count, l.relu != 0, sizes);
   }
+  watch(work.to, sizes);
 }
 
 template <int ROWS, int N, bool LOOSE> static void tile8_of(const Tile8& tile, const Work8& work) {

@@ -2,6 +2,7 @@
 #include "gemv.h"
 #include "int8_run.h"
 #include "layer.h"
+#include "program.h"
 #include "signs.h"
 
 #define MUWS_JOIN(a, b) a##b
@@ -11,4 +12,4 @@
 
 extern "C" const MuwsLevel MUWS_EXPORT(MUWS_LEVEL);
 const MuwsLevel MUWS_EXPORT(MUWS_LEVEL) = {MUWS_NAME(MUWS_LEVEL), make_plan, run_plan, free_plan,
-                                           run_gemv,              run_signs, run_int8};
+                                           run_gemv,              run_signs, run_int8,  run_program};

@@ -1,0 +1,285 @@
+"""Turns runs of kernels and the steps between them into native programs: one call of C++ for all of them.
+
+What a program does not know stays a step of torch between two programs. The forward of a module is traced through its
+children, so hooks that are registered on them later do not run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from lightning_muws.errors import StateError
+from lightning_muws.runtime.kernels.base import Kernel
+from lightning_muws.runtime.native.program import Call, Program, Simple
+from lightning_muws.runtime.rewrite.graph import AddInto, FusedForward, fuse_graph, is_relu, trace
+from lightning_muws.runtime.rewrite.observe import Example, has_hooks, observe
+
+PROGRAMS = 4  # kept by a chain, one for each shape: each has an arena
+FEWEST_LAYERS = 2  # of a chain
+
+
+class Link(NamedTuple):
+    """A step of a chain.
+
+    Attributes:
+        name: Of the kernel among the chain's children; empty for a step without weights.
+        kind: Of a step without weights (:class:`~lightning_muws.runtime.native.program.Simple`).
+        inputs: Numbers of the values that it reads.
+        n_in: What the kernel's input has along its channels.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[int, ...]
+    n_in: int = 0
+
+
+class Chain(nn.Module):
+    """Kernels, and the steps between them, as one native program for each shape of input.
+
+    Threads may call it at once: each call has its own arena. It runs step by step where a program does not apply: under
+    torch.compile, for inputs that are no float32 tensors on the CPU, and if NaN or infinity reaches a layer of 8 bits.
+
+    Args:
+        graph: The steps as torch runs them.
+        children: The modules that they call.
+        links: The same steps for a program.
+        outputs: Numbers of the values to return.
+    """
+
+    _programs: dict[tuple[tuple[int, ...], ...], tuple[Program | None]]  # by the shapes of the inputs
+    _buffers_of: list[dict[str, Tensor | None]]  # of each kernel
+    _seen: list[Tensor | None]  # what was in them when the programs were made
+    _weights: list[Tensor]
+    _pointers: list[int]  # to the weights' numbers, at that time
+
+    def __init__(
+        self, graph: fx.Graph, children: Mapping[str, nn.Module], links: Sequence[Link], outputs: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.steps = fx.GraphModule(dict(children), graph)
+        self.links, self.outputs = tuple(links), tuple(outputs)
+        self.training = False
+        self._forget()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the output, or a tuple of them if there are several."""
+        program = None if torch.compiler.is_compiling() else self._program(inputs)
+        if program is not None:
+            outputs = program([x.contiguous() for x in inputs])
+            if outputs is not None:
+                return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return self.steps.forward(*inputs)
+
+    def _program(self, inputs: Sequence[Tensor]) -> Program | None:
+        """Return the program for these inputs, or None if there is none."""
+        for x in inputs:
+            if x.dtype is not torch.float32 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+                return None
+        now = itertools.chain.from_iterable(map(dict.values, self._buffers_of))
+        same = all(map(operator.is_, now, self._seen))  # no loop of Python: it runs at every call
+        if not same or [weights.data_ptr() for weights in self._weights] != self._pointers:
+            self._forget()  # the module was moved, or its state replaced
+        key = tuple(tuple(x.shape) for x in inputs)
+        known = self._programs.get(key)
+        if known is not None and known[0] is not None and not known[0].is_current():
+            known = None
+        if known is None:
+            if len(self._programs) >= PROGRAMS:
+                self._forget()
+            known = self._programs[key] = (self._prepared(key),)
+        return known[0]
+
+    def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | None:
+        calls = []
+        kernels = []
+        for link in self.links:
+            if not link.name:
+                calls.append(Call(Simple(link.kind), link.inputs))
+                continue
+            kernel = cast("Kernel", self.steps.get_submodule(link.name))
+            step = kernel.step(link.n_in)
+            if step is None or any(b is not None and b.device.type != "cpu" for b in kernel._buffers.values()):
+                return None
+            calls.append(Call(step, link.inputs))
+            kernels.append(kernel)
+        self._buffers_of = [kernel._buffers for kernel in kernels]
+        self._seen = [tensor for buffers in self._buffers_of for tensor in buffers.values()]
+        self._weights = [weights for buffers in self._buffers_of if (weights := buffers["weights"]) is not None]
+        self._pointers = [weights.data_ptr() for weights in self._weights]
+        try:
+            return Program(calls, shapes, self.outputs)
+        except StateError:  # the steps one by one raise it again, or have another way
+            return None
+
+    def _forget(self) -> None:
+        self._programs, self._buffers_of, self._seen, self._weights, self._pointers = {}, [], [], [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {"_programs": {}, "_buffers_of": [], "_seen": [], "_weights": [], "_pointers": []}
+        return {**self.__dict__, **empty}  # they hold addresses
+
+
+def chain(model: nn.Module, example: Example) -> int:
+    """Replace runs of kernels by chains in every forward that can be traced; return the number of chains.
+
+    It changes the model in place, and fuses ReLUs and sums into kernels as
+    :func:`~lightning_muws.runtime.rewrite.graph.fuse` does.
+    """
+    done: set[nn.Module] = set()
+    n_chains = 0
+    for module, seen in observe(model, example).items():
+        if module in done or not (seen.takes_one and len(module._modules) and len(seen.inputs) == 1):
+            continue
+        if isinstance(module, Kernel) or has_hooks(module) or (graph := trace(module, through=True)) is None:
+            continue
+        children = {str(n.target): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
+        fuse_graph(graph, children)
+        n = _cut(graph, children, seen.inputs[0])
+        if n:
+            shape = seen.inputs[0].shape[1:]
+            module.forward = FusedForward(module, graph, children, shape, any_size=True).forward
+            done.update(module.modules())
+            n_chains += n
+    return n_chains
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph, and notes the shape of each step that makes a float32 tensor on the CPU."""
+
+    def __init__(self, graph: fx.Graph, children: Mapping[str, nn.Module]) -> None:
+        super().__init__(fx.GraphModule(dict(children), graph))
+        self.found: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "cpu":
+            self.found[n.name] = value.shape
+        return value
+
+
+def _cut(graph: fx.Graph, children: dict[str, nn.Module], x: Tensor) -> int:
+    """Replace runs of known steps by chains, in the graph and its children; return how many."""
+    interpreter = _Shapes(graph, children)
+    interpreter.run(x.clone())  # a step may work in place
+    shapes, runs = interpreter.found, list[list[fx.Node]]([[]])
+    for node in graph.nodes:
+        if node.users and _link(node, children, shapes, {}) is not None:
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    n_chains = 0
+    for run in runs:
+        while run and _kind(run[-1], children) == "flatten":
+            run.pop()  # it would be an output that shares memory
+        if sum(_kind(node, children) == "" for node in run) >= FEWEST_LAYERS:
+            _replace(graph, children, run, shapes, f"chain{n_chains}")
+            n_chains += 1
+    return n_chains
+
+
+def _replace(
+    graph: fx.Graph, children: dict[str, nn.Module], run: list[fx.Node], shapes: Mapping[str, torch.Size], name: str
+) -> None:
+    """Put a chain in the place of a run of steps."""
+    inside = set(run)
+    given = list(dict.fromkeys(a for node in run for a in node.all_input_nodes if a not in inside))
+    returned = [node for node in run if any(user not in inside for user in node.users)]
+    numbers = {node: i for i, node in enumerate([*given, *run])}
+    links = [cast("Link", _link(node, children, shapes, numbers)) for node in run]
+    steps = fx.Graph()
+    copies = {node: steps.placeholder(f"x{i}") for i, node in enumerate(given)}
+    for node in run:
+        copies[node] = steps.node_copy(node, copies.__getitem__)
+    results = tuple(copies[node] for node in returned)
+    steps.output(results[0] if len(results) == 1 else results)
+    own = {str(node.target): children[str(node.target)] for node in run if node.op == "call_module"}
+    renamed = {target: f"m{i}" for i, target in enumerate(own)}  # no dots
+    for node in steps.nodes:
+        if node.op == "call_module":
+            node.target = renamed[str(node.target)]
+    links = [link._replace(name=renamed[link.name]) if link.name else link for link in links]
+    chain_of = Chain(steps, {renamed[t]: m for t, m in own.items()}, links, [numbers[node] for node in returned])
+    children[name] = chain_of
+    with graph.inserting_after(run[-1]):
+        made = graph.create_node("call_module", name, tuple(given))
+    after = made
+    for i, node in enumerate(returned):
+        value = made
+        if len(returned) > 1:
+            with graph.inserting_after(after):
+                value = after = graph.call_function(operator.getitem, (made, i))
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(run):
+        graph.erase_node(node)
+
+
+def _kind(node: fx.Node, children: Mapping[str, nn.Module]) -> str | None:
+    """Return what a step is to a program: empty for a kernel, a kind of :class:`Simple`, or None if it is unknown."""
+    module = children.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, Kernel):
+        return ""
+    if isinstance(module, AddInto) or (node.op == "call_function" and node.target in (operator.add, torch.add)):
+        return "add" if not node.kwargs else None
+    if is_relu(node, children):
+        return "relu" if node.target is torch.relu_ or not _works_in_place(node, module) else None
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return "mean" if module.output_size in (1, (1, 1)) else None
+    flattens = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    if flattens or (node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs):
+        return "flatten"
+    return None
+
+
+def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Return whether a ReLU that the user wrote may change its input, which others may read."""
+    if isinstance(module, nn.ReLU):
+        return module.inplace
+    return node.target in (F.relu_, "relu_") or bool(node.kwargs.get("inplace")) or len(node.args) != 1
+
+
+def _link(
+    node: fx.Node,
+    children: Mapping[str, nn.Module],
+    shapes: Mapping[str, torch.Size],
+    numbers: Mapping[fx.Node, int],
+) -> Link | None:
+    """Return the step as a link of a chain, or None if a program cannot run it.
+
+    Args:
+        node: The step.
+        children: The modules that the graph calls.
+        shapes: Of the values that are float32 tensors on the CPU, by the names of their steps.
+        numbers: Of the values in the program; may be empty to ask whether there is a link.
+    """
+    kind = _kind(node, children)
+    # a graph has F.relu as a function of two arguments
+    inputs = [a for a in node.args if isinstance(a, fx.Node)]
+    if kind is None or not inputs or any(a.name not in shapes for a in (*inputs, node)):
+        return None
+    x, y = shapes[inputs[0].name], shapes[node.name]
+    n_numbers = 1 if kind == "flatten" else 0
+    if len(inputs) + n_numbers < len(node.args) or (kind == "add" and (len(inputs) != 2 or x != y)):
+        return None
+    if any(shapes[a.name] != y for a in inputs[1:]) or (kind == "mean" and len(x) != 4) or len(x) < 2:
+        return None
+    values = tuple(numbers.get(a, 0) for a in inputs)
+    if kind:
+        return Link("", kind, values)
+    n_in = x[-1] if len(x) == 2 else x[1]
+    kernel = cast("Kernel", children[str(node.target)])
+    step = kernel.step(n_in)
+    if step is None or node.kwargs:
+        return None
+    if step.n_dims == 1:
+        n_in = x[-1]
+    elif len(x) != step.n_dims + 1:
+        return None
+    return Link(str(node.target), "", values, n_in)
