@@ -9,14 +9,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lightning_muws.errors import MuwsError, SettingError
 from lightning_muws.report import CompressionReport
+from lightning_muws.structure.block_map import COLOURS, BlockMap
+from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.kinds import Kind
 from lightning_muws.structure.sensitivity import SensitivityReport
+from lightning_muws.tables import visible
 from lightning_muws.training.run import Update
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 N_NAMED = 10  # layers in a legend
 PAIR = (12, 4)  # inches of a figure of two matrices
+LAYER = (11, 7.5)  # inches of a figure of a layer
+KIND_NAMES = {Kind.DENSE: "free", Kind.UNIFIED: "unified", Kind.PRUNED: "pruned"}
 
 
 def plot_weight(matrix: Tensor, limit: float, ax: Axes | None = None, block_shape: tuple[int, int] = (1, 1)) -> Axes:
@@ -112,6 +119,97 @@ def plot_residuals(report: CompressionReport | Sequence[Update], ax: Axes | None
     return ax
 
 
+def plot_layer(
+    name: str,
+    weight: Tensor,
+    grid: BlockGrid,
+    kinds: Tensor,
+    history: Sequence[Update] = (),
+    caption: str = "",
+) -> Figure:
+    """Draw where the blocks of a weight lie, its magnitudes and the residuals of its run, and return the figure.
+
+    Args:
+        name: Name of the parameter.
+        weight: The weight, of any shape that the grid cuts.
+        grid: How it is cut into blocks.
+        kinds: ``(down, across)``, a :class:`~lightning_muws.structure.kinds.Kind` a block.
+        history: The updates of the run so far; without any, there is no picture of residuals.
+        caption: What to add to the title, such as ``admm, epoch 3``.
+
+    Raises:
+        MuwsError: matplotlib is not installed.
+    """
+    figure = _new_figure(figsize=LAYER, layout=None)  # a computed layout takes twice the time
+    (where, size), (shares, run) = figure.subplots(2, 2)
+    figure.subplots_adjust(left=0.07, right=0.97, bottom=0.08, top=0.89, wspace=0.22, hspace=0.5)
+    weight = weight.detach().float().cpu()
+    found = BlockMap.of(kinds)
+    down, across = found.n_blocks
+    where.imshow(found.pixels(), interpolation="nearest", aspect="auto", extent=(0, across, down, 0))
+    where.set(
+        title=f"kind of each block of {grid.block_shape[0]}x{grid.block_shape[1]}", xlabel="block", ylabel="block"
+    )
+    where.legend(handles=_kind_patches(found.totals), loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    means = grid.split(weight).abs().mean(dim=1).view(found.n_blocks).numpy()
+    cells = np.add.reduceat(
+        np.add.reduceat(means, range(0, down, found.cell[0]), 0), range(0, across, found.cell[1]), 1
+    )
+    cells = cells / found.counts.sum(axis=2)
+    image = size.imshow(cells, cmap="viridis", interpolation="nearest", aspect="auto", extent=(0, across, down, 0))
+    size.set(title="mean magnitude of each block", xlabel="block", ylabel="block")
+    figure.colorbar(image, ax=size, label="mean |weight|")
+    _draw_magnitudes(shares, grid, weight, kinds.cpu())
+    if history:
+        plot_residuals(history, run)
+    else:
+        run.set_axis_off()
+    figure.suptitle(f"{visible(name)}: {caption}" if caption else visible(name))
+    return figure
+
+
+def layer_picture(*args: Any) -> NDArray[np.uint8]:
+    """Return the pixels ``(height, width, 3)`` of :func:`plot_layer`, for a logger."""
+    figure = plot_layer(*args)  # refuses a missing matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[:, :, :3]
+
+
+def _draw_magnitudes(ax: Axes, grid: BlockGrid, weight: Tensor, kinds: Tensor) -> None:
+    """Draw a histogram of the magnitudes of a weight, one above the other for each kind of block."""
+    blocks = grid.split(weight).abs()
+    edges = torch.cat([edge.reshape(-1) for edge in grid.edges(grid.matrix(weight))]).abs()
+    parts = [blocks[kinds.reshape(-1) == kind].reshape(-1) for kind in Kind]
+    parts[Kind.DENSE] = torch.cat([parts[Kind.DENSE], edges])
+    ax.hist(
+        [part.numpy() for part in parts],
+        bins=60,
+        stacked=True,
+        color=[_colour(kind) for kind in Kind],
+        label=[KIND_NAMES[kind] for kind in Kind],
+        edgecolor="0.6",
+        linewidth=0.3,
+    )
+    zeros = 1 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    ax.set(title=f"magnitudes, {zeros:.0%} are zero", xlabel="|weight|", ylabel="weights", yscale="log")
+    ax.legend()
+
+
+def _kind_patches(totals: tuple[int, int, int]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [
+        Patch(facecolor=_colour(kind), edgecolor="0.6", label=f"{KIND_NAMES[kind]}: {totals[kind]:,}") for kind in Kind
+    ]
+
+
+def _colour(kind: Kind) -> str:
+    return "#" + bytes(COLOURS[kind]).hex()
+
+
 def plot_sensitivity(report: SensitivityReport, ax: Axes | None = None) -> Axes:
     """Draw the loss over the ratio of each layer that is compressed alone, and return the axes.
 
@@ -143,12 +241,12 @@ def _add_colour_bar(figure: Any, axes: list[Axes]) -> None:
     figure.colorbar(axes[-1].images[0], ax=axes, extend="both", shrink=0.7, label="weight (white: zero)")
 
 
-def _new_figure(**options: Any) -> Figure:
+def _new_figure(layout: Literal["constrained"] | None = "constrained", **options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise MuwsError("figures need matplotlib: pip install 'lightning-muws[plots]'") from None
-    figure = Figure(layout="constrained", **options)
+    figure = Figure(layout=layout, **options)
     _show_in_notebooks(figure, figure)
     return figure
 

@@ -6,6 +6,7 @@ from pytorch_lightning import Callback
 
 from lightning_muws.artifact.save import save_compressed
 from lightning_muws.artifact.steps import choose_steps
+from lightning_muws.plots import layer_picture
 from lightning_muws.report import CompressionReport, make_report
 from lightning_muws.runtime.predict import layer_times
 from lightning_muws.trainer.hooks import CompressionHooks
@@ -23,4 +24,5 @@ class WeightUnificationCallback(CompressionHooks, Callback):
     stepper = staticmethod(choose_steps)
     reporter = staticmethod(make_report)
     timer = staticmethod(layer_times)
+    drawer = staticmethod(layer_picture)
     report: CompressionReport | None

@@ -140,6 +140,7 @@ FIELDS = {
     "rules": "Other structures for some layers",
     "validate_projected": "validate the network with projected weights",
     "save_to": "File to write at the end of fit",
+    "log_pictures": "the largest ones, to draw",
 }
 
 

@@ -3,11 +3,21 @@
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_muws import MicroStructure, MuwsError
-from lightning_muws.plots import plot_before_after, plot_residuals, plot_sensitivity, plot_weight
+from lightning_muws.plots import (
+    layer_picture,
+    plot_before_after,
+    plot_layer,
+    plot_residuals,
+    plot_sensitivity,
+    plot_weight,
+)
+from lightning_muws.structure.block_map import BlockMap
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.sensitivity import LayerSensitivity, Point, SensitivityReport
 from lightning_muws.training.run import Update
 from tests.support.strategies import normal
@@ -67,6 +77,29 @@ def test_a_picture_of_sensitivities_has_a_line_a_layer_and_names_the_most_sensit
     assert names == [*(f"l{i}" for i in range(2, 12)), "without compression"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["2", "5", "10"]
     assert ax._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_a_layer_has_legends_a_colour_bar_the_caption_and_the_phases():
+    structure, grid = MicroStructure((2, 4), 0.5, 0.25), BlockGrid((2, 4))
+    weight = structure.project(normal(0, 18, 34), grid, "w")
+    support, _ = structure.nearest(weight, grid, "w")
+    history = [Update(1, 0.1, 0.5, 0.4), Update(2, 0.2, 0.3, 0.2)]
+    figure = plot_layer("layer\x1b.weight", weight, grid, support.kinds, history, "admm, epoch 2")
+    where, size, shares, run, bar = figure.axes
+    assert figure.get_suptitle() == "layer\\x1b.weight: admm, epoch 2"
+    assert [text.get_text() for text in where.get_legend().get_texts()] == ["free: 18", "unified: 18", "pruned: 36"]
+    assert np.array_equal(where.images[0].get_array(), BlockMap.of(support.kinds).pixels())
+    means = grid.split(weight).abs().mean(1).view(9, 8)
+    torch.testing.assert_close(torch.tensor(size.images[0].get_array().data), means, check_dtype=False)
+    assert bar.get_ylabel() == "mean |weight|"
+    assert [text.get_text() for text in shares.get_legend().get_texts()] == ["free", "unified", "pruned"]
+    counts = [sum(patch.get_height() for patch in kind) for kind in shares.containers]
+    assert counts == [18 * 8 + 18 * 2, 18 * 8, 36 * 8], "each weight is in the histogram once, edges with the free ones"
+    assert [text.get_text() for text in run.texts] == ["method"]
+    pixels = layer_picture("w", weight, grid, support.kinds)
+    assert pixels.shape[2] == 3
+    assert pixels.dtype == np.uint8
+    assert len(np.unique(pixels)) > 50
 
 
 def test_a_run_without_updates_says_when_there_is_something_to_draw():

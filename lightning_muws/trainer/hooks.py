@@ -17,7 +17,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import LayerRule, Plan, check_rules, make_plan
 from lightning_muws.structure.structure import check_structure
-from lightning_muws.trainer import coverage, measuring, rates, saving, settings, trainers
+from lightning_muws.trainer import coverage, measuring, pictures, rates, saving, settings, trainers
 from lightning_muws.trainer.probe import Probe, refuse_no_validation
 from lightning_muws.trainer.reading import RunReading
 from lightning_muws.trainer.steps import ClipWatch, StepWatch, unannounced
@@ -41,6 +41,7 @@ class CompressionHooks(RunReading):
     stepper: Callable[..., Mapping[str, float]]  # chooses the steps of the file
     reporter: Callable[..., Any]  # makes the report at the end of fit
     timer: measuring.Timer  # measures what layers take, for a speedup
+    drawer: pictures.Drawer  # draws a layer for loggers
     log_dict: Callable[..., None]  # Lightning binds the module's log_dict to each callback
 
     @settings.explained
@@ -58,6 +59,7 @@ class CompressionHooks(RunReading):
         max_relative_error: float | None = None,
         max_drop: float | None = None,
         monitor: str = "",
+        log_pictures: int = 0,
     ) -> None:
         """Check the arguments.
 
@@ -92,6 +94,9 @@ class CompressionHooks(RunReading):
                 dense network of that moment, so start from a trained network, or let the method start late.
             monitor: The metric for ``max_drop``, as the validation logs it, such as ``val_accuracy``. Larger is better,
                 unless the name has ``loss`` or ``error`` in it or begins with ``-``, such as ``-val_rmse``.
+            log_pictures: How many layers, the largest ones, to draw for the Trainer's loggers at each Z/U update and
+                when the structure is frozen: where their free, unified and pruned blocks lie, their magnitudes, and
+                the residuals. For TensorBoard and each logger that has ``log_image`` (extra ``plots``). 0 for none.
 
         Raises:
             SettingError: An argument has a wrong type, ``save_to`` does not end in ``.muws``, or more than one of
@@ -108,6 +113,7 @@ class CompressionHooks(RunReading):
         phases.check_penalty(penalty)
         settings.check_switch("validate_projected", validate_projected)
         settings.check_file("save_to", save_to)
+        pictures.check_number("log_pictures", log_pictures)
         budget = settings.make_budget(compression, speedup, max_relative_error)
         self._allowed = settings.make_drop(max_drop, monitor, budget)
         settings.check_open(budget or self._allowed, structure)
@@ -120,6 +126,7 @@ class CompressionHooks(RunReading):
         self.save_to = save_to
         self.compression, self.speedup, self.max_relative_error = compression, speedup, max_relative_error
         self.max_drop, self.monitor = max_drop, monitor
+        self.log_pictures = log_pictures
         # what a user reads after fit
         self.drop: DropReport | None = None
         self.plan: Plan | None = None
@@ -170,6 +177,7 @@ class CompressionHooks(RunReading):
         rates.refuse(trainer, self.retraining)
         if self.save_to:
             self._file = saving.prepare(self.save_to, pl_module, trainer.is_global_zero)
+        pictures.prepare(trainer, self.log_pictures)
         self._begin_or_go_on(trainer, pl_module)
         if self._run and not trainers.averages(trainer):  # an average of rounded weights is not rounded
             ranks = trainer.is_global_zero, trainer.strategy.broadcast
@@ -285,6 +293,9 @@ class CompressionHooks(RunReading):
             trainers.reshard(trainer.lightning_module)
             trainers.refuse_ranks_apart(trainer, run.fingerprint())
             self._follow_budget(trainer.lightning_module, run)
+            if self.log_pictures:
+                caption = f"{run.phase}, {self.phases.interval} {now:.4g}"
+                pictures.log(trainer, run, self.drawer, self.log_pictures, caption)
         if run.constraint:
             self._begin_retraining(trainer)
 

@@ -55,6 +55,8 @@ def test_an_unknown_setting_is_named_with_its_home(kind, given, says):
         ({"penalty": 0.1}, "penalty=0.1 is not allowed: give a Penalty, such as Penalty("),
         ({"validate_projected": "no"}, "validate_projected='no' is not allowed: give True or False"),
         ({"validate_projected": 1}, "validate_projected=1 is not allowed: give True or False"),
+        ({"log_pictures": -1}, "log_pictures=-1 is not allowed: give the number of layers to draw, such as 8, or 0"),
+        ({"log_pictures": True}, "log_pictures=True is not allowed: give the number of layers to draw"),
         ({"save_to": 3}, "save_to=3 is not allowed: give the name of a .muws file, or '' for none"),
         ({"save_to": None}, "save_to=None is not allowed: give the name of a .muws file, or '' for none"),
         ({"save_to": True}, "save_to=True is not allowed: give the name of a .muws file, or '' for none"),
