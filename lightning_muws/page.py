@@ -21,7 +21,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-td, th { padding: 3px 10px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td, th { padding: 3px 10px; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; min-width: 6em; }
+[style*="text-align:right"] { white-space: nowrap; min-width: 0; }
 .wide { overflow-x: auto; } p { overflow-wrap: anywhere; max-width: 60em; }
 .facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; }
 .facts div { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }

@@ -205,6 +205,12 @@ def test_chromium_shows_the_map_and_asks_no_network(tmp_path):
         assert page.evaluate("document.scripts.length + document.links.length") == 0
         assert page.evaluate("getComputedStyle(document.images[0]).imageRendering") == "pixelated"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off at the side"
+        lines = """[...document.querySelectorAll('td:nth-child(n+2)')].filter((cell) => cell.innerText).map((cell) => {
+            const range = document.createRange();
+            range.selectNodeContents(cell);
+            return new Set([...range.getClientRects()].map((line) => Math.round(line.top))).size;
+        })"""
+        assert set(page.evaluate(lines)) == {1}, "a long name does not break the numbers beside it"
         assert {url.partition(":")[0] for url in page.requests} == {"file", "data"}
         assert not page.errors
         page.screenshot(tmp_path / "page.png")
