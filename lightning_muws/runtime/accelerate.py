@@ -396,7 +396,12 @@ def _apply(work: Acceleration, stored: SpeedReport) -> tuple[nn.Module, SpeedRep
             why = refused.get(speed.winner, "it does not apply")
             warnings.warn(f"{speed.name} stays dense, not {speed.winner}: {why}", stacklevel=3)
     chosen = "fast_chained" if stored.chosen == "fast_native" else stored.chosen  # the layers are those of the chain
-    return fast_forms(work.root, work.example)[chosen][0].model, stored
+    forms = fast_forms(work.root, work.example)
+    if chosen not in forms:
+        warnings.warn(
+            f"the form {chosen} of the stored plan cannot be made here: its layers run one by one", stacklevel=3
+        )
+    return forms.get(chosen, forms["fast"])[0].model, stored
 
 
 def _layers(root: nn.Module) -> dict[str, Layer]:

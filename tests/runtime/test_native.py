@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_muws.errors import SettingError, StateError
-from lightning_muws.runtime.kernels import native, signs
+from lightning_muws.runtime.kernels import native, native_int8, signs
 from lightning_muws.runtime.kernels.base import Kernel, bias_of, matrix_of
 from lightning_muws.runtime.kernels.native import BlockSparse
 from lightning_muws.runtime.native import library
 from lightning_muws.runtime.native.packing import choose_block, pack, pack_pairs
 from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, is_batch_last
+from lightning_muws.structure.micro import MicroStructure
 from tests.support.strategies import normal
 
 pytestmark = pytest.mark.skipif(library.level() is None, reason="the native kernels are not built")
@@ -580,3 +581,38 @@ def test_adds_onto_another_tensor_before_relu(name, batch_last, at_level):
             assert torch.equal(onto, kept)
 
     law()
+
+
+WIDTHS = {
+    "linear": (nn.Linear(64, 32), (2, 64)),
+    "one sample": (nn.Linear(64, 32), (1, 64)),
+    "conv1d": (nn.Conv1d(64, 32, 3), (2, 64, 9)),
+    "conv2d": (nn.Conv2d(64, 32, 3), (2, 64, 9, 9)),
+    "grouped": (nn.Conv2d(64, 32, 3, groups=4), (2, 64, 9, 9)),
+}
+BUILDS = {
+    "float32": native.build,
+    "bfloat16": native.build_bfloat16,
+    "int8": lambda layer, _, x: native_int8.build_static(layer, x, native_int8.Activation(0.01, 128)),
+    "signs": signs.build,
+}
+
+
+@pytest.mark.parametrize("width", [1, 32, 63, 65, 128])
+@pytest.mark.parametrize("case", WIDTHS)
+@pytest.mark.parametrize("kind", BUILDS)
+def test_an_input_of_another_width_is_refused_and_never_read_past_its_end(kind, case, width):
+    layer, shape = WIDTHS[case]
+    layer = copy.deepcopy(layer)
+    structure = MicroStructure((4, 4), prune_ratio=0.5, unify_ratio=0.5 if kind == "signs" else 0.0)
+    layer.weight.data = structure.project(layer.weight.data)
+    fast = BUILDS[kind](layer, (4, 4), torch.zeros(shape))
+    if fast is None:
+        pytest.skip(f"{kind} does not apply")
+    wrong = torch.zeros(shape[0], width, *shape[2:])
+    with pytest.raises(StateError, match=f"a native layer of 64 inputs or channels got {width}, in an input of shape"):
+        fast(wrong)
+    if len(shape) == 2:
+        with pytest.raises(StateError, match=f"a native layer of 64 inputs or channels got {width}"):
+            fast(wrong[:, None])
+    assert fast(torch.zeros(shape)).shape == layer(torch.zeros(shape)).shape

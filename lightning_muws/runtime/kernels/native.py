@@ -61,7 +61,7 @@ class BlockSparse(Kernel):
         """Return the layer's output; ``onto``, if given, is added to it before ReLU.
 
         Raises:
-            StateError: If ``x`` needs a gradient, or is not float32 on the CPU.
+            StateError: If ``x`` needs a gradient, is not float32 on the CPU, or is not as wide as the layer.
         """
         refuse_gradient(x)
         if self.n_dims == 3 and x.dim() == 4:
@@ -180,13 +180,13 @@ def is_native(layer: nn.Module, example: Tensor) -> TypeGuard[Layer]:
 def geometry_of(layer: Layer) -> Geometry:
     """Return what a layer computes for which :func:`is_native` holds."""
     if isinstance(layer, nn.Linear):
-        return Geometry(layer.out_features)
+        return Geometry(layer.out_features, n_in=layer.in_features)
     pads = layer.padding
     if isinstance(pads, str):
         pads = tuple(k // 2 if pads == "same" else 0 for k in layer.kernel_size)
     numbers = zip(layer.kernel_size, layer.stride, pads, strict=True)
     (kh, sh, ph), (kw, sw, pw) = [(1, 1, 0), *numbers][-2:]  # a Conv1d is a Conv2d of one row
-    return Geometry(layer.out_channels, kh, kw, sh, sw, ph, pw, layer.groups)
+    return Geometry(layer.out_channels, kh, kw, sh, sw, ph, pw, layer.groups, n_in=layer.in_channels)
 
 
 def most_rows() -> int:

@@ -92,7 +92,7 @@ class Int8Sparse(Kernel):
         """Return the layer's output; ``onto``, if given, is added to it before ReLU.
 
         Raises:
-            StateError: If ``x`` needs a gradient, or is not float32 on the CPU.
+            StateError: If ``x`` needs a gradient, is not float32 on the CPU, or is not as wide as the layer.
         """
         refuse_gradient(x)
         if x.dim() == 4 if self.n_dims == 3 else x.dim() == 2 and self.n_dims == 1:
@@ -191,5 +191,6 @@ def _build(layer: nn.Module, example: Tensor, activation: Activation | None) -> 
 def assemble(layer: Layer, packed: Packed8, activation: Activation | None) -> Int8Sparse:
     """Return the layer with these blocks."""
     linear = int(isinstance(layer, nn.Linear))
-    geometry = Geometry8(*geometry_of(layer)[:8], packed.rows, int(packed.loose), linear, int(activation is None))
+    g = geometry_of(layer)
+    geometry = Geometry8(*g[:8], packed.rows, int(packed.loose), linear, int(activation is None), n_in=g.n_in)
     return Int8Sparse(packed, bias_of(layer), geometry, layer.weight.dim() - 1, activation)

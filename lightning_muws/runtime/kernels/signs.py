@@ -20,6 +20,7 @@ class SignedLinear(Kernel):
         bias: ``(out)`` float32, or None; None if ``rest`` adds it.
         rest: Computes the other blocks; None if there are none.
         n_out: Outputs.
+        n_in: Inputs.
     """
 
     magnitudes: Tensor
@@ -28,19 +29,21 @@ class SignedLinear(Kernel):
     columns: Tensor
     bias: Tensor | None
 
-    def __init__(self, packed: PackedSigns, bias: Tensor | None, rest: BlockSparse | None, n_out: int) -> None:
+    def __init__(
+        self, packed: PackedSigns, bias: Tensor | None, rest: BlockSparse | None, n_out: int, n_in: int
+    ) -> None:
         super().__init__()
         for name in ("magnitudes", "minus", "starts", "columns"):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", bias)
         self.rest = rest
-        self.n_out, self.block_shape = n_out, (packed.rows, packed.cols)
+        self.n_out, self.n_in, self.block_shape = n_out, n_in, (packed.rows, packed.cols)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, one sample after the other.
 
         Raises:
-            StateError: If ``x`` needs a gradient, or is not float32 on the CPU.
+            StateError: If ``x`` needs a gradient, is not float32 on the CPU, or is not as wide as the layer.
         """
         refuse_gradient(x)
         samples = x.reshape(-1, x.shape[-1])
@@ -52,7 +55,7 @@ class SignedLinear(Kernel):
         """Return the output of one sample ``x (in)``."""
         run = signed_linear_op if torch.compiler.is_compiling() else signed_linear
         onto = self.bias if self.rest is None else self.rest(x.unsqueeze(0)).squeeze(0)
-        geometry = [self.n_out, *self.block_shape, int(self.relu)]
+        geometry = [self.n_out, *self.block_shape, int(self.relu), self.n_in]
         y: Tensor = run(x, self.magnitudes, self.minus, self.starts, self.columns, onto, geometry)
         return y
 
@@ -75,4 +78,4 @@ def build(layer: nn.Module, block_shape: tuple[int, int], example: Tensor) -> Si
         numbers = choose_block(others, block_shape, len(others), most_rows())
         plain = geometry_of(layer)._replace(rows=numbers[0], cols=numbers[1], batch_lanes=1)
         rest, bias = BlockSparse(pack(others, *numbers), bias, plain, 1), None
-    return SignedLinear(packed, bias, rest, len(matrix))
+    return SignedLinear(packed, bias, rest, *matrix.shape)

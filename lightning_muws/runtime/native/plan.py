@@ -34,6 +34,7 @@ class Geometry(NamedTuple):
     bfloat16: int = 0
     batch_lanes: int = 0
     batch_last: int = 0
+    n_in: int = 0  # inputs of a sample, or channels of an image; 0 in programs that were exported without it
 
     def out_shape(self, n: Any, h: Any, w: Any) -> tuple[Any, Any, Any, Any]:
         """Return ``(n, out, oh, ow)`` for an input of n images of h times w."""
@@ -81,6 +82,7 @@ class Plan:
         self.is_ready = self.last_in or x.is_contiguous()
         self.x_shape, self.x_strides = x.shape, x.stride()
         n, c, h, w = x.shape
+        check_width(x.shape, c, g.n_in)
         self.shape = g.out_shape(n, h, w)
         last_out = g.batch_lanes == 1 and n > 1 and (self.last_in or bool(g.batch_last))
         self.strides = batch_last_strides(self.shape) if last_out else None
@@ -191,10 +193,11 @@ def signed_linear(
         starts: ``(block rows + 1)`` int32, where the blocks of a block row start.
         columns: ``(blocks)`` int16, read as unsigned: the first column of each.
         onto: ``(out)``, a bias or the output of other blocks; None for zero.
-        geometry: ``[out, rows, cols, relu]``.
+        geometry: ``[out, rows, cols, relu, in]``; without the last one in programs that were exported so.
     """
-    n_out, rows, cols, relu = geometry
+    n_out, rows, cols, relu, n_in = (*geometry, 0)[:5]
     found, address = level_for(x)
+    check_width(x.shape, len(x), n_in)
     x = x.contiguous()
     y = torch.zeros(n_out) if onto is None else onto.clone(memory_format=torch.contiguous_format)
     layer = Signs(n_out, rows, cols, starts.numel() - 1)
@@ -202,6 +205,23 @@ def signed_linear(
     layer.minus, layer.relu = minus.data_ptr(), relu
     found.muws_signs(address, ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
     return y
+
+
+def check_width(shape: tuple[int, ...], given: int, n_in: int) -> None:
+    """Check that an input is as wide as the layer, whose kernels would read past its end.
+
+    Args:
+        shape: Of the input, for the message.
+        given: Its numbers of a sample, or its channels.
+        n_in: What the layer takes; 0 if that is not known.
+
+    Raises:
+        StateError: It is not.
+    """
+    if n_in and given != n_in:
+        raise StateError(
+            f"a native layer of {n_in} inputs or channels got {given}, in an input of shape {tuple(shape)}"
+        )
 
 
 def level_for(x: Tensor) -> tuple[ctypes.CDLL, int]:

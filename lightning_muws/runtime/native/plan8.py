@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_muws.runtime.native.library import Int8, level
-from lightning_muws.runtime.native.plan import PLANS, level_for
+from lightning_muws.runtime.native.plan import PLANS, check_width, level_for
 
 
 class Geometry8(NamedTuple):
@@ -30,6 +30,7 @@ class Geometry8(NamedTuple):
     linear: int = 0
     dynamic: int = 0
     relu: int = 0
+    n_in: int = 0  # inputs of a sample, or channels of an image; 0 in programs that were exported without it
 
     def out_shape(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return ``(n, out)`` for a Linear, and ``(n, out, oh, ow)`` for images ``(n, c, h, w)``."""
@@ -75,6 +76,7 @@ class Plan8:
     def __init__(self, x: Tensor, blocks: Blocks8, g: Geometry8) -> None:
         self.blocks = blocks  # the structure points into them
         self.found, self.level = level_for(x)
+        check_width(x.shape, x.shape[1], g.n_in)
         self.x_shape = x.shape
         self.shape = g.out_shape(x.shape)
         self.layer = layer8(x.shape, blocks, g)
