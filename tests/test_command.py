@@ -559,7 +559,10 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
 
 
 def test_view_serves_the_file_until_it_is_interrupted(path):
-    words = [sys.executable, "-m", "lightning_muws", "view", str(path), "--no-browser"]
+    # where tests run in the background, processes inherit that they ignore interrupts
+    heeds = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{heeds}; runpy.run_module('lightning_muws', run_name='__main__')"
+    words = [sys.executable, "-c", command, "view", str(path), "--no-browser"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # noqa: S603
     try:
         url = process.stdout.readline().strip()
