@@ -27,8 +27,11 @@ class SoftShrinkage(Choosing):
         penalty: ``rho`` is the share in thousandths, at most 1000; ``rho_growth`` and ``rho_max`` are as in ADMM.
 
     Example:
+        >>> from lightning_muws import MicroStructure, Penalty
+        >>> from lightning_muws.structure.plan import make_plan
         >>> layer = torch.nn.Linear(8, 8)
-        >>> soft = SoftShrinkage(make_plan(layer, MicroStructure(prune_ratio=0.5)).covered, Penalty(rho=500))
+        >>> plan = make_plan(layer, MicroStructure(prune_ratio=0.5))
+        >>> soft = SoftShrinkage(plan.covered, Penalty(rho=500, rho_max=1000))
         >>> soft.start({"weight": layer.weight})
         >>> before = layer.weight.detach().clone()
         >>> soft.after_step({"weight": layer.weight})

@@ -163,8 +163,8 @@ def test_kinds_that_were_checked_are_not_decoded_again(path, monkeypatch):
     from lightning_muws.artifact import load
 
     save_compressed({"w": torch.eye(64)}, path)
-    names, stream = [], load._stream
-    monkeypatch.setattr(load, "_stream", lambda *args: names.append(args[3]) or stream(*args))
+    names, stream = [], load.stream_bytes
+    monkeypatch.setattr(load, "stream_bytes", lambda *args: names.append(args[3]) or stream(*args))
     load_compressed(path)
     assert names.count("kinds") == 1
     names.clear()
