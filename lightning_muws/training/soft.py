@@ -19,7 +19,7 @@ class SoftShrinkage(Choosing):
 
     Pruned blocks shrink and unified ones draw together, while dense ones keep every bit. Between two updates the choice
     of blocks and of signs stays, so the projection is linear. An update chooses anew, from weights that may have grown
-    back. This is the idea of soft shrinkage of single weights (Bai et al. 2023, arXiv:2303.09650), for blocks of three
+    back. This is the idea of soft shrinkage of single weights (Wang et al. 2023, arXiv:2303.09650), for blocks of three
     kinds and with the share of :class:`Penalty`. No tensor is kept beside a weight, but a few bits a block.
 
     Args:
