@@ -20,15 +20,16 @@ from lightning_muws.runtime.kernels import KERNELS
 from lightning_muws.runtime.kernels.base import Layer
 from lightning_muws.runtime.measure.layer import describe, left_alone
 from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
-from lightning_muws.runtime.measure.shares import Bench, at_share
+from lightning_muws.runtime.measure.shares import Bench, Measured
 from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
 from lightning_muws.runtime.timing import gain, race
-from lightning_muws.structure.grid import BlockGrid
+from lightning_muws.structure.layer import Bounds
+from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
-from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes
-from lightning_muws.structure.structure import Structure
+from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes, hull, time_choices, walk
 
-LEVELS = (0.5, 0.7, 0.85)  # shares of pruned blocks at which whole networks are timed
+PARTS = (0.3, 0.5, 0.75)  # of the way from the slowest to the fastest choices: there whole networks are timed
+WHOLE_TIMING = replace(NETWORK_TIMING, rounds=45)  # longer than a burst of the machine's other work
 SCALES = (0.5, 2.0)  # limits of what whole networks may do to the times of layers
 
 
@@ -113,70 +114,80 @@ def _names(model: nn.Module, work: Acceleration, entries: Mapping[str, PlanEntry
 
 
 def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> NetworkTimes:
-    """Time whole networks, and return the times of the layers, scaled to fit."""
+    """Time whole networks with the choices that a budget would take, and return the layers' times, scaled to fit."""
+    alone: dict[str, LayerTimes] = {}
+    for layer, name in names.items():
+        found = bench.measure(layer)
+        alone[name] = _sum(alone[name], found) if name in alone else LayerTimes(found.fixed, found.curves)
     forms = dense_forms(work.source, work.root, work.example)
     times = race(_tasks(forms), work.clock, NETWORK_TIMING)
     best = min(times, key=lambda form: median(times[form]))
     sums, gains = [], []
-    for level in LEVELS:  # each against the dense form alone, as accelerate does: more networks would share the caches
-        root, seconds = _at_level(work, bench, names, level)
-        fast = fast_forms(root, work.example)
-        raced = race(_tasks({best: forms[best], **fast}), work.clock, NETWORK_TIMING, keep=[best, *fast])
-        sums.append(seconds)
+    for structures in _picked(work, bench, names, alone):
+        # each against the dense form alone, as accelerate does: more networks would share the caches
+        fast = fast_forms(_built(work, bench, names, structures), work.example)
+        raced = race(_tasks({best: forms[best], **fast}), work.clock, WHOLE_TIMING, keep=[best])
+        times[best] = raced[best]
+        sums.append(NetworkTimes(1.0, 0.0, alone).seconds(structures))
         gains.append(max(gain(raced[best], raced[form]) for form in fast))
     dense = median(times[best])
     rest, scale = fit(sums, [dense / gained for gained in gains])
-    layers: dict[str, LayerTimes] = {}
-    for layer, name in names.items():
-        found = bench.measure(layer)
-        curves = tuple(_scaled(curve, scale) for curve in found.curves)
-        seconds = scale * found.fixed
-        layers[name] = _sum(layers[name], seconds, curves) if name in layers else LayerTimes(seconds, curves)
+    layers = {
+        name: LayerTimes(scale * layer.seconds, tuple(_scaled(curve, scale) for curve in layer.curves))
+        for name, layer in alone.items()
+    }
     return NetworkTimes(dense, rest, layers)
 
 
-def _at_level(work: Acceleration, bench: Bench, names: Mapping[Layer, str], level: float) -> tuple[Root, float]:
-    """Return a copy of the network with this share of all blocks pruned, and the seconds that its layers took alone."""
+def _picked(
+    work: Acceleration, bench: Bench, names: Mapping[Layer, str], alone: Mapping[str, LayerTimes]
+) -> list[dict[str, MicroStructure]]:
+    """Return what a budget chooses for the weights as they are, by name, for a few times of the network."""
+    weights = {name: weight for name, weight, _ in named_weights(work.source)}
+    bounds = {name: Bounds.of(bench.entries[layer]) for layer, name in names.items()}
+    choices = time_choices(weights, bounds, alone)
+    hulls = {name: hull(found) for name, found in choices.items()}
+    slowest, fastest = (sum(corners[i].seconds for corners in hulls.values()) for i in (0, -1))
+    allowed = [slowest + part * (fastest - slowest) for part in PARTS] if choices else [slowest]
+    return [
+        {name: choice.structure for name, choice in walk(choices, hulls, seconds)[1].items()} for seconds in allowed
+    ]
+
+
+def _built(
+    work: Acceleration, bench: Bench, names: Mapping[Layer, str], structures: Mapping[str, MicroStructure]
+) -> Root:
+    """Return a copy of the network with these structures, each layer in the form that ``accelerate`` picks for it."""
     root = copy.deepcopy(work.root)
     twins = dict(zip(work.root.modules(), root.modules(), strict=True))
-    total = 0.0
     for layer in _measurable(work):
         found, module = bench.measure(layer), None
-        seconds = found.dense
-        if layer in names:
-            seconds, structure, grid = _choice(bench, layer, level)
-            total += seconds
-            module = bench.kernel(layer, structure, grid) if seconds < found.dense else None
+        if (name := names.get(layer)) is not None:
+            entry, chosen = bench.entries[layer], structures.get(name)
+            if chosen is None and found.fixed < found.dense:
+                module = bench.kernel(layer, entry.structure, entry.grid)
+            elif chosen is not None and LayerTimes(found.fixed, found.curves).at(chosen) < found.dense:
+                module = bench.kernel(layer, chosen, replace(entry.grid, block_shape=chosen.grid.block_shape))
         if module is None and found.form != "dense":
             module = KERNELS[found.form](layer, (1, 1), work.calls[layer].inputs[0])
         if module is not None:
             replace_module(root, twins[layer], module)
-    return root, total
-
-
-def _choice(bench: Bench, layer: Layer, level: float) -> tuple[float, Structure, BlockGrid]:
-    """Return the seconds, the structure and the grid of a layer with this share of its blocks pruned."""
-    found, entry = bench.measure(layer), bench.entries[layer]
-    if not entry.is_open or not found.curves:
-        return found.fixed, entry.structure, entry.grid
-    curve = min(found.curves, key=lambda curve: curve.at(level))
-    grid = replace(entry.grid, block_shape=curve.block_shape)
-    return curve.at(level), at_share(entry, grid, level, curve.is_unified), grid
+    return root
 
 
 def _scaled(curve: Curve, scale: float) -> Curve:
     return Curve(curve.block_shape, curve.prune_ratios, tuple(scale * s for s in curve.seconds), curve.is_unified)
 
 
-def _sum(times: LayerTimes, seconds: float, curves: Sequence[Curve]) -> LayerTimes:
+def _sum(times: LayerTimes, more: Measured) -> LayerTimes:
     """Return the times of a weight that belongs to one layer more: its choices are those that all its layers have."""
-    more = {(curve.block_shape, curve.is_unified): curve.seconds for curve in curves}
+    seconds = {(curve.block_shape, curve.is_unified): curve.seconds for curve in more.curves}
     both = [
         Curve(c.block_shape, c.prune_ratios, tuple(a + b for a, b in zip(c.seconds, other, strict=True)), c.is_unified)
         for c in times.curves
-        if (other := more.get((c.block_shape, c.is_unified)))
+        if (other := seconds.get((c.block_shape, c.is_unified)))
     ]
-    return LayerTimes(times.seconds + seconds, tuple(both))
+    return LayerTimes(times.seconds + more.fixed, tuple(both))
 
 
 def _tasks(forms: Mapping[str, Form]) -> dict[str, Callable[[], object]]:

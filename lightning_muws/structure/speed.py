@@ -188,12 +188,7 @@ def allocate_time(
         (0.734375, 3.01)
     """
     check_speedup(speedup)
-    given = importance or {}
-    layers = {name: layer for name, layer in times.layers.items() if name in bounds and layer.curves}
-    choices = {
-        name: _choices(name, tensors[name].detach(), bounds[name], layer, given.get(name))
-        for name, layer in layers.items()
-    }
+    choices = time_choices(tensors, bounds, times.layers, importance)
     fixed = times.rest + sum(layer.seconds for name, layer in times.layers.items() if name not in choices)
     hulls = {name: hull(found) for name, found in choices.items()}
     slowest, fastest = (fixed + sum(corners[i].seconds for corners in hulls.values()) for i in (0, -1))
@@ -211,6 +206,24 @@ def allocate_time(
         distance=math.fsum(choice.distance for choice in picked.values()),
         structures={name: choice.structure for name, choice in picked.items()},
     )
+
+
+def time_choices(
+    tensors: Mapping[str, Tensor],
+    bounds: Mapping[str, Bounds],
+    layers: Mapping[str, LayerTimes],
+    importance: Mapping[str, float] | None = None,
+) -> dict[str, list[Choice]]:
+    """Return the ways to store each weight that has some, with their seconds and distances, by name.
+
+    The arguments and errors are those of :func:`allocate_time`.
+    """
+    given = importance or {}
+    return {
+        name: _choices(name, tensors[name].detach(), bounds[name], layer, given.get(name))
+        for name, layer in layers.items()
+        if name in bounds and layer.curves
+    }
 
 
 def _unreachable(speedup: float, reachable: tuple[float, float]) -> SettingError:

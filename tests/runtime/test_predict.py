@@ -15,11 +15,11 @@ from lightning_muws.runtime.kernels import KERNELS
 from lightning_muws.runtime.measure import shares
 from lightning_muws.runtime.measure.shares import SHARES
 from lightning_muws.runtime.native.library import level
-from lightning_muws.runtime.predict import LEVELS, fit
+from lightning_muws.runtime.predict import fit
 from lightning_muws.runtime.rewrite.observe import Example
 from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.plan import make_plan
-from lightning_muws.structure.speed import allocate_time
+from lightning_muws.structure.speed import allocate_time, walk
 from lightning_muws.structure.structure import Structure
 from tests.support.strategies import normal, same_bytes
 
@@ -28,7 +28,7 @@ NEEDS_NATIVE = pytest.mark.skipif(level() is None, reason="the native kernels ar
 REST = 0.5  # seconds of a network outside of its layers
 
 
-def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0, gains=True):
+def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0):
     """Let a layer take ``dense`` seconds, less by its share of pruned blocks, and networks what their layers sum to.
 
     The races that were run are returned.
@@ -41,16 +41,19 @@ def fake(monkeypatch, n_layers, dense=1.0, network=2.0, scale=1.0, gains=True):
         seconds = {name: dense * (1 - shares.SHARES[min(int(name), last)]) for name in tasks if name.isdecimal()}
         return {name: [seconds.get(name, dense)] * 3 for name in tasks}
 
-    levels = []
+    sums = []
+
+    def recorded(choices, hulls, allowed):
+        multiplier, picked = walk(choices, hulls, allowed)
+        sums.append(sum(choice.seconds for choice in picked.values()) if picked else n_layers * dense)
+        return multiplier, picked
 
     def of_networks(tasks, clock, timing=None, keep=(), between=None):
-        if "fast" not in tasks:  # the dense forms, before the levels
-            levels[:] = LEVELS
-            return {name: [network] * 3 for name in tasks}
-        seconds = {"fast": REST + scale * n_layers * dense * (1 - gains * levels.pop(0))}
-        return {name: [seconds.get(name, network)] * 3 for name in tasks}
+        fast = REST + scale * sums.pop(0) if "fast" in tasks else network
+        return {name: [fast if name.startswith("fast") else network] * 3 for name in tasks}
 
     monkeypatch.setattr(shares, "race", of_layers)
+    monkeypatch.setattr(predict, "walk", recorded)
     monkeypatch.setattr(predict, "race", of_networks)
     return races
 
@@ -208,7 +211,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_were(monkeypatch):
 
 
 def test_without_kernels_a_speedup_is_refused_with_what_can_be_reached(monkeypatch):
-    races = fake(monkeypatch, 2, network=REST + 2, gains=False)
+    races = fake(monkeypatch, 2, network=REST + 2)
     for name in [name for name in KERNELS if name != "dense"]:
         monkeypatch.setitem(KERNELS, name, lambda layer, block_shape, example: None)
     model = mlp(32, 32, 32)
