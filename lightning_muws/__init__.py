@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.steps import choose_steps
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.compression import compress
+    from lightning_muws.dry_run import dry_run
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.runtime.predict import layer_times
@@ -61,6 +62,7 @@ __all__ = [
     "accelerate",
     "choose_steps",
     "compress",
+    "dry_run",
     "export",
     "inspect_compressed",
     "layer_times",
@@ -86,6 +88,7 @@ _HOMES = {
     "accelerate": "lightning_muws.runtime.accelerate",
     "choose_steps": "lightning_muws.artifact.steps",
     "compress": "lightning_muws.compression",
+    "dry_run": "lightning_muws.dry_run",
     "export": "lightning_muws.sizes",
     "inspect_compressed": "lightning_muws.artifact.load",
     "layer_times": "lightning_muws.runtime.predict",

@@ -101,16 +101,10 @@ def load_pretrained(
     for name in (CONFIG, FILE):
         if not (folder / name).is_file():
             raise SettingError(f"{folder_or_id} has no {name}: give a folder that save_to_hub_folder wrote")
-    transformers = _package("transformers", "transformers")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{folder / CONFIG} is no configuration that transformers reads: {error}") from error
-    kind = _class_of(transformers, config, folder)
-    with torch.device("meta"):
-        empty = kind(config)
+    empty, config = empty_model(folder)
     with opened(folder / FILE) as (_, manifest):  # before memory is taken for what a configuration asks for
         check_fit(manifest.tensors, empty)
+    kind: Any = type(empty)
     state = load_compressed(folder / FILE, device=device, max_bytes=max_bytes)
     loading = {"config": config, "state_dict": dict(state), "dtype": config.dtype, "output_loading_info": True}
     model, found = kind.from_pretrained(None, **loading)
@@ -121,6 +115,26 @@ def load_pretrained(
                 "the model and its configuration together, with save_to_hub_folder"
             )
     return model.to(device)
+
+
+def empty_model(folder: str | Path) -> tuple[nn.Module, Any]:
+    """Return the model of a ``config.json`` on the meta device, where it takes no memory, and its configuration.
+
+    Args:
+        folder: A folder with a ``config.json``; nothing is fetched, and no code of the folder is run.
+
+    Raises:
+        SettingError: There is none, transformers cannot read it, or it names no class of transformers.
+    """
+    folder = Path(folder)
+    transformers = _package("transformers", "transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{folder / CONFIG} is no configuration that transformers reads: {error}") from error
+    kind = _class_of(transformers, config, folder)
+    with torch.device("meta"):
+        return kind(config), config
 
 
 def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, message: str = "Upload model") -> str:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed
+from lightning_muws import MicroStructure, dry_run, inspect_compressed, load_compressed, save_compressed
+from lightning_muws.commands.main import main
 from lightning_muws.errors import FormatError, SettingError, StateError
 from lightning_muws.hub import load_pretrained, push_folder, save_to_hub_folder
 from lightning_muws.structure.plan import make_plan
@@ -157,3 +158,27 @@ def test_a_hub_gets_the_folder_and_gives_it_back(model, folder, tmp_path, monkey
         held.files.clear()
         with pytest.raises(SettingError, match=r"some/none has no config\.json"):
             load_pretrained("some/none", revision="main")
+
+
+def test_a_dry_run_needs_the_configuration_alone(folder, model, capsys):
+    (folder / "model.muws").unlink()
+    assert main(["dry-run", str(folder), "--compression", "20", "--ranks", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == dry_run(model, compression=20, n_ranks=4).to_dict()
+    assert main(["dry-run", str(folder), "--prune-ratio", "0.5", "--block", "8x2"]) == 0
+    assert "covered weights" in capsys.readouterr().out
+    assert main(["dry-run", str(folder)]) == 2
+    assert "change the ratios or the rules" in capsys.readouterr().err
+    (folder / "config.json").unlink()
+    assert main(["dry-run", str(folder), "--compression", "20"]) == 2
+    assert "no configuration that transformers reads" in capsys.readouterr().err
+
+
+def test_seven_billion_weights_take_no_memory():
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16")  # the defaults have 6.7e9
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    found = dry_run(empty, compression=20, n_ranks=8)
+    assert found.n_weights == 6_738_415_616
+    assert found.file_bytes == 2 * found.n_weights // 20
+    assert found.memory["admm"] == pytest.approx((4 + 1 / 16) * found.n_covered / 8)

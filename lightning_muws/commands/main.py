@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lightning_muws
-from lightning_muws.commands import bench, files, pack, page, sensitivity, view
+from lightning_muws.commands import bench, dry_run, files, pack, page, sensitivity, view
 from lightning_muws.commands.output import BAD, TROUBLE, reason, say, say_json
 from lightning_muws.errors import FormatError, MuwsError
 
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     pack.add_parsers(command)
     page.add_parsers(command)
     view.add_parsers(command)
+    dry_run.add_parser(command)
     bench.add_parser(commands)
     sensitivity.add_parser(commands)
     return found

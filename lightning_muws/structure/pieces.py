@@ -34,7 +34,7 @@ def corners(chosen: Tensor, grid: BlockGrid, row_units: int, run_units: int) -> 
         ``(n,)`` int64, in the order of ``chosen.flatten()``.
     """
     down, across = chosen.nonzero(as_tuple=True)
-    return down.mul_(grid.block_shape[0] * row_units).add_(across, alpha=run_units)
+    return (down * (grid.block_shape[0] * row_units)).add_(across, alpha=run_units)  # in place, both would stay alive
 
 
 class Pieces:
