@@ -106,7 +106,8 @@ def dry_run(
         >>> found.n_weights, found.file_bytes, round(found.compression_ratio)
         (6710886400, 1342177280, 20)
     """
-    if isinstance(n_ranks, bool) or not isinstance(n_ranks, int) or n_ranks < 1:
+    given: object = n_ranks  # a configuration file may have put anything there
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise SettingError(f"n_ranks={n_ranks!r} is not allowed: give a whole number from 1 on")
     if compression is not None:
         check_compression(compression)
