@@ -20,7 +20,6 @@ from lightning_muws.structure.support import MEMORY_RATIO
 from lightning_muws.tables import Column, Table, Tabular
 
 UPDATE_BYTES = 13  # a weight of the largest layer, while an update projects it: W + U, magnitudes of a copy, sums
-PHASES = ("admm", "retraining", "update")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_muws.errors import SettingError
 from lightning_muws.training.checks import check_choice, is_number, refuse
-from lightning_muws.training.methods import METHODS, ONE_SHOT, ignored
+from lightning_muws.training.methods import AUTO, METHODS, ONE_SHOT, ignored
 from lightning_muws.training.penalty import Penalty
 
 N_STEPS = 4  # times that retraining chooses steps of the file: late ones fit weights that hardly change any more
@@ -32,7 +32,9 @@ class Phases:
             penalty with a dual, of strength :class:`~lightning_muws.Penalty`. ``soft``: after each step, the weights
             move a small share of the way. ``straight_through``: the network computes with projected weights, and their
             exact values train. ``one_shot``: nothing does; they train dense until they are projected. Several of the
-            first three with ``+`` between them, such as ``soft+admm``, follow each other in equal times.
+            first three with ``+`` between them, such as ``soft+admm``, follow each other in equal times. ``auto``:
+            ``straight_through`` where retraining rounds for a compression, no :class:`~lightning_muws.Penalty` is set
+            and no optimizer keeps other values of its weights; else ``admm``.
         round_start: From when on retraining sees the values that the file will hold. This needs a compression to choose
             them for, and a structure: before ``admm_end`` it means ``admm_end``. A share has no effect in a run without
             end. 1.0 for never: the values are then rounded after training.
@@ -49,14 +51,14 @@ class Phases:
     admm_start: int | float = 0.2
     admm_end: int | float = 0.5
     update_every: int | float = 0.04
-    method: str = "admm"
+    method: str = AUTO
     round_start: int | float = 0.7
 
     def __post_init__(self) -> None:
         check_choice("interval", self.interval, ("epoch", "step"))
-        if not _is_method(self.method):
+        if not is_method(self.method):
             words = ", ".join(map(repr, METHODS))
-            allowed = f"give {words} or {ONE_SHOT!r}, or several of the first {len(METHODS)} with + between them"
+            allowed = f"give {AUTO!r}, {words} or {ONE_SHOT!r}, or several of {words} with + between them"
             raise refuse("method", self.method, allowed)
         for name in ("admm_start", "admm_end", "update_every", "round_start"):
             value = getattr(self, name)
@@ -154,8 +156,9 @@ class Phases:
         return round(value * length)
 
 
-def _is_method(value: object) -> bool:
-    return isinstance(value, str) and (value == ONE_SHOT or all(part in METHODS for part in value.split("+")))
+def is_method(value: object) -> bool:
+    """Return whether ``Phases.method`` may have this value."""
+    return isinstance(value, str) and (value in (AUTO, ONE_SHOT) or all(part in METHODS for part in value.split("+")))
 
 
 @dataclass(frozen=True)

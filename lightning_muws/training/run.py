@@ -25,9 +25,9 @@ from lightning_muws.training.budget import Budget, choose_shapes, open_structure
 from lightning_muws.training.checks import check_type
 from lightning_muws.training.constraint import Constraint, check_finite, keeps_points
 from lightning_muws.training.method import Method
-from lightning_muws.training.methods import make_method
+from lightning_muws.training.methods import AUTO, choose_method, make_method
 from lightning_muws.training.penalty import Penalty
-from lightning_muws.training.phases import Phases, Retraining, Timeline
+from lightning_muws.training.phases import Phases, Retraining, Timeline, is_method
 from lightning_muws.training.record import plain, record, refuse_differences
 from lightning_muws.training.residuals import Residuals, total
 from lightning_muws.training.rounding import Rounding, Stepper
@@ -150,6 +150,7 @@ class CompressionRun:
         self._chosen: dict[str, MicroStructure] | None = None
         self.phases, self.retraining, self.penalty = phases, retraining, penalty
         self.method: Method | None = None
+        self._method_name = phases.method
         self.constraint: Constraint | None = None
         self.rounding: Rounding | None = None
         self.history: list[Update] = []
@@ -162,7 +163,7 @@ class CompressionRun:
         """``dense`` at first, then the name of the method (``admm``), then ``retraining``."""
         if self.constraint:
             return "retraining"
-        return self.phases.method if self.method else "dense"
+        return self._method_name if self.method else "dense"
 
     @property
     def supports(self) -> dict[str, Support]:
@@ -213,17 +214,19 @@ class CompressionRun:
             return False
         if self.constraint:
             return self._round(now, timeline, optimizers)
-        optimizers = list(optimizers)
+        optimizers, rounds = list(optimizers), timeline.round_start < math.inf
+        is_wrong = self._method_name == "straight_through" and any(keeps_points(optimizer) for optimizer in optimizers)
+        if self.method and self.phases.method == AUTO and is_wrong:  # an optimizer shows it only after its first step
+            self.method.finish(self.weights)
+            self._start_method(rounds, optimizers)
         if self.method:
             self.method.check(optimizers)
         if now >= timeline.end:
-            self.choose_structures(will_round=timeline.round_start < math.inf)
+            self.choose_structures(will_round=rounds)
             self.freeze(now, optimizers)
         elif self.method is None and now >= timeline.start:
-            self.choose_structures(will_round=timeline.round_start < math.inf)
-            method = self._new_method()
-            method.start(self.weights)
-            self.method = method
+            self.choose_structures(will_round=rounds)
+            self._start_method(rounds, optimizers)
         elif self.method and self.method.advance(self.weights, timeline.share(now)):
             pass
         elif self.method and (due := timeline.due(now, self._last_tick)):
@@ -493,7 +496,7 @@ class CompressionRun:
         """Return the state as plain dicts, lists, strings, numbers and tensors: ``weights_only=True`` can load it."""
         state: dict[str, Any] = {"version": STATE_VERSION, "phase": self.phase, "last_tick": self._last_tick}
         state["history"] = [dict(vars(update)) for update in self.history]
-        state["settings"] = self._settings(self.phase)
+        state["settings"] = self._settings(self.phase, self._method_name)
         if self.constraint:
             state["constraint"] = self.constraint.state_dict(self.weights)
             if self.rounding:
@@ -527,7 +530,11 @@ class CompressionRun:
                 f"the checkpoint's state has version {state.get('version')}, and this lightning_muws reads version "
                 f"{STATE_VERSION}: resume with the release that wrote it, or begin a new fit from its weights alone"
             )
-        refuse_differences(state["settings"], self._settings(state["phase"]))
+        method = self.phases.method
+        if method == AUTO and is_method(chosen := state["settings"].get("phases.method")):
+            method = chosen
+        refuse_differences(state["settings"], self._settings(state["phase"], method))
+        self._method_name = method
         self.method = self.constraint = self.rounding = None
         self._adopt(_restored(state["chosen"]) if "chosen" in state else None)
         self.predicted_speedup = state.get("predicted_speedup")
@@ -542,7 +549,7 @@ class CompressionRun:
         self._last_tick = state["last_tick"]
         self.history = [Update(**update) for update in state["history"]]
 
-    def _settings(self, phase: str) -> dict[str, Any]:
+    def _settings(self, phase: str, method: str) -> dict[str, Any]:
         """Return the settings that a state of this phase depends on, as plain values."""
         if phase == "dense":
             return {}
@@ -551,11 +558,21 @@ class CompressionRun:
             given = {"budget": plain(self.budget), **given}
         if phase == "retraining":
             return {"retraining.unified": self.retraining.unified, **given}
-        times = {"phases.method": self.phases.method, "phases.interval": self.phases.interval}
+        times = {"phases.method": method, "phases.interval": self.phases.interval}
         return {**times, **given}
 
+    def _choose_method(self, rounds: bool, optimizers: Iterable[Optimizer]) -> str:
+        rounds = rounds and self._rounded_by is not None
+        return choose_method(self.phases.method, rounds=rounds, penalty=self.penalty, optimizers=optimizers)
+
+    def _start_method(self, rounds: bool, optimizers: Iterable[Optimizer]) -> None:
+        self._method_name = self._choose_method(rounds, optimizers)
+        method = self._new_method()
+        method.start(self.weights)
+        self.method = method
+
     def _new_method(self) -> Method:
-        return make_method(self.phases.method, self.entries, self.penalty)
+        return make_method(self._method_name, self.entries, self.penalty)
 
     def _remember(self, now: float, rho: float, residuals: Mapping[str, Residuals]) -> None:
         overall = total(residuals, self.weights)

@@ -238,7 +238,9 @@ def test_straight_through_refuses_optimizers_that_keep_points():
 
 @pytest.mark.parametrize("method", ["", "admm+", "one_shot+admm", "admm soft", None, 3, ["admm"]])
 def test_what_is_no_method_is_refused(method):
-    with pytest.raises(SettingError, match=r"give 'admm', 'soft', 'straight_through' or 'one_shot', or several"):
+    with pytest.raises(
+        SettingError, match=r"give 'auto', 'admm', 'soft', 'straight_through' or 'one_shot', or several"
+    ):
         Phases(method=method)
 
 

@@ -123,6 +123,6 @@ def test_a_second_method_runs_through_a_real_trainer_and_resumes_bit_for_bit(tmp
 
 
 def test_an_unknown_method_is_refused():
-    methods = "'admm', 'soft', 'straight_through', 'shrink' or 'one_shot'"
+    methods = "'auto', 'admm', 'soft', 'straight_through', 'shrink' or 'one_shot'"
     with pytest.raises(SettingError, match=f"method='amdm' is not allowed: give {methods}, or several"):
         Phases(method="amdm")

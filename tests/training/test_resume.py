@@ -1,6 +1,7 @@
 """A state fits the settings that it depends on, or is refused by name; what it does not depend on may change."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,8 +107,10 @@ def test_another_method_or_clock_is_refused_while_the_method_runs():
     with pytest.raises(StateError, match=r"phases\.interval is 'epoch' in the checkpoint and 'step' in the settings"):
         run.load_state_dict(state)
     state["settings"]["phases.method"] = "other"
-    with pytest.raises(StateError, match=r"phases\.method is 'other' in the checkpoint and 'admm' in the settings"):
-        a_run()[1].load_state_dict(state)
+    for method in ("admm", "auto"):
+        match = rf"phases\.method is 'other' in the checkpoint and '{method}' in the settings"
+        with pytest.raises(StateError, match=match):
+            a_run(phases=replace(PHASES, method=method))[1].load_state_dict(state)
 
 
 def test_weights_of_other_names_are_refused_by_name():
