@@ -43,7 +43,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
 
     budget = Budget(compression=chosen.compression)
-    phases = Phases(interval="step")  # ADMM starts and ends at its default shares of the steps
+    phases = Phases(interval="step")  # the method starts and ends at its default shares of the steps
     plan = make_plan(model, MicroStructure(block_shape=(4, 4)), open_ratios=True)
     stepper = partial(choose_steps, model)  # lets retraining see the rounded values of the file
     run = CompressionRun(plan.weights(model), plan.covered, phases, budget=budget, module=model, stepper=stepper)
