@@ -15,10 +15,12 @@ from lightning_muws.trainer.hooks import CompressionHooks
 class WeightUnificationCallback(CompressionHooks, Callback):
     """Train any LightningModule towards micro-structured weights, then inside the chosen structure, exactly.
 
-    In the ADMM phase the callback adds the gradient of ``sum rho / 2 * |W - Z + U|^2`` to the gradient of the module's
-    loss, and updates Z and U (Boyd et al. 2011, section 3.1.1). Then it projects the weights; in the retraining phase
-    every optimizer step ends inside the structure. It logs ``muws/phase`` (0 dense, 1 ADMM, 2 retraining),
-    ``muws/rho``, ``muws/penalty``, ``muws/primal_residual`` and ``muws/dual_residual``, and prints a report after fit.
+    First a training method brings the weights near the structure. ADMM adds the gradient of
+    ``sum rho / 2 * |W - Z + U|^2`` to the gradient of the module's loss, and updates Z and U (Boyd et al. 2011, section
+    3.1.1); with a compression the network trains straight through the projection instead (``Phases.method``). Then the
+    callback projects the weights; in the retraining phase every optimizer step ends inside the structure. It logs
+    ``muws/phase`` (0 dense, 1 method, 2 retraining), ``muws/rho``, ``muws/penalty``, ``muws/primal_residual`` and
+    ``muws/dual_residual``, and prints a report after fit.
 
     The callback covers the weights that an optimizer holds when fit begins; ``plan`` lists them, and gives the reason
     for each parameter that it leaves out. A second fit of the same model, which has the same weights under the same

@@ -34,8 +34,8 @@ class DryRun(Tabular):
         file_bytes: At most so many bytes will the file have: with a compression the bytes that it asks for, else those
             of a lossless file whose values have no redundancy.
         n_ranks: Ranks that share the memory.
-        memory: Bytes that the method keeps on each rank beside weights, gradients and optimizer, by phase: ``admm``,
-            ``retraining``, and beside those of ``admm`` for a moment ``update``.
+        memory: Bytes that the method keeps on each rank beside weights, gradients and optimizer, by phase: ``admm``
+            (the other methods need no more), ``retraining``, and beside those of ``admm`` for a moment ``update``.
         largest: The covered weight that an update needs most memory for.
     """
 
@@ -65,9 +65,9 @@ class DryRun(Tabular):
             ("covered weights", f"{self.n_covered:,} in {len(self.plan.covered):,} tensors"),
             ("dense", _size(self.dense_bytes)),
             ("file, at most", f"{_size(self.file_bytes)}, {self.compression_ratio:.3g} times smaller"),
-            ("beside training, ADMM", _size(self.memory["admm"])),
+            ("beside training, method", _size(self.memory["admm"])),
             ("beside training, retraining", _size(self.memory["retraining"])),
-            ("beside ADMM, at an update", f"{_size(self.memory['update'])} for {self.largest}"),
+            ("beside that, at an update", f"{_size(self.memory['update'])} for {self.largest}"),
         ]
         ranks = "one process" if self.n_ranks == 1 else f"each of {self.n_ranks} ranks with sharded weights"
         columns = [Column("what", room=28), Column("size", room=40)]

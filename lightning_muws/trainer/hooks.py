@@ -66,10 +66,11 @@ class CompressionHooks(RunReading):
         Args:
             structure: The structure of all weights that no rule matches.
             rules: Other structures for some layers, or layers to leave out; the last rule that matches wins.
-            phases: When ADMM starts and ends, when Z and U are updated, and when retraining begins to round.
+            phases: When the training method (such as ADMM) starts and ends, which one it is, when it chooses blocks
+                anew, and when retraining begins to round.
             retraining: How the network trains on inside its structure.
             penalty: How hard ADMM pulls the weights towards their structure.
-            validate_projected: In the ADMM phase, validate the network with projected weights.
+            validate_projected: In the phase of the method, validate the network with projected weights.
             save_to: File to write at the end of fit, such as ``model.muws``: the compressed ``state_dict`` of the
                 module, see :func:`lightning_muws.load_compressed`. An existing file is replaced. Empty for no file.
             compression: How many times smaller than its tensors the file is at least, such as 20. When the method

@@ -254,6 +254,7 @@ class CompressionRun:
         rho = self.method.rho if self.method else 0.0
         self.choose_structures()
         if self.method:
+            check_finite(self.weights)  # before a method writes to them
             self.method.finish(self.weights)
         self.constraint = Constraint.freeze(self.weights, self.entries, self.retraining.unified)
         self.method = None

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_muws import MicroStructure, Penalty, Phases, Retraining, WeightUnificationCallback
-from lightning_muws.errors import SettingError
+from lightning_muws.errors import SettingError, StateError
 from lightning_muws.structure.plan import make_plan
 from lightning_muws.structure.sharded import norm
 from lightning_muws.training.method import Method
@@ -126,3 +126,18 @@ def test_an_unknown_method_is_refused():
     methods = "'auto', 'admm', 'soft', 'straight_through', 'shrink' or 'one_shot'"
     with pytest.raises(SettingError, match=f"method='amdm' is not allowed: give {methods}, or several"):
         Phases(method="amdm")
+
+
+@pytest.mark.parametrize("method", ["admm", "soft", "straight_through", "soft+straight_through"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named_at_the_freeze_and_no_weight_changes(method, value):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    plan = make_plan(model, MicroStructure((4, 4), 0.5, 0.25))
+    phases = Phases(admm_start=0, admm_end=2, update_every=1, method=method)
+    run, optimizer = CompressionRun(plan.weights(model), plan.covered, phases), torch.optim.SGD(model.parameters(), 0.1)
+    run.tick(0, phases.on(4), [optimizer])
+    model[1].weight.data[0, 0] = value
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(StateError, match=r"1\.weight holds 1 values of 256 that are NaN or Inf"):
+        run.tick(2, phases.on(4), [optimizer])
+    assert all(same_bits(a, b.detach()) for a, b in zip(before, model.parameters(), strict=True))
