@@ -9,7 +9,7 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large sweep clean
+.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-peers sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
 	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder (2 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
+	@echo "make bench-peers  accuracy per byte against quantisation, Deep Compression, NNC and eight pruning tools (6 hours; it can be interrupted)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
 # torch comes first and pinned, so that nothing else installs another build of it.
@@ -105,6 +106,9 @@ bench-coder: $(READY)
 
 bench-large: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/large.py $(ARGS)
+
+bench-peers: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/contest.py $(ARGS)
 
 sweep: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/sweep.py $(ARGS)
