@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from lightning_muws.artifact.steps import choose_steps
     from lightning_muws.callback import WeightUnificationCallback
     from lightning_muws.compression import compress
-    from lightning_muws.dry_run import dry_run
     from lightning_muws.errors import FormatError, MuwsError
+    from lightning_muws.estimate import dry_run
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.runtime.predict import layer_times
     from lightning_muws.sizes import export
@@ -88,7 +88,7 @@ _HOMES = {
     "accelerate": "lightning_muws.runtime.accelerate",
     "choose_steps": "lightning_muws.artifact.steps",
     "compress": "lightning_muws.compression",
-    "dry_run": "lightning_muws.dry_run",
+    "dry_run": "lightning_muws.estimate",
     "export": "lightning_muws.sizes",
     "inspect_compressed": "lightning_muws.artifact.load",
     "layer_times": "lightning_muws.runtime.predict",

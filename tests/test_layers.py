@@ -17,7 +17,7 @@ ORDER = [
     ["training", "artifact", "runtime", "calibration"],
     ["trainer", "ops"],
     ["report", "compression", "hub"],
-    ["plots", "sizes", "file_page", "dry_run"],
+    ["plots", "sizes", "file_page", "estimate"],
     ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
 ]

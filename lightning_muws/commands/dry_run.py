@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_muws.commands.options import block_shape
 from lightning_muws.commands.output import DONE, say, say_json
-from lightning_muws.dry_run import dry_run
+from lightning_muws.estimate import dry_run
 from lightning_muws.hub import empty_model
 from lightning_muws.structure.micro import MicroStructure
 
