@@ -32,7 +32,7 @@ help:
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
-	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder (2 minutes)"
+	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C (2 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
 
@@ -66,6 +66,9 @@ lib: build/libmuws.so build/muws.h
 build/libmuws.so: $(READER) $(wildcard $(CODER)/*.h $(CODER)/reader/*.h)
 	@mkdir -p build
 	$(CXX) $(READER_FLAGS) -shared $(READER) -o $@
+
+build/bench_reader: examples/benchmarks/reader.c build/libmuws.so build/muws.h
+	$(CC) -std=c99 -O2 $< -Ibuild -Lbuild -lmuws -Wl,-rpath,$(CURDIR)/build -o $@
 
 build/muws.h: $(CODER)/reader/muws.h
 	@mkdir -p build
@@ -120,6 +123,7 @@ bench-compress: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 bench-coder: $(READY)
+	@$(MAKE) --silent build/bench_reader || echo "no C compiler: the reader in C is not timed"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/coder.py $(ARGS)
 
 bench-large: $(READY)
