@@ -9,14 +9,21 @@ ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: help demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-peers sweep clean
+# The reader in C (docs/c.md): needs a C++ compiler and nothing else.
+CXX ?= c++
+CODER := lightning_muws/artifact/src
+READER := $(wildcard $(CODER)/reader/*.cpp) $(addprefix $(CODER)/,rans.cpp planes.cpp blocks.cpp bytes.cpp)
+READER_FLAGS := -std=c++17 -O3 -fPIC -fvisibility=hidden -DMUWS_PUBLIC=
+
+.PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
 	@echo "make docs    build the documentation into site/"
-	@echo "make attack  damage files in 110,000 ways and sources in 8,000, and kill a writing process 200 times (12 minutes)"
+	@echo "make lib     build the reader in C, build/libmuws.so and build/muws.h; it needs a C++ compiler alone (1 minute)"
+	@echo "make attack  damage files in 1,110,000 ways and sources in 8,000, and kill a writing process 200 times (30 minutes)"
 	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, OpenVINO and ONNX Runtime, and ADMM against one-shot (2 hours)"
 	@echo "make bench-size  accuracy at 10, 20, 50 and 100 times smaller, against the dense network's lossy file (2 hours)"
@@ -25,7 +32,7 @@ help:
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
-	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder (2 minutes)"
+	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C (2 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
 	@echo "make bench-peers  accuracy per byte against quantisation, Deep Compression, NNC and eight pruning tools (6 hours; it can be interrupted)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
@@ -53,6 +60,20 @@ check: $(READY)
 	$(ENV) .ci/package $(CURDIR)/$(BIN)/python
 	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python
 	tests/artifact/sanitize.sh
+	tests/artifact/fuzz_reader.sh
+
+lib: build/libmuws.so build/muws.h
+
+build/libmuws.so: $(READER) $(wildcard $(CODER)/*.h $(CODER)/reader/*.h)
+	@mkdir -p build
+	$(CXX) $(READER_FLAGS) -shared $(READER) -o $@
+
+build/bench_reader: examples/benchmarks/reader.c build/libmuws.so build/muws.h
+	$(CC) -std=c99 -O2 $< -Ibuild -Lbuild -lmuws -Wl,-rpath,$(CURDIR)/build -o $@
+
+build/muws.h: $(CODER)/reader/muws.h
+	@mkdir -p build
+	cp $< $@
 
 docs: $(READY)
 	$(MKDOCS) build --quiet --strict
@@ -63,6 +84,7 @@ attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_streams 100000
 	$(ENV) $(BIN)/python -m tests.support.fuzz_sources 2000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
+	tests/artifact/fuzz_reader.sh 1000000
 
 memory: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.peak_memory 384
@@ -102,6 +124,7 @@ bench-compress: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 bench-coder: $(READY)
+	@$(MAKE) --silent build/bench_reader || echo "no C compiler: the reader in C is not timed"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/coder.py $(ARGS)
 
 bench-large: $(READY)

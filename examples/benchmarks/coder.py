@@ -1,4 +1,4 @@
-"""Speed of saving and loading `.muws` files: the native coder against numpy. Run: make bench-coder.
+"""Speed of saving and loading `.muws` files: the native coder, numpy, and the reader in C. Run: make bench-coder.
 
 Weights are random, which is the worst case: the bytes of their mantissas do not compress. MB are of float32.
 """
@@ -6,6 +6,7 @@ Weights are random, which is the worst case: the bytes of their mantissas do not
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lightning_muws import MicroStructure, load_compressed, save_compressed
 from lightning_muws.artifact import native
 
 ROUNDS = 5
+READER = Path(__file__).parents[2] / "build" / "bench_reader"
 
 
 def networks(layers: int) -> dict[str, dict[str, Tensor]]:
@@ -43,6 +45,12 @@ def at(level: str, task: Callable[[], object]) -> Callable[[], object]:
         return task()
 
     return run
+
+
+def read_in_c(path: Path) -> list[float]:
+    """Return the seconds of each round in which the reader in C decodes a file to float32; it makes no tensors."""
+    done = subprocess.run([READER, path, str(ROUNDS)], check=True, capture_output=True, text=True)  # noqa: S603  our own
+    return list(map(float, done.stdout.split()))
 
 
 def shown(n_bytes: int, times: list[float]) -> str:
@@ -68,6 +76,8 @@ def main(layers: int = 4) -> None:
                 label = {"none": "numpy"}.get(level, level)
                 cells = shown(n_bytes, written[level]), shown(n_bytes, read[level])
                 table.add_row(name, f"{n_bytes / 1e6:.0f}", label, *cells)
+            if READER.exists():
+                table.add_row(name, f"{n_bytes / 1e6:.0f}", "reader in C", "", shown(n_bytes, read_in_c(path)))
     console.print(table)
 
 

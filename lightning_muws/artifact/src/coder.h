@@ -7,7 +7,9 @@
 #error "the native coder is for little-endian machines; elsewhere the package uses numpy"
 #endif
 
+#ifndef MUWS_PUBLIC  // empty in libmuws, which has these functions for itself
 #define MUWS_PUBLIC __attribute__((visibility("default")))
+#endif
 #define MUWS_CODER_VERSION 1  // changes with any function below: Python ignores a library of another version
 
 extern "C" {

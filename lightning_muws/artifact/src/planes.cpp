@@ -1,4 +1,6 @@
 // Values <-> planes of bytes: each pattern is turned left by one bit, see docs/format.md.
+#include <string.h>
+
 #include "coder.h"
 
 namespace {
@@ -17,15 +19,21 @@ void split(const T *values, int64_t n, uint8_t *planes, int64_t stride) {
   }
 }
 
+// Value i of the planes, not turned back. All planes at once: compilers interleave them in registers.
+template <typename T>
+T value(const uint8_t *const *planes, int64_t i) {
+  T found = planes[0][i];
+  for (size_t k = 1; k < sizeof(T); k++) found |= T(T(planes[k][i]) << 8 * k);
+  return found;
+}
+
 template <typename T>
 void join(const uint8_t *const *planes, int64_t n, T *values) {
-  constexpr int width = sizeof(T);
-  for (int64_t start = 0; start < n; start += AT_A_TIME, values += AT_A_TIME) {
-    const int64_t some = n - start < AT_A_TIME ? n - start : AT_A_TIME;
-    for (int64_t i = 0; i < some; i++) values[i] = planes[0][start + i];
-    for (int k = 1; k < width; k++)
-      for (int64_t i = 0; i < some; i++) values[i] |= T(T(planes[k][start + i]) << 8 * k);
-    for (int64_t i = 0; i < some; i++) values[i] = T(values[i] >> 1 | values[i] << (8 * width - 1));
+  const uint8_t *own[sizeof(T)];  // in the caller's list they might change with the values, for all that a compiler knows
+  memcpy(own, planes, sizeof own);
+  for (int64_t i = 0; i < n; i++) {
+    const T turned = value<T>(own, i);
+    values[i] = T(turned >> 1 | turned << (8 * sizeof(T) - 1));
   }
 }
 

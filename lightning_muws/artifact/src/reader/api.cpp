@@ -1,0 +1,119 @@
+// The C interface: every refusal becomes a code and a message here, and nothing is thrown.
+#include <algorithm>
+#include <exception>
+#include <new>
+
+#include "file.h"
+#include "values.h"
+
+struct MuwsFile {
+  muws::File file;
+  template <typename From>
+  MuwsFile(From from, uint64_t max_bytes) : file(from, max_bytes) {}
+};
+
+namespace {
+
+int32_t say(MuwsError *error, int32_t code, const char *before, const char *message) {
+  if (error) {
+    error->code = code;
+    snprintf(error->message, sizeof error->message, "%.120s%.380s", before, message);
+  }
+  return code;
+}
+
+// Runs what it is given; `before` is called for what comes before a message.
+template <typename Do, typename Before>
+int32_t guarded(MuwsError *error, Do what, Before before) {
+  try {
+    what();
+    return say(error, MUWS_OK, "", "");
+  } catch (const muws::Refusal &refusal) {
+    return say(error, refusal.code, before(), refusal.text);
+  } catch (const std::bad_alloc &) {
+    return say(error, MUWS_NO_MEMORY, before(), "this machine has no more memory");
+  } catch (const std::exception &unexpected) {  // such as a list that is too long
+    return say(error, MUWS_REFUSED, before(), unexpected.what());
+  }
+}
+
+template <typename From>
+MuwsFile *opened(From from, uint64_t max_bytes, MuwsError *error) {
+  MuwsFile *found = nullptr;
+  guarded(error, [&] { found = new MuwsFile(from, max_bytes); }, [] { return ""; });
+  return found;
+}
+
+}  // namespace
+
+int32_t muws_abi(void) { return MUWS_ABI; }
+
+MuwsFile *muws_open(const char *path, uint64_t max_bytes, MuwsError *error) {
+  if (!path) return say(error, MUWS_ARGUMENT, "", "a path is needed, not NULL"), nullptr;
+  return opened(path, max_bytes, error);
+}
+
+MuwsFile *muws_open_memory(const void *bytes, uint64_t n_bytes, uint64_t max_bytes, MuwsError *error) {
+  if (!bytes && n_bytes) return say(error, MUWS_ARGUMENT, "", "the bytes of a file are needed, not NULL"), nullptr;
+  return opened(muws::Span{static_cast<const uint8_t *>(bytes), n_bytes}, max_bytes, error);
+}
+
+void muws_close(MuwsFile *file) { delete file; }
+
+const char *muws_format_version(const MuwsFile *file) { return file->file.version; }
+
+const char *muws_extra(const MuwsFile *file, uint64_t *n_bytes) {
+  if (n_bytes) *n_bytes = file->file.manifest.extra.size();
+  return file->file.manifest.extra.c_str();
+}
+
+uint64_t muws_n_tensors(const MuwsFile *file) { return file->file.manifest.entries.size(); }
+
+int32_t muws_tensor(const MuwsFile *file, uint64_t index, MuwsTensor *tensor, MuwsError *error) {
+  const muws::Manifest &manifest = file->file.manifest;
+  return guarded(error, [&] {
+    if (index >= manifest.entries.size())
+      muws::refuse_as(MUWS_ARGUMENT, "there is no tensor %llu, the file has %zu", (unsigned long long)index, manifest.entries.size());
+    const muws::Entry &given = manifest.entries[index];
+    const muws::Entry &entry = given.same_as < 0 ? given : manifest.entries[size_t(given.same_as)];
+    *tensor = {manifest.name(given), given.name_bytes, name_of(entry.dtype), name_of(entry.stored), manifest.sizes.data() + given.axes,
+               given.n_axes, given.numel, given.n_bytes, {entry.block[0], entry.block[1]},
+               {entry.kinds[0], entry.kinds[1], entry.kinds[2]}, entry.error, given.same_as, given.is_copy};
+  }, [] { return ""; });
+}
+
+int64_t muws_find(const MuwsFile *file, const char *name) {
+  const muws::Manifest &manifest = file->file.manifest;
+  const size_t n = name ? strlen(name) : 0;
+  const auto is_before = [&](uint32_t at, const char *other) { return manifest.compare(manifest.entries[at], other, n) < 0; };
+  const auto found = std::lower_bound(manifest.by_name.begin(), manifest.by_name.end(), name ? name : "", is_before);
+  return name && found != manifest.by_name.end() && !manifest.compare(manifest.entries[*found], name, n) ? int64_t(*found) : -1;
+}
+
+int32_t muws_decode(MuwsFile *file, uint64_t index, int32_t as, void *out, uint64_t out_bytes, MuwsError *error) {
+  const muws::Manifest &manifest = file->file.manifest;
+  char before[124] = "";
+  return guarded(error, [&] {
+    if (index >= manifest.entries.size())
+      muws::refuse_as(MUWS_ARGUMENT, "there is no tensor %llu, the file has %zu", (unsigned long long)index, manifest.entries.size());
+    const muws::Entry &entry = manifest.entries[index];
+    snprintf(before, sizeof before, "tensor '%s': ", manifest.shown(entry).text);
+    if (as != MUWS_OWN && as != MUWS_FLOAT32) muws::refuse_as(MUWS_ARGUMENT, "%d is no way to decode: give MUWS_OWN or MUWS_FLOAT32", as);
+    const bool is_float32 = as == MUWS_FLOAT32;
+    if (is_float32 && !muws::has_float32(entry.dtype))
+      muws::refuse_as(MUWS_ARGUMENT, "it is %s, which cannot become float32: give MUWS_OWN", name_of(entry.dtype));
+    const uint64_t size = is_float32 ? 4 : width_of(entry.dtype), needed = entry.numel * size;
+    if (out_bytes != needed)
+      muws::refuse_as(MUWS_ARGUMENT, "it takes %llu bytes, %llu were given", (unsigned long long)needed, (unsigned long long)out_bytes);
+    if (!needed) return;
+    if (!out || uintptr_t(out) % std::min<uint64_t>(size, 8))
+      muws::refuse_as(MUWS_ARGUMENT, "memory is needed that lies at a multiple of its element, as that of malloc does");
+    file->file.decode(index, is_float32, static_cast<uint8_t *>(out));
+  }, [&] { return before; });
+}
+
+int32_t muws_verify(MuwsFile *file, MuwsError *error) {
+  return guarded(error, [&] { file->file.verify(); }, [] { return ""; });
+}
+
+uint64_t muws_peak_bytes(const MuwsFile *file) { return file->file.budget.peak; }

@@ -1,0 +1,159 @@
+"""Drives the reader in C (lightning_muws/artifact/src/reader) through ctypes; `make lib` builds it, once per change."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "lightning_muws" / "artifact" / "src" / "reader" / "muws.h"
+MAX_BYTES = 1 << 30
+OK, REFUSED, TOO_LARGE, NO_FILE, NO_MEMORY, ARGUMENT = range(6)
+OWN, FLOAT32 = range(2)
+
+
+class Error(ctypes.Structure):
+    _fields_: ClassVar = [("code", ctypes.c_int32), ("message", ctypes.c_char * 508)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("name", ctypes.c_void_p),
+        ("name_bytes", ctypes.c_uint64),
+        ("dtype", ctypes.c_char_p),
+        ("stored", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_uint64)),
+        ("n_axes", ctypes.c_uint64),
+        ("numel", ctypes.c_uint64),
+        ("n_bytes", ctypes.c_uint64),
+        ("block", ctypes.c_uint64 * 2),
+        ("kinds", ctypes.c_uint64 * 3),
+        ("error", ctypes.c_double),
+        ("same_as", ctypes.c_int64),
+        ("is_copy", ctypes.c_int32),
+    ]
+
+
+class ReaderError(Exception):
+    """What the library says: its code and its message."""
+
+    def __init__(self, error: Error) -> None:
+        self.code, message = error.code, error.message.decode("utf-8", "surrogatepass")
+        super().__init__(message)
+
+
+@functools.cache
+def build() -> Path:
+    """Return the library, built if it is older than its source."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("make") is None:
+        pytest.skip("no C++ compiler or no make: the reader in C is not built")
+    subprocess.run(["make", "--silent", "lib"], cwd=ROOT, check=True, capture_output=True)  # noqa: S607  our own Makefile
+    return ROOT / "build" / "libmuws.so"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the library with its types declared."""
+    found = ctypes.CDLL(str(build()))
+    pointer, number, error = ctypes.c_void_p, ctypes.c_uint64, ctypes.POINTER(Error)
+    for name, arguments, result in (
+        ("muws_abi", [], ctypes.c_int32),
+        ("muws_open", [ctypes.c_char_p, number, error], pointer),
+        ("muws_open_memory", [ctypes.c_char_p, number, number, error], pointer),
+        ("muws_close", [pointer], None),
+        ("muws_format_version", [pointer], ctypes.c_char_p),
+        ("muws_extra", [pointer, ctypes.POINTER(number)], pointer),
+        ("muws_n_tensors", [pointer], number),
+        ("muws_tensor", [pointer, number, ctypes.POINTER(Tensor), error], ctypes.c_int32),
+        ("muws_find", [pointer, ctypes.c_char_p], ctypes.c_int64),
+        ("muws_decode", [pointer, number, ctypes.c_int32, pointer, number, error], ctypes.c_int32),
+        ("muws_verify", [pointer, error], ctypes.c_int32),
+        ("muws_peak_bytes", [pointer], number),
+    ):
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, result
+    return found
+
+
+class Reader:
+    """An open file: the C functions, with exceptions in the place of codes."""
+
+    def __init__(self, source: Path | bytes, max_bytes: int = MAX_BYTES) -> None:
+        error, self._kept = Error(), source
+        if isinstance(source, bytes):
+            self._file = library().muws_open_memory(source, len(source), max_bytes, error)
+        else:
+            self._file = library().muws_open(os.fsencode(source), max_bytes, error)
+        if not self._file:
+            raise ReaderError(error)
+
+    def close(self) -> None:
+        library().muws_close(self._file)
+        self._file = None
+
+    @property
+    def version(self) -> str:
+        return library().muws_format_version(self._file).decode()
+
+    @property
+    def extra(self) -> bytes:
+        n = ctypes.c_uint64()
+        return ctypes.string_at(library().muws_extra(self._file, n), n.value)
+
+    @property
+    def peak_bytes(self) -> int:
+        return library().muws_peak_bytes(self._file)
+
+    def __len__(self) -> int:
+        return library().muws_n_tensors(self._file)
+
+    def tensor(self, index: int) -> Tensor:
+        found, error = Tensor(), Error()
+        if library().muws_tensor(self._file, index, found, error):
+            raise ReaderError(error)
+        return found
+
+    def name(self, index: int) -> str:
+        found = self.tensor(index)
+        return ctypes.string_at(found.name, found.name_bytes).decode("utf-8", "surrogatepass")
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        found = self.tensor(index)
+        return tuple(found.shape[: found.n_axes])
+
+    def find(self, name: str) -> int:
+        return library().muws_find(self._file, name.encode("utf-8", "surrogatepass"))
+
+    def decode(self, index: int, how: int = OWN, n_bytes: int | None = None) -> bytes:
+        """Return the bytes of a tensor; ``n_bytes`` is the memory that is given, by default as much as is needed."""
+        found = self.tensor(index)
+        if n_bytes is None:
+            n_bytes = 4 * found.numel if how == FLOAT32 else found.n_bytes
+        out, error = np.empty(n_bytes // 8 + 1, np.uint64), Error()
+        if library().muws_decode(self._file, index, how, out.ctypes.data, n_bytes, error):
+            raise ReaderError(error)
+        return out.view(np.uint8)[:n_bytes].tobytes()
+
+    def verify(self) -> None:
+        error = Error()
+        if library().muws_verify(self._file, error):
+            raise ReaderError(error)
+
+
+@contextmanager
+def opened(source: Path | bytes, max_bytes: int = MAX_BYTES) -> Iterator[Reader]:
+    """Open a file, and close it."""
+    reader = Reader(source, max_bytes)
+    try:
+        yield reader
+    finally:
+        reader.close()
