@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread: on a busy machine two can be ten times slower.
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Processes that run tests side by side.
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
@@ -15,7 +14,7 @@ CODER := lightning_muws/artifact/src
 READER := $(wildcard $(CODER)/reader/*.cpp) $(addprefix $(CODER)/,rans.cpp planes.cpp blocks.cpp bytes.cpp)
 READER_FLAGS := -std=c++17 -O3 -fPIC -fvisibility=hidden -DMUWS_PUBLIC=
 
-.PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large sweep clean
+.PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-peers sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
