@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread: on a busy machine two can be ten times slower.
 ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Processes that run tests side by side.
 JOBS ?= 2
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
