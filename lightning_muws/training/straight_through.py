@@ -64,8 +64,13 @@ class StraightThrough(Choosing):
     @torch.no_grad()
     def _show(self, name: str, weight: Tensor, x: Tensor) -> None:
         """Write ``project(x)`` into a weight, and keep what is left of ``x``, in its memory."""
-        local(weight.detach()).copy_(local(self._project_(name, x.clone())))
-        local(x).sub_(local(weight.detach()))
+        shown = weight.detach()
+        if weight.dtype == x.dtype:  # in place: no other copy
+            local(shown).copy_(local(x))
+            self._project_(name, shown)
+        else:
+            local(shown).copy_(local(self._project_(name, x.clone())))
+        local(x).sub_(local(shown))
         self._left[name] = x
 
     @torch.no_grad()
@@ -87,10 +92,13 @@ class StraightThrough(Choosing):
                 "would overwrite the projected ones: take method='admm', or another optimizer"
             )
 
+    @torch.no_grad()
     def after_step(self, weights: Mapping[str, Tensor]) -> None:
         """Move what an optimizer's step added to these weights to their exact values, and project again, in place."""
         for name, weight in weights.items():
-            self._show(name, weight, self._exact(name, weight))
+            x = self._left[name]
+            local(x).add_(local(weight.detach()))
+            self._show(name, weight, x)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], due: int = 1) -> dict[str, Residuals]:
