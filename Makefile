@@ -84,6 +84,7 @@ attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_streams 100000
 	$(ENV) $(BIN)/python -m tests.support.fuzz_sources 2000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
+	$(ENV) MUWS_ATTACK=1 $(BIN)/python -m pytest -q tests/artifact/test_native_reader.py -k thousand
 	tests/artifact/fuzz_reader.sh 1000000
 
 memory: $(READY)

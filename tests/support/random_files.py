@@ -42,7 +42,9 @@ def other(r: random.Random, noise: torch.Generator) -> torch.Tensor:
 def filtered(r: random.Random, noise: torch.Generator) -> torch.Tensor:
     """Return a mask or indices, for which the writer uses filters."""
     n = r.randint(20, 120)
-    match r.randrange(4):
+    match r.randrange(5):
+        case 4:
+            return torch.ones(3 * n, 3 * n, dtype=torch.bool).tril().triu(-n // 3)
         case 0:
             return torch.ones(n, n, dtype=torch.bool).tril(r.randint(-5, 5))
         case 1:
