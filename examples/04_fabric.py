@@ -45,6 +45,7 @@ def main() -> None:
     teacher = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))  # it makes the labels
     model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
     forward, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters(), 1e-2))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)  # late steps change the file's size little
 
     budget, phases = Budget(compression=chosen.compression), Phases(interval="step")
     plan = make_plan(model, MicroStructure(block_shape=(4, 4)), open_ratios=True)
@@ -60,6 +61,7 @@ def main() -> None:
         run.before_step(optimizer)
         optimizer.step()
         run.after_step(optimizer)
+        schedule.step()
     run.finish()  # rounds again if the file has grown too large
     run.verify()  # raises if a weight is outside its structure, or not rounded
 

@@ -141,7 +141,7 @@ def loop_of_example(name, folder, after=""):
     """Run an example that has its own loop; return what it printed, the accuracy and the ratio of its file."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = [{name!r}, '--output', {str(folder)!r}, '--compression', '8']\n"
+        f"sys.argv = [{name!r}, '--output', {str(folder)!r}, '--compression', '10']\n"
         f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n{after}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
@@ -155,8 +155,8 @@ def test_the_plain_loop_compresses_for_a_size_without_lightning(tmp_path):
     after = "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
     printed, accuracy, ratio = loop_of_example("03_plain_torch.py", tmp_path, after)
     assert accuracy > 0.8
-    assert 8 <= ratio <= 8 * 1.05
-    assert (tmp_path / "plain.muws").stat().st_size <= 4 * (16 * 128 + 128 + 128 * 64 + 64 + 64 * 4 + 4) / 8
+    assert 10 <= ratio <= 10 * 1.05
+    assert (tmp_path / "plain.muws").stat().st_size <= 4 * (16 * 128 + 128 + 128 * 64 + 64 + 64 * 4 + 4) / 10
     assert "Residuals" in printed
 
 
@@ -164,7 +164,7 @@ def test_the_plain_loop_compresses_for_a_size_without_lightning(tmp_path):
 def test_the_loop_of_fabric_compresses_for_a_size(tmp_path):
     printed, accuracy, ratio = loop_of_example("04_fabric.py", tmp_path)
     assert accuracy > 0.8
-    assert 8 <= ratio <= 8 * 1.05
+    assert 10 <= ratio <= 10 * 1.05
     assert "Residuals" in printed
 
 
@@ -174,7 +174,7 @@ def test_the_trainer_of_transformers_compresses_for_a_size_without_lightning(tmp
     after = "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules), 'Lightning was imported'\n"
     printed, accuracy, ratio = loop_of_example("05_transformers.py", tmp_path, after)
     assert accuracy > 0.8
-    assert 8 <= ratio <= 8 * 1.05
+    assert 10 <= ratio <= 10 * 1.05
     assert "Residuals" in printed
     assert {path.name for path in (tmp_path / "checkpoints").glob("*/muws.pt")} == {"muws.pt"}
 
