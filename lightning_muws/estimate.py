@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.filesize import decimal
 from torch import nn
 
 from lightning_muws.errors import SettingError
@@ -64,11 +63,11 @@ class DryRun(Tabular):
         rows = [
             ("weights", f"{self.n_weights:,}"),
             ("covered weights", f"{self.n_covered:,} in {len(self.plan.covered):,} tensors"),
-            ("dense", decimal(self.dense_bytes)),
-            ("file, at most", f"{decimal(self.file_bytes)}, {self.compression_ratio:.3g} times smaller"),
-            ("beside training, method", decimal(self.memory["admm"])),
-            ("beside training, retraining", decimal(self.memory["retraining"])),
-            ("beside that, at an update", f"{decimal(self.memory['update'])} for {self.largest}"),
+            ("dense", _size(self.dense_bytes)),
+            ("file, at most", f"{_size(self.file_bytes)}, {self.compression_ratio:.3g} times smaller"),
+            ("beside training, method", _size(self.memory["admm"])),
+            ("beside training, retraining", _size(self.memory["retraining"])),
+            ("beside that, at an update", f"{_size(self.memory['update'])} for {self.largest}"),
         ]
         ranks = "one process" if self.n_ranks == 1 else f"each of {self.n_ranks} ranks with sharded weights"
         columns = [Column("what", room=28), Column("size", room=40)]
@@ -175,3 +174,12 @@ def _beside(entry: PlanEntry, item: int) -> tuple[float, float]:
     mask = n_blocks * numel // rows * item if pruned else 0
     kept = mask if mask + beside <= MEMORY_RATIO * n_blocks * numel * item else 0
     return admm, beside + kept
+
+
+def _size(n_bytes: float) -> str:
+    """Return bytes in the unit that people read; not with rich, which may be missing."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:,.0f} {unit}" if unit == "bytes" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    raise AssertionError
