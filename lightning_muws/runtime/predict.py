@@ -17,12 +17,13 @@ from torch import nn
 from lightning_muws.errors import SettingError
 from lightning_muws.runtime.accelerate import NETWORK_TIMING, Acceleration, Settings
 from lightning_muws.runtime.kernels import KERNELS
-from lightning_muws.runtime.kernels.base import Layer
+from lightning_muws.runtime.kernels.base import Kernel, Layer
 from lightning_muws.runtime.measure.layer import describe, left_alone
 from lightning_muws.runtime.measure.network import Form, dense_forms, fast_forms
 from lightning_muws.runtime.measure.shares import Bench, Measured
 from lightning_muws.runtime.rewrite.observe import Example, Root, inference, replace_module
 from lightning_muws.runtime.timing import gain, race
+from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
@@ -125,7 +126,8 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
     sums, gains = [], []
     for structures in _picked(work, bench, names, alone):
         # each against the dense form alone, as accelerate does: more networks would share the caches
-        fast = fast_forms(_built(work, bench, names, structures), work.example)
+        root, steps = _built(work, bench, names, structures)
+        fast = fast_forms(root, work.example, steps)
         raced = race(_tasks({best: forms[best], **fast}), work.clock, WHOLE_TIMING, keep=[best])
         times[best] = raced[best]
         sums.append(NetworkTimes(1.0, 0.0, alone).seconds(structures))
@@ -156,23 +158,37 @@ def _picked(
 
 def _built(
     work: Acceleration, bench: Bench, names: Mapping[Layer, str], structures: Mapping[str, MicroStructure]
-) -> Root:
-    """Return a copy of the network with these structures, each layer in the form that ``accelerate`` picks for it."""
-    root = copy.deepcopy(work.root)
+) -> tuple[Root, dict[str, Kernel]]:
+    """Return a copy of the network with these structures, as ``accelerate`` builds it.
+
+    The first has each layer in the form that ``accelerate`` picks for it. The second has, by name, the kernels of a
+    chain for the layers that are in another form.
+    """
+    root, steps = copy.deepcopy(work.root), {}
     twins = dict(zip(work.root.modules(), root.modules(), strict=True))
+    paths = {module: path for path, module in work.root.named_modules()}
     for layer in _measurable(work):
-        found, module = bench.measure(layer), None
+        found, structure, grid = bench.measure(layer), None, BlockGrid()
+        seconds = found.dense
         if (name := names.get(layer)) is not None:
             entry, chosen = bench.entries[layer], structures.get(name)
-            if chosen is None and found.fixed < found.dense:
-                module = bench.kernel(layer, entry.structure, entry.grid)
-            elif chosen is not None and LayerTimes(found.fixed, found.curves).at(chosen) < found.dense:
-                module = bench.kernel(layer, chosen, replace(entry.grid, block_shape=chosen.grid.block_shape))
-        if module is None and found.form != "dense":
+            if chosen is None and not entry.is_open:
+                structure, grid, seconds = entry.structure, entry.grid, found.fixed
+            elif chosen is not None and not chosen.is_open:
+                structure, grid = chosen, replace(entry.grid, block_shape=chosen.grid.block_shape)
+                seconds = LayerTimes(found.fixed, found.curves).at(chosen)
+        module: nn.Module | None = None
+        if structure is not None and seconds < found.dense:
+            module = bench.kernel(layer, structure, grid)
+        elif found.form != "dense":
             module = KERNELS[found.form](layer, (1, 1), work.calls[layer].inputs[0])
         if module is not None:
             replace_module(root, twins[layer], module)
-    return root
+        if not (isinstance(module, Kernel) and module.step(1) is not None):
+            step = bench.step(layer, structure, grid)
+            if step is not None:
+                steps[paths[layer]] = step
+    return root, steps
 
 
 def _scaled(curve: Curve, scale: float) -> Curve:

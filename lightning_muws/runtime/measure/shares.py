@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_muws.runtime.kernels import DENSE, KERNELS, ROUNDED
-from lightning_muws.runtime.kernels.base import Layer
+from lightning_muws.runtime.kernels.base import Kernel, Layer
 from lightning_muws.runtime.kernels.native import is_native
 from lightning_muws.runtime.measure.layer import between, pick
 from lightning_muws.runtime.rewrite.observe import FAILURES, Calls
@@ -117,18 +117,32 @@ class Bench:
         ]
         return [(g, u) for g, u in grids if g.fits(entry.shape) and 0 not in g.counts(entry.shape)]
 
-    def kernel(self, layer: Layer, structure: Structure, grid: BlockGrid) -> nn.Module | None:
+    def kernel(self, layer: Layer, structure: Structure, grid: BlockGrid) -> Kernel | None:
         """Return the fastest kernel for a layer with random weights inside a structure; None if there is none."""
+        return self._fastest(layer, self._build(layer, structure, grid))
+
+    def step(self, layer: Layer, structure: Structure | None, grid: BlockGrid) -> Kernel | None:
+        """Return the fastest kernel that can be a step of a native program; None if there is none.
+
+        Args:
+            layer: A layer.
+            structure: That its random weights are inside of; None for a layer as it is.
+            grid: The blocks that a kernel takes.
+        """
         built = self._build(layer, structure, grid)
+        return self._fastest(layer, {n: k for n, k in built.items() if k.step(1) is not None})
+
+    def _fastest(self, layer: Layer, built: Mapping[str, Kernel]) -> Kernel | None:
         if len(built) < 2:
             return next(iter(built.values()), None)
         times = race({name: self._task(layer, module) for name, module in built.items()}, self.clock, KERNEL)
         return built[min(built, key=lambda name: median(times[name]))]
 
-    def _build(self, layer: Layer, structure: Structure, grid: BlockGrid) -> dict[str, nn.Module]:
+    def _build(self, layer: Layer, structure: Structure | None, grid: BlockGrid) -> dict[str, Kernel]:
         """Return all kernels that apply to a layer with random weights inside a structure, by name."""
-        x, random = self.calls[layer].inputs[0], with_random_weights(layer, structure, grid)
-        built: dict[str, nn.Module] = {}
+        x = self.calls[layer].inputs[0]
+        random = layer if structure is None else with_random_weights(layer, structure, grid)
+        built: dict[str, Kernel] = {}
         for name, build in KERNELS.items():
             if name in DENSE or name in ROUNDED:
                 continue
