@@ -2,7 +2,7 @@
 
 The times of layers that are measured alone do not sum to the time of a network, whose layers find other things in the
 caches and pass each other's outputs on. So whole networks with random weights are timed too, and the times of the
-layers are scaled to fit.
+layers are scaled to fit, and what is left is read between the networks that were timed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ from lightning_muws.structure.grid import BlockGrid
 from lightning_muws.structure.layer import Bounds
 from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
-from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes, hull, time_choices, walk
+from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes, falling, hull, time_choices, walk
 
-PARTS = (0.3, 0.5, 0.75)  # of the way from the slowest to the fastest choices: there whole networks are timed
+PARTS = (
+    0.15,
+    0.3,
+    0.45,
+    0.6,
+    0.8,
+)  # of the way from the slowest to the fastest choices: there whole networks are timed
 WHOLE_TIMING = replace(NETWORK_TIMING, rounds=45)  # longer than a burst of the machine's other work
 SCALES = (0.5, 2.0)  # limits of what whole networks may do to the times of layers
 
@@ -131,14 +137,30 @@ def _whole(work: Acceleration, bench: Bench, names: Mapping[Layer, str]) -> Netw
         raced = race(_tasks({best: forms[best], **fast}), work.clock, WHOLE_TIMING, keep=[best])
         times[best] = raced[best]
         sums.append(NetworkTimes(1.0, 0.0, alone).seconds(structures))
-        gains.append(max(gain(raced[best], raced[form]) for form in fast))
+        gains.append(gain(raced[best], raced[min(fast, key=lambda form: median(raced[form]))]))
     dense = median(times[best])
-    rest, scale = fit(sums, [dense / gained for gained in gains])
+    totals = [dense / gained for gained in gains]
+    rest, scale = fit(sums, totals)
     layers = {
         name: LayerTimes(scale * layer.seconds, tuple(_scaled(curve, scale) for curve in layer.curves))
         for name, layer in alone.items()
     }
-    return NetworkTimes(dense, rest, layers)
+    return NetworkTimes(dense, rest, layers, timed(sums, totals, rest, scale))
+
+
+def timed(sums: Sequence[float], totals: Sequence[float], rest: float, scale: float) -> tuple[tuple[float, float], ...]:
+    """Return the networks' ``rest + scale * sum`` and their totals; more never takes less, nor equal sums other times.
+
+    Example:
+        >>> timed([3.0, 2.0, 1.0, 1.0], [4.0, 2.0, 2.5, 3.5], rest=0.5, scale=1.0)
+        ((1.5, 2.5), (2.5, 2.5), (3.5, 4.0))
+    """
+    at: dict[float, list[float]] = {}
+    for one, total in zip(sums, totals, strict=True):
+        at.setdefault(rest + scale * one, []).append(total)
+    slowest_first = sorted(at, reverse=True)
+    seconds = falling([fmean(at[point]) for point in slowest_first])
+    return tuple(zip(slowest_first, seconds, strict=True))[::-1]
 
 
 def _picked(

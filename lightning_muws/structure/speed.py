@@ -109,15 +109,40 @@ class NetworkTimes:
         dense: Seconds of the best dense form of the network.
         rest: Seconds of its accelerated form outside of the layers below.
         layers: The times of each weight, by its name.
+        timed: For each whole network that was timed, what ``rest`` and ``layers`` sum to, and the seconds it took;
+            both rise. Other sums are read between them.
+
+    Raises:
+        SettingError: ``timed`` does not rise, or has a time that is not positive.
     """
 
     dense: float
     rest: float
     layers: Mapping[str, LayerTimes]
+    timed: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        rises = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(self.timed))
+        if not rises or not all(0 < value < math.inf for pair in self.timed for value in pair):
+            raise SettingError(f"timed={self.timed!r} is not allowed: give positive seconds that rise")
 
     def seconds(self, structures: Mapping[str, MicroStructure]) -> float:
         """Return the predicted seconds of the accelerated network with the structures that were chosen, by name."""
-        return self.rest + math.fsum(layer.at(structures.get(name)) for name, layer in self.layers.items())
+        return self.whole(self.rest + math.fsum(layer.at(structures.get(name)) for name, layer in self.layers.items()))
+
+    def whole(self, total: float) -> float:
+        """Return the seconds of a network whose parts sum to a total: linear between the networks that were timed.
+
+        Example:
+            >>> times = NetworkTimes(9.0, 1.0, {}, timed=((2.0, 3.0), (4.0, 4.0)))
+            >>> times.whole(1.0), times.whole(3.0), times.whole(8.0)
+            (1.5, 3.5, 8.0)
+        """
+        return _between(total, [(0.0, 0.0), *self.timed]) if self.timed else total
+
+    def total(self, seconds: float) -> float:
+        """Return the sum of the parts of a network that takes so many seconds: the inverse of :meth:`whole`."""
+        return _between(seconds, [(0.0, 0.0), *((y, x) for x, y in self.timed)]) if self.timed else seconds
 
     def speedup(self, structures: Mapping[str, MicroStructure]) -> float:
         """Return the seconds of the best dense form over :meth:`seconds`."""
@@ -192,12 +217,12 @@ def allocate_time(
     fixed = times.rest + sum(layer.seconds for name, layer in times.layers.items() if name not in choices)
     hulls = {name: hull(found) for name, found in choices.items()}
     slowest, fastest = (fixed + sum(corners[i].seconds for corners in hulls.values()) for i in (0, -1))
-    reachable = times.dense / slowest, times.dense / fastest
-    allowed = times.dense / speedup
+    reachable = times.dense / times.whole(slowest), times.dense / times.whole(fastest)
+    allowed = times.total(times.dense / speedup)
     if fastest > allowed:
         raise _unreachable(speedup, reachable)
     multiplier, picked = walk(choices, hulls, allowed - fixed)
-    seconds = fixed + sum(choice.seconds for choice in picked.values())
+    seconds = times.whole(fixed + sum(choice.seconds for choice in picked.values()))
     return TimeAllocation(
         multiplier=multiplier,
         seconds=seconds,
@@ -289,6 +314,15 @@ def _is_above(before: Choice, middle: Choice, after: Choice) -> bool:
     """Return whether the middle choice is on or above the line between the other two."""
     saved, lost = before.seconds - middle.seconds, middle.distance - before.distance
     return lost * (before.seconds - after.seconds) >= (after.distance - before.distance) * saved
+
+
+def _between(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return the piecewise linear function through points that rise, the first at 0; beyond the last it is ``~ x``."""
+    for (a, b), (c, d) in pairwise(points):
+        if x <= c:
+            return b + (x - a) / (c - a) * (d - b)
+    c, d = points[-1]
+    return x * d / c
 
 
 def falling(values: Sequence[float]) -> list[float]:

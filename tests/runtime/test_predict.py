@@ -259,6 +259,24 @@ def test_the_rest_and_the_scale_are_the_nearest_line(sums, totals, expected):
     assert fit(sums, totals) == pytest.approx(expected)
 
 
+@NEEDS_NATIVE
+def test_whole_networks_are_also_timed_with_the_kernels_of_a_chain_where_another_one_wins_alone(monkeypatch):
+    forms = []
+    fake(monkeypatch, 3)
+    of_networks = predict.race
+
+    def recorded(tasks, *args, **kwargs):
+        forms.append(set(tasks))
+        return of_networks(tasks, *args, **kwargs)
+
+    monkeypatch.setattr(predict, "race", recorded)
+    monkeypatch.setattr(shares, "SHARES", (0.05, 0.5))  # at .05 no kernel wins, so the layer stays dense
+    monkeypatch.setattr(predict, "PARTS", (0.0, 1.0))
+    times_of(mlp(32, 32, 32, 32), torch.ones(5, 32))
+    assert "fast_native" in forms[1]
+    assert "fast_native" not in forms[2]
+
+
 @pytest.mark.slow
 def test_real_clocks_time_layers_of_all_types(monkeypatch):
     class Mixed(nn.Module):

@@ -65,6 +65,32 @@ def test_unified_blocks_are_chosen_where_they_are_faster_and_nearer():
     assert found.distance == pytest.approx(float((projected - weight).square().sum() / weight.square().sum()))
 
 
+def test_the_whole_network_is_read_between_the_networks_that_were_timed():
+    weight = torch.tensor([[1.0], [2.0], [3.0], [4.0]]).repeat_interleave(2, 0)
+    layers = {"w": LayerTimes(4.0, (curve((2, 1)),))}  # sums of 5 dense, and 5 to 2 by the share of blocks
+    times = NetworkTimes(5.0, 1.0, layers, timed=((3.0, 1.5), (4.0, 3.5)))
+    assert [times.whole(x) for x in (1.5, 3.0, 3.5, 4.0, 8.0)] == [0.75, 1.5, 2.5, 3.5, 7.0]
+    found = allocate_time({"w": weight}, {"w": Bounds(BlockGrid((2, 1)))}, times, 2)  # in 2.5: a sum of 3.5
+    assert found.structures["w"].prune_ratio == 0.75
+    assert found.seconds == times.seconds(found.structures) == 1.5
+    assert found.reachable == (5 / 4.375, 5 / 1)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)), min_size=1, max_size=5), st.floats(0.001, 100))
+def test_a_total_that_takes_given_seconds_takes_them(steps, seconds):
+    sums, totals = (list(itertools.accumulate(column)) for column in zip(*steps, strict=True))
+    times = NetworkTimes(1.0, 0.0, {}, timed=tuple(zip(sums, totals, strict=True)))
+    assert times.whole(times.total(seconds)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "timed", [((1.0, 2.0), (1.0, 3.0)), ((1.0, 2.0), (2.0, 1.0)), ((0.0, 1.0),), ((1.0, math.inf),)]
+)
+def test_times_of_networks_that_do_not_rise_are_refused(timed):
+    with pytest.raises(SettingError, match="positive seconds that rise"):
+        NetworkTimes(1.0, 0.0, {}, timed=timed)
+
+
 # Laws on tables
 
 
