@@ -48,7 +48,7 @@ def layer_times(
 ) -> NetworkTimes:
     """Return what the layers of a network take on this machine, at the choices that a budget has for them.
 
-    Equal layers are measured once. A ResNet-18 takes about half a minute. The model is not changed: a copy runs in eval
+    Equal layers are measured once. A ResNet-18 takes about a minute. The model is not changed: a copy runs in eval
     mode, on the model's device, with as many threads as torch has.
 
     Args:
