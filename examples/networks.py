@@ -1,4 +1,4 @@
-"""The network of the examples: an ordinary LightningModule, without a line about compression."""
+"""The networks of the examples: ordinary modules, without a line about compression."""
 
 from __future__ import annotations
 
@@ -53,3 +53,24 @@ class ConvNet(L.LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FFDNet(nn.Module):
+    """FFDNet (Zhang, Zuo and Zhang 2018): twelve convolutions on the image at half its size, with a map of the noise.
+
+    Args:
+        width: Channels between the convolutions.
+        depth: Number of convolutions.
+    """
+
+    def __init__(self, width: int = 96, depth: int = 12) -> None:
+        super().__init__()
+        sizes = [13, *(depth - 1) * [width], 12]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(sizes):
+            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
+        self.model = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor, sigma: float) -> Tensor:
+        small = F.pixel_unshuffle(x, 2)
+        return F.pixel_shuffle(self.model(torch.cat([small, torch.full_like(small[:, :1], sigma)], 1)), 2)

@@ -15,13 +15,13 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from datasets import glosses
 from machine import console, say_machine
+from networks import FFDNet
 from pretrained import MINILM_TOKENIZER, content, photograph, weights
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,22 +33,6 @@ SIGMA = 25 / 255
 TESTED = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 CALIBRATED = ("motorcycle_left.png", "motorcycle_right.png", "ihc.png", "retina.jpg", "hubble_deep_field.jpg")
 HOWS = ("compress, calibrated", "compress", "nearest, equal bytes")
-
-
-class FFDNet(nn.Module):
-    """Twelve convolutions on the image at half its size, with a map of the noise."""
-
-    def __init__(self, width: int = 96, depth: int = 12) -> None:
-        super().__init__()
-        sizes = [13, *(depth - 1) * [width], 12]
-        layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(sizes):
-            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
-        self.model = nn.Sequential(*layers[:-1])
-
-    def forward(self, x: Tensor, sigma: float) -> Tensor:
-        small = F.pixel_unshuffle(x, 2)
-        return F.pixel_shuffle(self.model(torch.cat([small, torch.full_like(small[:, :1], sigma)], 1)), 2)
 
 
 def crops(names: tuple[str, ...], n: int, side: int, seed: int) -> tuple[Tensor, Tensor]:

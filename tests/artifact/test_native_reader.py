@@ -441,7 +441,7 @@ def test_the_header_is_c_and_cxx_and_its_structs_are_those_of_ctypes(compiler, f
 
 def test_the_example_lists_a_file_and_decodes_a_tensor(tmp_path):
     state = small_model(tmp_path / "m.muws")
-    source = (ROOT / "examples" / "06_deploy" / "decode.c").read_text(encoding="utf-8")
+    source = (ROOT / "examples" / "07_deploy" / "decode.c").read_text(encoding="utf-8")
     compiled(source, tmp_path, "-std=c99", "-Wall", "-Wextra", "-Werror", arguments=[tmp_path / "m.muws"])
 
     def run(*words: object) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Compress a transformer with the Trainer of Hugging Face, for a size. Run: python examples/05_transformers.py
+"""Compress a transformer with the Trainer of Hugging Face, for a size. Run: python examples/04_transformers.py
 
 The callback goes into the Trainer's list of callbacks; model, data and arguments stay as they are. The model is a small
 BERT from a configuration, and the task is synthetic, so nothing is downloaded: which of four groups of tokens occurs

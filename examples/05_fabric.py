@@ -1,8 +1,8 @@
-"""Compress a network in a training loop of plain PyTorch, without Lightning. Run: python examples/03_plain_torch.py
+"""Compress a network in a loop of Lightning Fabric, for a size. Run: python examples/05_fabric.py
 
-CompressionRun needs three calls in the loop: tick when a step begins, before_step when the gradients are complete, and
-after_step when the optimizer has stepped. Its budget chooses the kinds of all blocks for the size of the file; to set
-ratios yourself, leave the budget out and give them to MicroStructure.
+Fabric owns the devices, the precision and the backward pass. CompressionRun owns the structure: its three calls stand
+around the optimizer's step, as in plain PyTorch. Make the plan after setup, from the module that was set up: Fabric may
+have moved its parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,17 +35,19 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=Path("output"), help="folder of the file")
     options.add_argument("--compression", type=float, default=10.0, help="how many times smaller the file is")
+    options.add_argument("--precision", default="32-true", help="of Fabric, such as bf16-mixed")
     chosen = options.parse_args()
     chosen.output.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=chosen.precision)
+    fabric.launch()
+    fabric.seed_everything(0, verbose=False)
     teacher = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))  # it makes the labels
     model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    forward, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters(), 1e-2))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)  # late steps change the file's size little
 
-    budget = Budget(compression=chosen.compression)
-    phases = Phases(interval="step")  # the method starts and ends at its default shares of the steps
+    budget, phases = Budget(compression=chosen.compression), Phases(interval="step")
     plan = make_plan(model, MicroStructure(block_shape=(4, 4)), open_ratios=True)
     stepper = partial(choose_steps, model)  # lets retraining see the rounded values of the file
     run = CompressionRun(plan.weights(model), plan.covered, phases, budget=budget, module=model, stepper=stepper)
@@ -54,7 +57,7 @@ def main() -> None:
         inputs = torch.randn(BATCH_SIZE, 16)
         run.tick(step, timeline, [optimizer])
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), teacher(inputs).argmax(1)).backward()
+        fabric.backward(F.cross_entropy(forward(inputs), teacher(inputs).argmax(1)))
         run.before_step(optimizer)
         optimizer.step()
         run.after_step(optimizer)
@@ -64,7 +67,7 @@ def main() -> None:
 
     plan = plan.updated(run.planned)
     make_report(model, plan, run.supports, run.constraint.primal, run.history).print()
-    file = chosen.output / "plain.muws"
+    file = chosen.output / "fabric.muws"
     grids = {name: entry.grid for name, entry in plan.covered.items()}
     saved = save_compressed(model, file, blocks=grids, compression=chosen.compression)
 
