@@ -1,7 +1,7 @@
 /* Lists the tensors of a `.muws` file and decodes one to float32, without Python. In a clone:
  *
  *     make lib
- *     cc examples/06_deploy/decode.c -Ibuild -Lbuild -lmuws -Wl,-rpath,$PWD/build -o decode
+ *     cc examples/07_deploy/decode.c -Ibuild -Lbuild -lmuws -Wl,-rpath,$PWD/build -o decode
  *     ./decode model.muws            # lists it and checks every checksum
  *     ./decode model.muws fc.weight  # prints the first values and the sum of one tensor
  */
