@@ -135,6 +135,10 @@ def main() -> None:
                 model, grids = structured(start, data, chosen.epochs, compression, weighting)
                 row = stored(model, data, compression, grids)
                 found.setdefault((compression, f"budget, {weighting}"), []).append((*row, times_smaller(row, rivals)))
+                console.print(
+                    f"seed {seed}, dense {100 * dense[-1]:.2f}; {weighting}, asked for {compression:g}: "
+                    f"{100 * row[1]:.2f} in a file {row[0]:.1f} times smaller"
+                )
 
     table = Table(title=f"Test accuracy over {chosen.seeds} seeds, mean +- standard deviation (each run)")
     for header in ("requested", "how", "file ratio", "accuracy", "lost", "times smaller at equal accuracy"):

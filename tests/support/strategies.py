@@ -113,7 +113,7 @@ def grids(draw: st.DrawFn, weight: torch.Tensor, block_shape: tuple[int, int]) -
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors hold the same bits, so that 0.0 and -0.0 differ."""
-    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return (
         a.shape == b.shape
         and a.dtype == b.dtype
