@@ -64,7 +64,9 @@ class BuildNative(build_ext):
                 continue
             macros.append((f"MUWS_HAVE_{name.upper()}", "1"))
         objects += self._compile([str(SOURCE / "api.cpp")], "dispatch", FLAGS, macros)
-        return objects + self._compile([str(SOURCE / "threads.cpp")], "dispatch", FLAGS, [])
+        return objects + self._compile(
+            [str(SOURCE / name) for name in ("onnx.cpp", "threads.cpp")], "dispatch", FLAGS, []
+        )
 
     def _compile(self, sources: list[str], name: str, flags: list[str], macros: list[tuple[str, str]]) -> list[str]:
         directory = str(Path(self.build_temp) / name)
@@ -81,7 +83,7 @@ class AnyPython(bdist_wheel):
 
 kernels = Extension(
     "lightning_muws.runtime.native.kernels",
-    sources=[str(SOURCE / name) for name in ("api.cpp", "level.cpp", "threads.cpp")],
+    sources=[str(SOURCE / name) for name in ("api.cpp", "level.cpp", "onnx.cpp", "threads.cpp")],
     depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
     optional=True,
 )

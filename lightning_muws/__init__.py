@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.estimate import dry_run
     from lightning_muws.runtime.accelerate import accelerate
+    from lightning_muws.runtime.onnx.export import export_onnx
+    from lightning_muws.runtime.onnx.library import onnx_library
     from lightning_muws.runtime.predict import layer_times
     from lightning_muws.sizes import export
     from lightning_muws.structure.micro import MicroStructure
@@ -64,9 +66,11 @@ __all__ = [
     "compress",
     "dry_run",
     "export",
+    "export_onnx",
     "inspect_compressed",
     "layer_times",
     "load_compressed",
+    "onnx_library",
     "open_compressed",
     "save_compressed",
     "sensitivity",
@@ -90,9 +94,11 @@ _HOMES = {
     "compress": "lightning_muws.compression",
     "dry_run": "lightning_muws.estimate",
     "export": "lightning_muws.sizes",
+    "export_onnx": "lightning_muws.runtime.onnx.export",
     "inspect_compressed": "lightning_muws.artifact.load",
     "layer_times": "lightning_muws.runtime.predict",
     "load_compressed": "lightning_muws.artifact.load",
+    "onnx_library": "lightning_muws.runtime.onnx.library",
     "open_compressed": "lightning_muws.artifact.partial",
     "save_compressed": "lightning_muws.artifact.save",
     "sensitivity": "lightning_muws.structure.sensitivity",

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_muws.runtime.native import library
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -261,6 +263,22 @@ def test_other_data_is_refused_by_its_digest(datasets, tmp_path):
     (tmp_path / "installed" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(datasets.DataError, match=r"t10k-labels-idx1-ubyte\.gz cannot be read"):
         datasets.load()
+
+
+def test_the_example_of_onnx_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    if library.level() is None:
+        pytest.skip("the native kernels are not built")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLES / "07_deploy" / "onnx_model.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    errors = re.findall(r"relative error (\S+), [\d.]+ ms", capsys.readouterr().out)
+    assert len(errors) == 2
+    assert all(float(error) < 1e-5 for error in errors)
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.stem)

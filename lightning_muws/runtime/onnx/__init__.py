@@ -1,0 +1,1 @@
+"""Writes fast models as ONNX files, with our operators or plain."""
