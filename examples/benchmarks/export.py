@@ -1,13 +1,14 @@
-"""What zeros gain in an exported network: nothing. The network dense and pruned, exported, equal, and timed alike.
+"""What zeros gain in an exported network: nothing. And how fast `accelerate`'s network is once it is an ONNX file.
 
-Run: make bench. The rows of ONNX Runtime need `pip install onnx onnxscript onnxruntime`, and are left out without.
+The first table has the network dense and pruned, exported, equal, and timed alike. The second has the accelerated
+network, and the files that `export_onnx` writes of it, in ONNX Runtime. Run: make bench. The rows of ONNX Runtime need
+`pip install onnx onnxscript onnxruntime`, and are left out without.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from whole_networks import pruned
 
+from lightning_muws import accelerate, export_onnx, onnx_library
+from lightning_muws.runtime.native.library import level
+
 SHARE = 0.9
+SHARES = (0.75, 0.9)  # of the accelerated networks
 
 
 def exported(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -27,19 +32,43 @@ def exported(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: run(x)
 
 
-def in_onnx_runtime(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Return a run of the network in ONNX Runtime, one thread."""
+def in_onnx_runtime(model: nn.Module, x: Tensor, custom_ops: bool = False, threads: int = 1) -> Callable[[], Tensor]:
+    """Return a run of the network in ONNX Runtime, with our operators or as plain ONNX."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch and onnxscript warn of each other
-        path = Path(folder) / "network.onnx"
-        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if custom_ops:
+        options.register_custom_ops_library(str(onnx_library()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(model, Path(folder) / "network.onnx", x, custom_ops)
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def accelerated(x: Tensor) -> Table:
+    """Return a table of the accelerated network as it is, and in ONNX Runtime."""
+    table = Table(title="ResNet-18 (CIFAR stem), batch 1, accelerated, and as ONNX files in ONNX Runtime")
+    for header in ("pruned", "", "ms", "of the speed of accelerate", "least", "largest", "relative error"):
+        table.add_column(header, justify="right" if header else "left")
+    for share in SHARES:
+        model = pruned("ResNet-18", share)
+        fast, _ = accelerate(model, x)
+        expected = fast(x)
+        tasks = {
+            "accelerate": lambda fast=fast: fast(x),
+            "ONNX, our operators": in_onnx_runtime(fast, x, custom_ops=True),
+            "ONNX, dense weights": in_onnx_runtime(fast, x),
+            "ONNX, the network as given": in_onnx_runtime(model, x),
+        }
+        times = interleaved(tasks, 31, sample_s=0.02)
+        for way, task in tasks.items():
+            speeds = [base / own for base, own in zip(times["accelerate"], times[way], strict=True)]
+            error = float((task() - expected).abs().max() / expected.abs().max())
+            numbers = [f"{speed:.2f}" for speed in (median(speeds), min(speeds), max(speeds))]
+            table.add_row(f"{share:.0%}", way, f"{1e3 * median(times[way]):.2f}", *numbers, f"{error:.1e}")
+    return table
 
 
 def main() -> None:
@@ -61,6 +90,9 @@ def main() -> None:
             gain = [f"{value:.2f}" for value in ratios(times, "pruned")["dense"]]
             table.add_row(way, *numbers, *gain, f"{difference:.1e}")
     console.print(table)
+    with torch.no_grad():
+        if "ONNX Runtime" in ways and level() is not None:
+            console.print(accelerated(x))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 All of them run in turn in one process. The peers run the dense network, because zeros gain them nothing (export.py).
 Their int8 is static, with one scale per output of a weight, calibrated on random inputs like those that are timed:
 OpenVINO's by NNCF, ONNX Runtime's by its own tool. A peer that is not installed, or that fails on a network, is left
-out, and the benchmark says so.
+out, and the benchmark says so. With one thread, ours also runs in ONNX Runtime, by our operators (`export_onnx`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from export import in_onnx_runtime
 from machine import console, interleaved, ratios, say_machine
 from rich.table import Table
 from torch import Tensor, nn
 from whole_networks import NETWORKS, pruned
 
+from lightning_muws.errors import MuwsError
 from lightning_muws.runtime.accelerate import accelerate
 from lightning_muws.runtime.measure.network import dense_forms
 from lightning_muws.runtime.rewrite.graph import fold
@@ -130,6 +132,17 @@ def peers_of(model: nn.Module, x: Tensor, threads: int) -> dict[str, Run]:
     return found
 
 
+def in_onnx(name: str, fast: nn.Module, x: Tensor, threads: int) -> dict[str, Run]:
+    """Return a run of our network in ONNX Runtime, or none: our operators there know one thread."""
+    if threads > 1 or any(importlib.util.find_spec(needed) is None for needed in NEEDED["ONNX Runtime"]):
+        return {}
+    try:
+        return {f"{name}, in ONNX Runtime": in_onnx_runtime(fast, x, custom_ops=True)}
+    except MuwsError as error:
+        console.print(f"{name} is not measured in ONNX Runtime: {error}")
+        return {}
+
+
 def best_of(times: dict[str, list[float]], names: tuple[str, ...]) -> str | None:
     """Return which of the names has the lowest median, or None if none was measured."""
     return min((n for n in names if n in times), key=lambda name: median(times[name]), default=None)
@@ -162,8 +175,10 @@ def measure(
             exact = kernels and [kernel for kernel in kernels if kernel != "native_int8"]
             fast, _ = accelerate(model, x, kernels=exact)
             ours[f"ours fp32 {share:.0%}"] = lambda fast=fast: fast(x)
+            ours |= in_onnx(f"ours fp32 {share:.0%}", fast, x, threads)
             fast, report = accelerate(model, x, dtype=torch.int8, calibration=batches_like(x), kernels=kernels)
             ours[f"ours int8 {share:.0%}"] = lambda fast=fast: fast(x)
+            ours |= in_onnx(f"ours int8 {share:.0%}", fast, x, threads)
             console.print(f"{name}, batch {batch}, int8, {share:.0%} pruned ({report.chosen}): {report.summary()}")
         times = interleaved(tasks | ours, rounds, sample_s=0.02)
     cells = [f"{1e3 * median(times[n]):.3f}" if n in times else "-" for n in ("torch fp32", *PEERS)]
