@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the native kernels with the address and undefined behaviour sanitizers, by the package's own build, and runs
-# tests/runtime/sanitize.cpp over them. Without a compiler it says so and passes.
+# tests/runtime/sanitize.cpp over them, and sanitize_onnx.cpp over the operators for ONNX Runtime. Without a compiler it says
+# so and passes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON="${1:-python3}"
@@ -20,6 +21,11 @@ rm -f "$WORK/lightning_muws/runtime/native/kernels.so"
 (cd "$WORK" && CFLAGS="$FLAGS" CXXFLAGS="$FLAGS" LDFLAGS="$FLAGS" "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir wheel .)
 "$PYTHON" -m zipfile -e "$WORK"/wheel/*.whl "$WORK/out"
 grep -q __asan_report_load "$WORK/out/lightning_muws/runtime/native/kernels.so"  # or nothing would be looked at
-"$CXX" -std=c++17 -O1 -g $FLAGS tests/runtime/sanitize.cpp -o "$WORK/sanitize" -ldl -pthread
+for PROGRAM in sanitize sanitize_onnx; do
+  "$CXX" -std=c++17 -O1 -g $FLAGS tests/runtime/$PROGRAM.cpp -o "$WORK/$PROGRAM" -ldl -pthread
+done
 # the pool of threads lives as long as the process: leaks are not looked for
 ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize" "$WORK/out/lightning_muws/runtime/native/kernels.so" "${2:-2000}"
+for LEVEL in "" portable; do
+  MUWS_LEVEL=$LEVEL ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize_onnx" "$WORK/out/lightning_muws/runtime/native/kernels.so" 5000
+done

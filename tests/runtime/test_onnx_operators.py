@@ -239,6 +239,23 @@ def test_a_second_input_of_another_shape_is_refused():
         run(layer, x=torch.ones(1, 4, 5, 5), onto=torch.ones(8, 5, 5))
 
 
+@pytest.mark.parametrize("lanes", [0, 1, 2])
+def test_an_image_without_columns_gives_the_bias(lanes):
+    layer = convolution().with_number(6, 2).with_number(11, lanes)  # padded by two columns on each side
+    y = run(layer, x=torch.ones(2, 4, 5, 0))
+    bias = torch.from_numpy(layer.constants["bias"]).view(1, 8, 1, 1)
+    assert torch.equal(y, bias.expand(2, 8, 5, 2))
+
+
+def test_a_conv1d_has_a_kernel_of_one_row():
+    geometry = Geometry(8, 1, 3, n_in=4, rows=4, cols=4)
+    layer = layer_of(BlockSparse(pack(single(0, 8, 12), 4, 4), None, geometry, 2))
+    assert run(layer, x=torch.ones(1, 4, 9)).shape == (1, 8, 7)
+    for place, number in ((1, 3), (3, 2), (5, 1)):
+        with pytest.raises(REFUSED, match="a kernel of several rows"):
+            session(layer.with_number(place, number).model())
+
+
 NUMBERS = [
     *((0, 0), (0, 9), (0, 1 << 40), (1, 0), (1, 1 << 16), (3, 0), (3, -1), (5, -1), (7, 3), (8, 3), (9, 2), (10, 2)),
     *((11, 3), (12, 3), (12, 1 << 62), (13, 0), (13, 4)),

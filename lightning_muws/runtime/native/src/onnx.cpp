@@ -46,7 +46,8 @@ struct Sliding {
       if (n < 1 || n > MOST) refuse("geometry has %lld, where 1 to %lld are allowed", (long long)n, (long long)MOST);
     if (ph < 0 || ph > MOST || pw < 0 || pw > MOST || dims < 1 || dims > 3) refuse("geometry has a wrong padding or rank");
     if (inputs % groups || out % groups) refuse("geometry has groups that do not divide its channels");
-    if (dims == 1 && (kh * kw * sh * sw * groups != 1 || ph || pw)) refuse("geometry of a Linear has a kernel");
+    if (dims < 3 && (kh != 1 || sh != 1 || ph)) refuse("geometry of a Linear or a Conv1d has a kernel of several rows");
+    if (dims == 1 && (kw * sw * groups != 1 || pw)) refuse("geometry of a Linear has a kernel");
     if (columns() > MOST_COLUMNS) refuse("geometry has more than %lld columns", (long long)MOST_COLUMNS);
   }
   int64_t columns() const { return inputs / groups * kh * kw; }

@@ -130,7 +130,7 @@ static Plan* plan_of(const MuwsLayer* layer) {
   const int64_t row_vectors = ceil_div(l.ow, V);
   p->by_rows = p->lanes == 1 && (p->direct || (l.ow >= V && 16 * row_vectors * V <= 17 * l.ow));
   const int64_t row_bytes = most<int64_t>(1, 4 * p->scratch_size / p->rows);
-  p->chunk = p->item_units > 1 ? p->rows : most<int64_t>(ceil_div(V, l.w), CACHED_BYTES / 4 / row_bytes);
+  p->chunk = p->item_units > 1 ? p->rows : most<int64_t>(ceil_div(V, most<int64_t>(1, l.w)), CACHED_BYTES / 4 / row_bytes);
   const int64_t done_bytes = 4 * V * l.o * l.ow * p->item_units;
   p->step = p->lanes == 1 ? p->band : most<int64_t>(ceil_div(V, l.ow), CACHED_BYTES / done_bytes);
   if (p->scratch_size > INT32_MAX) {
