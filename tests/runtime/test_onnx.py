@@ -136,6 +136,31 @@ def test_a_model_on_native_kernels_gives_the_same_outputs_without_torch(tmp_path
     onnx.checker.check_model(onnx.load(path), full_check=not custom_ops)
 
 
+@BOTH
+def test_a_dynamic_batch_takes_any_number_of_samples(tmp_path, custom_ops):
+    example = Example.of(EXAMPLES["a batch of images"][1])
+    model = pruned(Residual()) if library.level() is None else on_kernels(Residual(), example).model
+    path = export_onnx(model, tmp_path / "model.onnx", example.args, custom_ops, dynamic_batch=True)
+    for n in (1, 5):
+        other = Example.of(normal(n, n, 3, 8, 8, dtype=torch.float32))
+        with torch.no_grad():
+            assert_equal(outputs(path, other, model, custom_ops), other(model))
+
+
+def test_a_dynamic_batch_of_two_inputs_by_name(tmp_path):
+    given = {"tokens": normal(0, 2, 5, 16, dtype=torch.float32), "scale": normal(1, 2, 8, 1, dtype=torch.float32)}
+    model = pruned(Tokens())
+    path = export_onnx(model, tmp_path / "model.onnx", given, custom_ops=False, dynamic_batch=True)
+    other = Example.of({name: torch.cat([x, x, x]) for name, x in given.items()})
+    with torch.no_grad():
+        assert_equal(outputs(path, other, model, False), other(model))
+
+
+def test_a_dynamic_batch_needs_two_samples(tmp_path):
+    with pytest.raises(SettingError, match=r"shapes \[\(1, 4\)\]: give one of at least two samples"):
+        export_onnx(nn.Linear(4, 3).eval(), tmp_path / "model.onnx", torch.ones(1, 4), dynamic_batch=True)
+
+
 @needs_library
 def test_sums_and_relus_are_in_the_layers(tmp_path):
     given = EXAMPLES["residual"][1]

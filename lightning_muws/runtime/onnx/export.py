@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import tempfile
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_muws.errors import MuwsError, SettingError
 from lightning_muws.runtime.onnx.dense import make_dense
@@ -24,7 +26,13 @@ from lightning_muws.runtime.rewrite.observe import Example, inference
 LARGEST_FILE = 2_000_000_000  # bytes of tensors: protobuf ends at 2 GiB
 
 
-def export_onnx(model: nn.Module, path: str | Path, example_input: object, custom_ops: bool = True) -> Path:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_input: object,
+    custom_ops: bool = True,
+    dynamic_batch: bool = False,
+) -> Path:
     """Write a model as an ONNX file, for inputs of the example's shape, and return the file's path.
 
     With ``custom_ops`` the layers that run on our native kernels are operators of the domain ``lightning_muws``: the
@@ -37,13 +45,16 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: object, custo
         path: Of the file to write; it is replaced when the new one is complete.
         example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, as the model is called in use.
         custom_ops: Whether our operators may be in the file.
+        dynamic_batch: Whether the file takes batches of any size: the first dimension of every input tensor. Then the
+            example has at least two samples.
 
     Returns:
         The path.
 
     Raises:
         SettingError: The model is no module or in training mode, torch cannot export it, it has a layer that ONNX does
-            not have, or the packages of the extra ``onnx`` are not installed.
+            not have, a dynamic batch has an example of one sample, or the packages of the extra ``onnx`` are not
+            installed.
         StateError: ``custom_ops`` is set and the native kernels are not built here.
     """
     if not isinstance(model, nn.Module):
@@ -51,9 +62,10 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: object, custo
     if model.training:
         raise SettingError("the model is in training mode: call model.eval() before export_onnx")
     example, path = Example.of(example_input), Path(path)
+    shapes = _any_batch(model, example) if dynamic_batch else None
     if custom_ops:
         onnx_library()
-    exported = _exported(model, example)
+    exported = _exported(model, example, shapes)
     fuse(exported.graph)
     if not custom_ops:
         make_dense(exported.graph)
@@ -67,7 +79,21 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: object, custo
     return path
 
 
-def _exported(model: nn.Module, example: Example) -> Any:
+def _any_batch(model: nn.Module, example: Example) -> dict[str, Any]:
+    """Return torch's description of inputs whose first dimension may have any size, by the names of the arguments."""
+    shapes = [tuple(x.shape) for x in example.tensors]
+    if any(not shape or shape[0] < 2 for shape in shapes):
+        raise SettingError(
+            f"dynamic_batch is set and the example has tensors of shapes {shapes}: give one of at least two samples, "
+            "because torch takes a size of 1 for a constant"
+        )
+    given = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    batch = {0: torch.export.Dim("batch")}
+    described: dict[str, Any] = pytree.tree_map(lambda leaf: batch if isinstance(leaf, Tensor) else None, dict(given))
+    return described
+
+
+def _exported(model: nn.Module, example: Example, shapes: dict[str, Any] | None) -> Any:
     """Return the model as an ``onnx_ir.Model`` with our operators."""
     table = translations()
     package("onnx_ir")
@@ -80,6 +106,7 @@ def _exported(model: nn.Module, example: Example) -> Any:
                 dynamo=True,
                 verbose=False,
                 custom_translation_table=table,
+                dynamic_shapes=shapes,
             )
     except Exception as error:
         reason: BaseException | None = error
