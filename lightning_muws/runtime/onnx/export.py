@@ -23,6 +23,7 @@ from lightning_muws.runtime.onnx.library import onnx_library
 from lightning_muws.runtime.onnx.operators import DOMAIN, VERSION, package, translations
 from lightning_muws.runtime.rewrite.observe import Example, inference
 
+OLD_OPSET, OLD_IR = 20, 9  # what ONNX Runtime 1.17 reads
 LARGEST_FILE = 2_000_000_000  # bytes of tensors: protobuf ends at 2 GiB
 
 
@@ -75,6 +76,8 @@ def export_onnx(
     passes = package("onnx_ir").passes.common
     passes.RemoveUnusedNodesPass()(exported)
     passes.ClearMetadataAndDocStringPass()(exported)  # it holds paths of the machine that exported
+    if exported.opset_imports[""] <= OLD_OPSET:
+        exported.ir_version = OLD_IR  # nothing of a newer one is in the file
     _save(exported, path)
     return path
 
