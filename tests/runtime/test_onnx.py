@@ -1,5 +1,7 @@
 """Models written as ONNX files give the same outputs in a process without torch."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from tests.support.strategies import normal
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 needs_library = pytest.mark.skipif(library.level() is None, reason="the native kernels are not built")
 WORKER = Path(__file__).parents[1] / "support" / "onnx_worker.py"
@@ -186,6 +188,29 @@ def test_what_accelerate_returns_is_exported(tmp_path):
         assert_equal(outputs(dense, Example.of(x), fast, False), model(x))
 
 
+@needs_library
+@pytest.mark.slow
+def test_a_program_without_python_runs_a_file_with_our_operators(tmp_path):
+    compiler = shutil.which("c++")
+    libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+    if compiler is None or not libraries:
+        pytest.skip("there is no C++ compiler, or the package of ONNX Runtime has no shared library")
+    x = normal(0, 1, 64, dtype=torch.float32)
+    model = on_kernels(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), Example.of(x)).model
+    path = export_onnx(model, tmp_path / "model.onnx", x)
+    x.numpy().tofile(tmp_path / "x")
+    source, program = WORKER.with_name("onnx_host.cpp"), tmp_path / "host"
+    (tmp_path / "libonnxruntime.so.1").symlink_to(libraries[0])  # the name that it has inside
+    build = [compiler, "-std=c++17", source, "-o", program, libraries[0]]
+    subprocess.run(list(map(str, build)), check=True)  # noqa: S603  our own code
+    run = [program, path, onnx_library(), 64, 10, tmp_path / "x", tmp_path / "y"]
+    environment = {"PATH": os.defpath, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(list(map(str, run)), env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert_equal([np.fromfile(tmp_path / "y", np.float32).reshape(1, 10)], model(x))
+
+
 @BOTH
 @needs_library
 def test_a_layer_of_8_bits_with_calibration_is_exported(tmp_path, custom_ops):
@@ -217,13 +242,15 @@ def test_a_model_without_our_kernels_is_exported_as_it_is(tmp_path, custom_ops):
         assert_equal(outputs(path, Example.of(x), model, custom_ops), model(x))
 
 
-def test_large_weights_go_into_a_second_file(tmp_path, monkeypatch):
+@BOTH
+def test_large_weights_go_into_a_second_file(tmp_path, monkeypatch, custom_ops):
     monkeypatch.setattr("lightning_muws.runtime.onnx.export.LARGEST_FILE", 1000)
-    model, x = nn.Linear(64, 64).eval(), torch.ones(1, 64)
-    path = export_onnx(model, tmp_path / "model.onnx", x, custom_ops=False)
+    model, x = pruned(nn.Sequential(nn.Linear(64, 64))), torch.ones(1, 64)
+    model = on_kernels(model, Example.of(x)).model if custom_ops else model
+    path = export_onnx(model, tmp_path / "model.onnx", x, custom_ops)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     with torch.no_grad():
-        assert_equal(outputs(path, Example.of(x), model, False), model(x))
+        assert_equal(outputs(path, Example.of(x), model, custom_ops), model(x))
 
 
 def test_a_file_names_no_path_of_this_machine(tmp_path):
