@@ -133,9 +133,9 @@ def test_a_layer_of_blocks_equals_the_kernel_and_dense_onnx_equals_float64(name,
         torch.testing.assert_close(torch.from_numpy(dense).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def signed(relu: bool = False) -> tuple[nn.Linear, signs.SignedLinear]:
-    layer = nn.Linear(32, 24).eval()
-    layer.weight.data = MicroStructure((8, 8), 0.2, 0.8).project(single(0, 24, 32))
+def signed(relu: bool = False, n_out: int = 24) -> tuple[nn.Linear, signs.SignedLinear]:
+    layer = nn.Linear(32, n_out).eval()
+    layer.weight.data = MicroStructure((8, 8), 0.2, 0.8).project(single(0, n_out, 32))
     kernel = signs.build(layer, (8, 8), torch.zeros(1, 32))
     assert kernel is not None
     assert kernel.rest is None
@@ -202,6 +202,35 @@ def test_threads_may_call_one_session_at_once_with_any_shapes():
         found = list(pool.map(lambda x: one.run(None, {"x": x.numpy()})[0], inputs * 4))
     for y, z in zip(found, expected * 4, strict=True):
         torch.testing.assert_close(torch.from_numpy(y), z, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_runs_on_the_threads_of_onnx_runtime():
+    image, samples = single(0, 2, 8, 30, 40), single(1, 9, 32)
+    layers = [nn.Conv2d(8, 64, 3, padding=1).eval(), nn.Linear(32, 400).eval()]
+    cases = [
+        (native.build(layers[0], (4, 4), image), image),
+        (native.build(layers[1], (4, 4), samples[:1]), samples[:1]),
+        (native_int8.build_static(layers[0], image, Activation.of(-2.0, 2.0)), image),
+        (native_int8.build(layers[1], (4, 4), samples), samples),
+        (signed(n_out=400)[1], samples[:1]),
+    ]
+    for kernel, x in cases:
+        node, inputs = layer_of(kernel), {"x": x.numpy()}
+        if node.kind == "SignedLinear":
+            node = Layer(node.kind, node.geometry, {n: a for n, a in node.constants.items() if n != "bias"})
+        one, three = session(node.model()), session(node.model(), threads=3)
+        expected = one.run(None, inputs)[0]
+        with ThreadPoolExecutor(4) as pool:
+            for y in pool.map(lambda _, s=three, given=inputs: s.run(None, given)[0], range(20)):
+                np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "2x", "", "100000", "9" * 40])
+def test_a_number_of_threads_that_is_none_is_refused(text):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("lightning_muws.threads", text)
+    with pytest.raises(REFUSED, match=r"lightning_muws\.threads is not allowed: give a whole number from 1 to 1024"):
+        options.register_custom_ops_library(library.library()._name)
 
 
 def convolution() -> Layer:
@@ -321,6 +350,7 @@ def test_an_onnx_runtime_that_is_too_old_gets_an_error():
     assert said == [b"lightning_muws needs ONNX Runtime 1.17 or newer"]
 
 
+@pytest.mark.slow
 def test_damaged_files_never_crash():
     """In another process, which would die of a write past an end."""
     fuzz = Path(__file__).parents[1] / "support" / "fuzz_onnx.py"

@@ -58,10 +58,13 @@ class Layer:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def session(model: onnx.ModelProto | bytes) -> onnxruntime.InferenceSession:
-    """Return a session of one thread that knows our operators."""
+def session(model: onnx.ModelProto | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Return a session that knows our operators."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if threads > 1:
+        options.add_session_config_entry("lightning_muws.threads", str(threads))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the machine may be busy
     options.log_severity_level = 4  # what it refuses, it raises too
     options.register_custom_ops_library(str(onnx_library()))
     data = model if isinstance(model, bytes) else model.SerializeToString()

@@ -15,7 +15,8 @@ def onnx_library() -> Path:
 
     Register it before a session is made, in any language that has ONNX Runtime (``RegisterCustomOpsLibrary`` in C,
     ``register_custom_ops_library`` in Python). It needs neither Python nor torch: copy the file to the machine that
-    runs the model. Every operator runs on the thread that calls it, and several threads may call at once.
+    runs the model. Every operator runs on the thread that calls it, or on so many of ONNX Runtime's threads as the
+    session's setting ``lightning_muws.threads`` says. Several threads may call at once.
 
     Raises:
         StateError: The kernels are not built here.

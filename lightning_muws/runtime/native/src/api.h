@@ -72,6 +72,12 @@ constexpr int64_t PLACE_OUTSIDE = (int64_t)1 << 48;
 
 typedef void (*MuwsTask)(void* context, int64_t item);
 void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context);
+
+// Threads of the program that we are in: tasks of a thread that names them run there. See muws_use_host.
+struct MuwsHost {
+  void (*run)(const MuwsHost* self, int64_t threads, int64_t items, MuwsTask task, void* context);
+};
+void muws_use_host(const MuwsHost* host);  // for the calling thread; null: none
 float* muws_scratch(int slot, size_t n_floats);  // of this thread, 64-byte aligned
 
 struct MuwsLevel {

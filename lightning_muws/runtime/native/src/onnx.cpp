@@ -1,11 +1,13 @@
 // The kernels as operators of ONNX Runtime, in the domain lightning_muws. What a file holds is checked when a session is
 // made, and the shape of an input at every call: no file and no input reads or writes past a tensor.
 //
-// Every operator runs on the thread that calls it. Sessions, and calls of one session, may run at once.
+// Every operator runs on the thread that calls it, or on so many of ONNX Runtime's as the session's setting THREADS says.
+// Sessions, and calls of one session, may run at once.
 #include <array>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "api.h"
@@ -15,6 +17,8 @@ extern "C" const void* muws_nth_level(int64_t n);
 
 namespace {
 
+constexpr const char* THREADS = "lightning_muws.threads";
+constexpr int64_t MOST_THREADS = 1024;
 constexpr int64_t MOST = 1 << 20;             // of a number of a geometry
 constexpr int64_t MOST_COLUMNS = 1 << 16;     // a column's number takes two bytes
 constexpr double MOST_WORK = (double)((int64_t)1 << 40);  // numbers of an output, or of what is packed for it
@@ -124,7 +128,7 @@ class BlockSparse {
   static constexpr Input INPUTS[] = {{ORT_FLOAT, false}, {ORT_FLOAT, false}, {ORT_INT32, false},
                                      {ORT_INT16, false}, {ORT_FLOAT, true},  {ORT_FLOAT, true}};
 
-  explicit BlockSparse(const Node& node) : level_(level()) {
+  explicit BlockSparse(const Node& node) : level_(level()), threads_(node.threads) {
     int64_t g[14];
     node.geometry(g);
     s_ = Sliding{g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[12], g[13]};
@@ -143,7 +147,7 @@ class BlockSparse {
     layer_ = MuwsLayer{0,    0,    0,          0, s_.out,           0,                      0, s_.kh, s_.kw, s_.sh, s_.sw, s_.ph,
                        s_.pw, s_.groups, rows,  cols, row_blocks, 0, starts.as<int32_t>(), columns.as<uint16_t>()};
     layer_.weights = weights.as<float>(), layer_.bias = bias.as<float>();
-    layer_.relu = g[10], layer_.batch_lanes = lanes, layer_.threads = 1;
+    layer_.relu = g[10], layer_.batch_lanes = lanes, layer_.threads = threads_;
   }
 
   void run(const Call& call) {
@@ -157,10 +161,11 @@ class BlockSparse {
     float* y = call.output(images.shape);
     if (!images.outputs) return;
     const auto plan = plan_of(images, onto != nullptr);
+    const OnThreads on_threads(call);
     if (plan->made)
-      level_->run(plan->made, x.as<float>(), plan->adds ? onto : nullptr, y, 1);
+      level_->run(plan->made, x.as<float>(), plan->adds ? onto : nullptr, y, threads_);
     else
-      level_->gemv(&plan->layer, x.as<float>(), y, 1);
+      level_->gemv(&plan->layer, x.as<float>(), y, threads_);
     if (onto && !plan->adds) add(y, onto, images.outputs, layer_.relu != 0);
   }
 
@@ -190,6 +195,7 @@ class BlockSparse {
   }
 
   const MuwsLevel* level_;
+  int64_t threads_;
   Sliding s_;
   MuwsLayer layer_;
   std::mutex mutex_;
@@ -204,7 +210,7 @@ class SignedLinear {
   static constexpr Input INPUTS[] = {{ORT_FLOAT, false}, {ORT_FLOAT, false}, {ORT_UINT8, false},
                                      {ORT_INT32, false}, {ORT_INT16, false}, {ORT_FLOAT, true}};
 
-  explicit SignedLinear(const Node& node) : level_(level()) {
+  explicit SignedLinear(const Node& node) : level_(level()), threads_(node.threads) {
     int64_t g[5];
     node.geometry(g);
     const int64_t out = g[0], rows = g[1], cols = g[2];
@@ -234,11 +240,13 @@ class SignedLinear {
     const float* onto = onto_of(call, ONTO, images.shape);
     float* y = call.output(images.shape);
     for (int64_t i = 0; i < images.outputs; i++) y[i] = onto ? onto[i] : 0.0f;
-    for (int64_t n = 0; n < images.n; n++) level_->signs(&layer_, x.as<float>() + n * inputs_, y + n * layer_.o, 1);
+    const OnThreads on_threads(call);
+    for (int64_t n = 0; n < images.n; n++) level_->signs(&layer_, x.as<float>() + n * inputs_, y + n * layer_.o, threads_);
   }
 
  private:
   const MuwsLevel* level_;
+  int64_t threads_;
   int64_t inputs_;
   MuwsSigns layer_;
 };
@@ -252,7 +260,7 @@ class Int8Sparse {
                                      {ORT_INT16, false}, {ORT_INT32, false}, {ORT_FLOAT, false},
                                      {ORT_FLOAT, true},  {ORT_FLOAT, true},  {ORT_FLOAT, true}};
 
-  explicit Int8Sparse(const Node& node) : level_(level()) {
+  explicit Int8Sparse(const Node& node) : level_(level()), threads_(node.threads) {
     int64_t g[15];
     node.geometry(g);
     s_ = Sliding{g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[13], g[14]};
@@ -299,11 +307,13 @@ class Int8Sparse {
     if (!images.outputs) return;
     MuwsInt8 l = layer_;
     l.n = images.n, l.c = images.c, l.h = images.h, l.w = images.w, l.oh = images.oh, l.ow = images.ow;
-    level_->int8(&l, x.as<float>(), onto, y, 1);
+    const OnThreads on_threads(call);
+    level_->int8(&l, x.as<float>(), onto, y, threads_);
   }
 
  private:
   const MuwsLevel* level_;
+  int64_t threads_;
   Sliding s_;
   MuwsInt8 layer_;
 };
@@ -312,21 +322,45 @@ constexpr Input BlockSparse::INPUTS[];
 constexpr Input SignedLinear::INPUTS[];
 constexpr Input Int8Sparse::INPUTS[];
 
-// The domain is made once for each ONNX Runtime of the process, and lives as long as the library.
-OrtCustomOpDomain* domain_of(const OrtApi* api) {
-  static const Operator<BlockSparse> block_sparse;
-  static const Operator<SignedLinear> signed_linear;
-  static const Operator<Int8Sparse> int8_sparse;
+// The setting THREADS of a session: 1 if it is not there.
+int64_t threads_of(const OrtApi* api, const OrtSessionOptions* options) {
+  int given = 0;
+  check(api->has_setting(options, THREADS, &given));
+  if (!given) return 1;
+  char text[16] = "";
+  size_t n = 0;
+  check(api->setting(options, THREADS, nullptr, &n));
+  if (n <= sizeof text) check(api->setting(options, THREADS, text, &n));
+  char* end = text;
+  const long long threads = std::strtoll(text, &end, 10);
+  if (end == text || *end || threads < 1 || threads > MOST_THREADS)
+    refuse("%s is not allowed: give a whole number from 1 to %lld", THREADS, (long long)MOST_THREADS);
+  return threads;
+}
+
+struct Operators {
+  Operator<BlockSparse> block_sparse;
+  Operator<SignedLinear> signed_linear;
+  Operator<Int8Sparse> int8_sparse;
+  OrtCustomOpDomain* domain = nullptr;
+
+  explicit Operators(int64_t threads) : block_sparse(threads), signed_linear(threads), int8_sparse(threads) {}
+};
+
+// A domain is made once for each ONNX Runtime of the process and number of threads, and lives as long as the library.
+OrtCustomOpDomain* domain_of(const OrtApi* api, int64_t threads) {
   static std::mutex mutex;
-  static std::map<const OrtApi*, OrtCustomOpDomain*> domains;
+  static std::map<std::pair<const OrtApi*, int64_t>, std::unique_ptr<Operators>> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  OrtCustomOpDomain*& domain = domains[api];
-  if (domain) return domain;
-  OrtCustomOpDomain* made = nullptr;
-  check(api->create_domain("lightning_muws", &made));
-  for (const OrtCustomOp* op : {(const OrtCustomOp*)&block_sparse, (const OrtCustomOp*)&signed_linear, (const OrtCustomOp*)&int8_sparse})
-    check(api->add_to_domain(made, op));
-  return domain = made;
+  std::unique_ptr<Operators>& found = all[{api, threads}];
+  if (found) return found->domain;
+  auto made = std::make_unique<Operators>(threads);
+  check(api->create_domain("lightning_muws", &made->domain));
+  check(api->add_to_domain(made->domain, &made->block_sparse));
+  check(api->add_to_domain(made->domain, &made->signed_linear));
+  check(api->add_to_domain(made->domain, &made->int8_sparse));
+  found = std::move(made);
+  return found->domain;
 }
 
 }  // namespace
@@ -337,5 +371,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   const OrtApi* api = base->table(ORT_VERSION);
   if (!api)  // the function that makes a status has always been the first
     return base->table(1)->create_status(ORT_FAIL, "lightning_muws needs ONNX Runtime 1.17 or newer");
-  return guarded(api, [&] { check(api->add_domain(options, domain_of(api))); });
+  return guarded(api, [&] { check(api->add_domain(options, domain_of(api, threads_of(api, options)))); });
 }

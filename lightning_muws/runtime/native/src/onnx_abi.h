@@ -41,8 +41,13 @@ struct OrtApi {
   void (*release_tensor_info)(OrtTensorInfo*);
   void* from_100[63];
   OrtStatus* (*int_attributes)(const OrtKernelInfo*, const char* name, int64_t* out, size_t* n);
-  void* from_164[85];
+  void* from_164[73];
+  OrtStatus* (*has_setting)(const OrtSessionOptions*, const char* key, int* out);
+  OrtStatus* (*setting)(const OrtSessionOptions*, const char* key, char* out, size_t* n);
+  void* from_239[10];
   OrtStatus* (*constant_input)(const OrtKernelInfo*, size_t i, int* is_constant, const OrtValue** out);
+  void* from_250[24];
+  OrtStatus* (*parallel_for)(const OrtKernelContext*, void (*task)(void*, size_t), size_t items, size_t batches, void* context);
 };
 #define MUWS_PLACE(name, place) static_assert(offsetof(OrtApi, name) == place * sizeof(void*), "the place in the table")
 MUWS_PLACE(create_domain, 26);
@@ -52,7 +57,9 @@ MUWS_PLACE(tensor_info, 65);
 MUWS_PLACE(input, 90);
 MUWS_PLACE(release_tensor_info, 99);
 MUWS_PLACE(int_attributes, 163);
+MUWS_PLACE(has_setting, 237);
 MUWS_PLACE(constant_input, 249);
+MUWS_PLACE(parallel_for, 274);
 #undef MUWS_PLACE
 
 struct OrtApiBase {

@@ -1,12 +1,15 @@
 // What an operator sees of ONNX Runtime: its constants, inputs and outputs as plain tensors. Errors are exceptions here and
 // become statuses where ONNX Runtime called.
 #pragma once
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <new>
 #include <vector>
 
+#include "api.h"
 #include "onnx_abi.h"
 
 namespace {
@@ -87,6 +90,7 @@ inline Tensor tensor_of(const OrtApi* api, const OrtValue* value, int element, c
 struct Node {
   const OrtApi* api;
   const OrtKernelInfo* info;
+  int64_t threads;  // that a kernel may use
 
   // The whole numbers of the attribute `geometry`.
   template <size_t N> void geometry(int64_t (&numbers)[N]) const {
@@ -135,6 +139,36 @@ struct Call {
   }
 };
 
+// While it lives, the kernels that this thread calls run on the threads of ONNX Runtime.
+class OnThreads : MuwsHost {
+ public:
+  explicit OnThreads(const Call& call) : MuwsHost{&spread}, call_(call) { muws_use_host(this); }
+  OnThreads(const OnThreads&) = delete;
+  ~OnThreads() { muws_use_host(nullptr); }
+
+ private:
+  struct Job {
+    MuwsTask task;
+    void* context;
+    std::atomic<bool> failed{false};
+  };
+  static void spread(const MuwsHost* self, int64_t threads, int64_t items, MuwsTask task, void* context) {
+    const Call& call = static_cast<const OnThreads*>(self)->call_;
+    Job job{task, context};
+    const auto run = [](void* data, size_t item) {
+      Job& job = *(Job*)data;
+      try {
+        job.task(job.context, (int64_t)item);
+      } catch (...) {  // no memory for the scratch of this thread
+        job.failed = true;
+      }
+    };
+    check(call.api->parallel_for(call.context, run, (size_t)items, (size_t)threads, &job));
+    if (job.failed) throw std::bad_alloc();
+  }
+  const Call& call_;
+};
+
 struct Input {
   int element;
   bool optional;
@@ -146,7 +180,8 @@ template <class Kernel> struct Operator : OrtCustomOp {
     const OrtApi* api;
     Kernel kernel;
   };
-  Operator() : OrtCustomOp{} {
+  int64_t threads;
+  explicit Operator(int64_t threads) : OrtCustomOp{}, threads(threads) {
     version = ORT_VERSION;
     name = [](const OrtCustomOp*) { return Kernel::NAME; };
     provider = [](const OrtCustomOp*) -> const char* { return "CPUExecutionProvider"; };
@@ -157,8 +192,9 @@ template <class Kernel> struct Operator : OrtCustomOp {
     output_kind = [](const OrtCustomOp*, size_t) { return 0; };
     count_outputs = [](const OrtCustomOp*) { return (size_t)1; };
     input_memory = [](const OrtCustomOp*, size_t) { return 0; };
-    create = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-      return guarded(api, [&] { *kernel = new Made{api, Kernel(Node{api, info})}; });
+    create = [](const OrtCustomOp* self, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+      const int64_t threads = static_cast<const Operator*>(self)->threads;
+      return guarded(api, [&] { *kernel = new Made{api, Kernel(Node{api, info, threads})}; });
     };
     compute = [](void* kernel, OrtKernelContext* context) {
       Made& made = *(Made*)kernel;

@@ -112,6 +112,8 @@ bool team_is_there() {
   return team_process.compare_exchange_strong(none, here) || none == here;  // a fork takes no threads with it
 }
 
+thread_local const MuwsHost* host = nullptr;
+
 struct Scratch {
   float* memory[2] = {nullptr, nullptr};
   size_t size[2] = {0, 0};
@@ -127,8 +129,11 @@ extern "C" __attribute__((visibility("default"))) void muws_use_team(void* run, 
   team.run = (void (*)(void (*)(void*), void*, unsigned, unsigned))run;
 }
 
+extern "C" void muws_use_host(const MuwsHost* used) { host = used; }
+
 extern "C" void muws_parallel(int64_t threads, int64_t items, MuwsTask task, void* context) {
   if (threads > items) threads = items;
+  if (threads > 1 && host) return host->run(host, threads, items, task, context);
   if (threads > 1 && team_is_there()) {
     Job job{items, task, context};
     team.run(work_on, &job, (unsigned)threads, 0);
