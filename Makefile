@@ -13,6 +13,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 CXX ?= c++
 CODER := lightning_muws/artifact/src
 READER := $(wildcard $(CODER)/reader/*.cpp) $(addprefix $(CODER)/,rans.cpp planes.cpp blocks.cpp bytes.cpp)
+READER_HEADERS := $(wildcard $(CODER)/*.h $(CODER)/reader/*.h lightning_muws/runtime/native/src/*.h)
 READER_FLAGS := -std=c++17 -O3 -fPIC -fvisibility=hidden -DMUWS_PUBLIC=
 
 .PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-peers sweep clean
@@ -22,7 +23,7 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make check   ruff, mypy, sanitizers, the documentation, and the sdist and the wheel"
 	@echo "make docs    build the documentation into site/"
-	@echo "make lib     build the reader in C, build/libmuws.so and build/muws.h; it needs a C++ compiler alone (1 minute)"
+	@echo "make lib     build the library for C, build/libmuws.so and build/muws.h; it needs a C++ compiler alone (1 minute)"
 	@echo "make attack  damage files in 1,110,000 ways and sources in 8,000, and kill a writing process 200 times (30 minutes)"
 	@echo "make memory  measure the memory that files of 384 MB take to write (2 minutes)"
 	@echo "make bench   measure files, projection, kernels, a step, whole networks, OpenVINO and ONNX Runtime, and ADMM against one-shot (2 hours)"
@@ -32,7 +33,7 @@ help:
 	@echo "make bench-drop  whether max_drop is kept, for three seeds and three drops (45 minutes)"
 	@echo "make bench-speed  ask for speedups of 1.5, 2 and 3, and measure them (10 minutes)"
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
-	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C (2 minutes)"
+	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C; and its layers beside torch's (3 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
 	@echo "make bench-peers  accuracy per byte against quantisation, Deep Compression, NNC and eight pruning tools (6 hours; it can be interrupted)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
@@ -64,12 +65,18 @@ check: $(READY)
 
 lib: build/libmuws.so build/muws.h
 
-build/libmuws.so: $(READER) $(wildcard $(CODER)/*.h $(CODER)/reader/*.h)
-	@mkdir -p build
-	$(CXX) $(READER_FLAGS) -shared $(READER) -o $@
+build/libmuws.so: $(READER:$(CODER)/%.cpp=build/objects/%.o)
+	$(CXX) -shared $^ -o $@
+
+build/objects/%.o: $(CODER)/%.cpp $(READER_HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(READER_FLAGS) -c $< -o $@
 
 build/bench_reader: examples/benchmarks/reader.c build/libmuws.so build/muws.h
 	$(CC) -std=c99 -O2 $< -Ibuild -Lbuild -lmuws -Wl,-rpath,$(CURDIR)/build -o $@
+
+build/bench_layers: examples/benchmarks/layers.c build/libmuws.so build/muws.h
+	$(CC) -std=c99 -O3 -march=native -ffast-math $< -Ibuild -Lbuild -lmuws -Wl,-rpath,$(CURDIR)/build -o $@
 
 build/muws.h: $(CODER)/reader/muws.h
 	@mkdir -p build
@@ -125,8 +132,9 @@ bench-compress: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 bench-coder: $(READY)
-	@$(MAKE) --silent build/bench_reader || echo "no C compiler: the reader in C is not timed"
+	@$(MAKE) --silent build/bench_reader build/bench_layers || echo "no C compiler: the library for C is not timed"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/coder.py $(ARGS)
+	@test ! -x build/bench_layers || $(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/layers.py
 
 bench-large: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/large.py $(ARGS)

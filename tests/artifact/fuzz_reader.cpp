@@ -1,12 +1,13 @@
 // Damaged and lying files for the reader in C, in one process: each in memory of exactly its size, so that the sanitizers
 // see any access outside. Most have every checksum right. Whatever a file is, the reader stays within its limit and a
-// second, and a file that it verifies can be decoded. Built and run by fuzz_reader.sh: fuzz_reader INPUTS FIRST_SEED FILE...
+// second, a file that it verifies can be decoded, and its weights can be packed and run. Built and run by fuzz_reader.sh: fuzz_reader INPUTS FIRST_SEED FILE...
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <memory>
 #include <random>
@@ -253,6 +254,38 @@ static double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
+// Memory of exactly n numbers.
+static std::unique_ptr<float[]> ones(uint64_t n) {
+  std::unique_ptr<float[]> found(new float[n]);
+  std::fill(found.get(), found.get() + n, 1.0f);
+  return found;
+}
+
+// Packs a weight, and runs it for inputs of ones: all outputs together are the sum of its weights.
+static void run(MuwsFile *file, uint64_t index, int32_t form, const std::vector<float> &weights, bool is_intact) {
+  MuwsError error;
+  MuwsPacked *packed = muws_pack(file, index, form, &error);
+  CHECK((packed != nullptr) == (error.code == MUWS_OK));
+  CHECK(packed || error.code == MUWS_ARGUMENT || error.code == MUWS_TOO_LARGE || (error.code == MUWS_REFUSED && !is_intact));
+  if (!packed) return;
+  MuwsBlocksInfo info;
+  muws_packed(packed, &info);
+  CHECK(info.outputs * info.inputs == weights.size());
+  double sum = 0, size = 1e-30;
+  for (const float weight : weights) sum += weight, size += std::fabs(weight);
+  if (info.outputs + info.inputs < 100000) {
+    const uint64_t n = 1 + below(chance(80) ? 6 : 100);
+    const std::unique_ptr<float[]> x = ones(n * info.inputs), y = ones(n * info.outputs), bias = ones(info.outputs);
+    const bool has_bias = chance(50), relu = chance(20);
+    CHECK(muws_linear(packed, x.get(), info.inputs + 1, y.get(), info.outputs, n, nullptr, 0, &error) == MUWS_ARGUMENT);
+    CHECK(muws_linear(packed, x.get(), info.inputs, y.get(), info.outputs, n, has_bias ? bias.get() : nullptr, relu, &error) == MUWS_OK);
+    double found = has_bias ? -double(n * info.outputs) : 0;
+    for (uint64_t i = 0; i < n * info.outputs; i++) found += y[i];
+    if (size < 1e30 && !relu) CHECK(std::fabs(found - double(n) * sum) <= 1e-4 * double(n) * (size + double(info.outputs)));
+  }
+  muws_free_packed(packed);
+}
+
 // Reads all that can be read of a file; returns whether it was verified.
 static bool read(const string &data, uint64_t limit) {
   std::unique_ptr<char[]> exact(new char[data.size()]);
@@ -280,11 +313,20 @@ static bool read(const string &data, uint64_t limit) {
       const uint64_t n = as == MUWS_OWN ? tensor.n_bytes : 4 * tensor.numel;
       room -= n / 2;
       std::unique_ptr<uint8_t[]> out(new uint8_t[n]);
+      std::vector<float> weights(as == MUWS_FLOAT32 ? tensor.numel : 0);
       const int32_t code = muws_decode(file, i, as, out.get(), n, &error);
       const bool is_complex = !strncmp(tensor.dtype, "complex", 7) && as == MUWS_FLOAT32;
       CHECK(is_complex ? code == MUWS_ARGUMENT : code == MUWS_OK || code == MUWS_TOO_LARGE || (code == MUWS_REFUSED && !is_verified));
+      if (code || as == MUWS_OWN) continue;
+      if (n) memcpy(weights.data(), out.get(), n);
+      setenv("MUWS_LEVEL", choice<const char *>({"", "", "avx2", "portable"}), 1);
+      run(file, i, MUWS_VALUES, weights, is_verified);
+      run(file, i, MUWS_SIGNS, weights, is_verified);
     }
   }
+  std::vector<double> sizes(muws_n_tensors(file));
+  if (muws_stored_bytes(file, sizes.data(), sizes.size(), &error)) CHECK(error.code == MUWS_TOO_LARGE || (error.code == MUWS_REFUSED && !is_verified));
+  CHECK(!is_verified || muws_n_tensors(file) == 0 || error.code || std::fabs(sizes[0]) < double(data.size()));
   CHECK(muws_peak_bytes(file) <= limit);
   muws_close(file);
   return is_verified;

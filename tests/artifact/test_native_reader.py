@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed
 from lightning_muws.artifact.manifest import DTYPES
 from lightning_muws.errors import FormatError
+from lightning_muws.structure.grid import BlockGrid
 from tests.artifact.test_attacks import HOSTILE, MORE, many_keys, reframed
 from tests.support import fuzz_streams
 from tests.support.forge import corrupt, newer_model, put_together, small_model, take_apart
@@ -35,11 +36,14 @@ from tests.support.native_reader import (
     REFUSED,
     ROOT,
     TOO_LARGE,
+    BlockList,
+    BlocksInfo,
     Error,
     Reader,
     ReaderError,
     Tensor,
     build,
+    compiled,
     library,
     opened,
 )
@@ -101,7 +105,7 @@ def models() -> list:
     conv = torch.nn.ConvTranspose2d(8, 6, 3, groups=2)
     torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(0))
     conv.weight.data[:, 1] = 0.5
-    return [*states().values(), (conv, {"blocks": (2, 3)})]
+    return [*states().values(), (conv, {"blocks": {"weight": BlockGrid((2, 3), out_axis=1, groups=2)}})]
 
 
 @pytest.mark.parametrize("i", range(10))
@@ -413,14 +417,7 @@ def test_threads_may_read_different_files(tmp_path):
     assert found == {path: {data} for path, data in wanted.items()}
 
 
-def compiled(source: str, folder: Path, *flags: str, compiler: str = "cc", arguments: Sequence[Path] = ()) -> str:
-    """Compile a C program against the library, run it, and return what it prints."""
-    found = shutil.which(compiler) or pytest.skip(f"no {compiler}")
-    (folder / "program.c").write_text(source, encoding="utf-8")
-    lib = build().parent
-    command = [found, *flags, "program.c", f"-I{lib}", f"-L{lib}", "-lmuws", f"-Wl,-rpath,{lib}", "-o", "program"]
-    subprocess.run(command, cwd=folder, check=True)  # noqa: S603  our own code
-    return subprocess.run([folder / "program", *arguments], check=True, capture_output=True, text=True).stdout  # noqa: S603
+STRUCTS = {"MuwsError": Error, "MuwsTensor": Tensor, "MuwsBlockList": BlockList, "MuwsBlocksInfo": BlocksInfo}
 
 
 @pytest.mark.parametrize(
@@ -428,21 +425,20 @@ def compiled(source: str, folder: Path, *flags: str, compiler: str = "cc", argum
     [("cc", ("-std=c99", "-pedantic-errors", "-Wall", "-Werror")), ("c++", ("-x", "c++", "-Wall", "-Werror"))],
 )
 def test_the_header_is_c_and_cxx_and_its_structs_are_those_of_ctypes(compiler, flags, tmp_path):
-    fields = [
-        (kind, name) for kind, struct in (("MuwsError", Error), ("MuwsTensor", Tensor)) for name, _ in struct._fields_
-    ]
+    fields = [(kind, name) for kind, struct in STRUCTS.items() for name, _ in struct._fields_]
     prints = "".join(f'printf("%d ", (int)offsetof({kind}, {name}));' for kind, name in fields)
-    body = f'int main(void) {{ {prints} printf("%d", (int)sizeof(MuwsTensor)); return 0; }}'
+    sizes = "".join(f'printf("%d ", (int)sizeof({kind}));' for kind in STRUCTS)
+    body = f"int main(void) {{ {prints} {sizes} return 0; }}"
     source = f'#include <stddef.h>\n#include <stdio.h>\n#include "muws.h"\n{body}\n'
     found = list(map(int, compiled(source, tmp_path, *flags, compiler=compiler).split()))
-    structs = {"MuwsError": Error, "MuwsTensor": Tensor}
-    assert found == [*(getattr(structs[kind], name).offset for kind, name in fields), ctypes.sizeof(Tensor)]
+    offsets = [getattr(STRUCTS[kind], name).offset for kind, name in fields]
+    assert found == [*offsets, *map(ctypes.sizeof, STRUCTS.values())]
 
 
 def test_the_example_lists_a_file_and_decodes_a_tensor(tmp_path):
     state = small_model(tmp_path / "m.muws")
     source = (ROOT / "examples" / "07_deploy" / "decode.c").read_text(encoding="utf-8")
-    compiled(source, tmp_path, "-std=c99", "-Wall", "-Wextra", "-Werror", arguments=[tmp_path / "m.muws"])
+    compiled(source, tmp_path, "-std=c99", "-Wall", "-Wextra", "-Werror", run=False)
 
     def run(*words: object) -> tuple[int, str, str]:
         done = subprocess.run([tmp_path / "program", *words], capture_output=True, text=True, check=False)  # noqa: S603
@@ -476,7 +472,7 @@ def test_only_the_functions_of_the_header_are_exported():
         if "(" in word and "muws_" in word
     }
     assert names == declared
-    assert len(declared) == 12
+    assert len(declared) == 17
 
 
 @pytest.mark.slow

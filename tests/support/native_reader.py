@@ -18,6 +18,7 @@ HEADER = ROOT / "lightning_muws" / "artifact" / "src" / "reader" / "muws.h"
 MAX_BYTES = 1 << 30
 OK, REFUSED, TOO_LARGE, NO_FILE, NO_MEMORY, ARGUMENT = range(6)
 OWN, FLOAT32 = range(2)
+VALUES, SIGNS = range(2)
 
 
 class Error(ctypes.Structure):
@@ -39,6 +40,25 @@ class Tensor(ctypes.Structure):
         ("error", ctypes.c_double),
         ("same_as", ctypes.c_int64),
         ("is_copy", ctypes.c_int32),
+    ]
+
+
+class BlockList(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_uint64) for name in ("rows", "cols", "row_blocks", "n_blocks")),
+        ("starts", ctypes.POINTER(ctypes.c_int32)),
+        ("columns", ctypes.POINTER(ctypes.c_uint16)),
+    ]
+
+
+class BlocksInfo(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_uint64) for name in ("outputs", "inputs", "n_bytes")),
+        ("values", BlockList),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+        ("signs", BlockList),
+        ("magnitudes", ctypes.POINTER(ctypes.c_float)),
+        ("minus", ctypes.POINTER(ctypes.c_uint8)),
     ]
 
 
@@ -78,10 +98,31 @@ def library() -> ctypes.CDLL:
         ("muws_decode", [pointer, number, ctypes.c_int32, pointer, number, error], ctypes.c_int32),
         ("muws_verify", [pointer, error], ctypes.c_int32),
         ("muws_peak_bytes", [pointer], number),
+        ("muws_stored_bytes", [pointer, pointer, number, error], ctypes.c_int32),
+        ("muws_pack", [pointer, number, ctypes.c_int32, error], pointer),
+        ("muws_free_packed", [pointer], None),
+        ("muws_packed", [pointer, ctypes.POINTER(BlocksInfo)], None),
+        (
+            "muws_linear",
+            [pointer, pointer, number, pointer, number, number, pointer, ctypes.c_int32, error],
+            ctypes.c_int32,
+        ),
     ):
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
     return found
+
+
+def compiled(source: str, folder: Path, *flags: str, compiler: str = "cc", run: bool = True) -> str:
+    """Compile a C program against the library, and return what it prints; or, without ``run``, an empty string."""
+    found = shutil.which(compiler) or pytest.skip(f"no {compiler}")
+    (folder / "program.c").write_text(source, encoding="utf-8")
+    lib = build().parent
+    command = [found, *flags, "program.c", f"-I{lib}", f"-L{lib}", "-lmuws", f"-Wl,-rpath,{lib}", "-o", "program"]
+    subprocess.run(command, cwd=folder, check=True)  # noqa: S603  our own code
+    if not run:
+        return ""
+    return subprocess.run([folder / "program"], check=True, capture_output=True, text=True).stdout  # noqa: S603
 
 
 class Reader:
@@ -147,6 +188,73 @@ class Reader:
         error = Error()
         if library().muws_verify(self._file, error):
             raise ReaderError(error)
+
+    def stored_bytes(self) -> list[float]:
+        out, error = np.empty(len(self)), Error()
+        if library().muws_stored_bytes(self._file, out.ctypes.data, len(out), error):
+            raise ReaderError(error)
+        return out.tolist()
+
+    def pack(self, index: int, form: int = VALUES) -> "Packed":
+        error = Error()
+        packed = library().muws_pack(self._file, index, form, error)
+        if not packed:
+            raise ReaderError(error)
+        return Packed(packed)
+
+
+class Packed:
+    """A packed weight; it is freed with the object."""
+
+    def __init__(self, address: int) -> None:
+        self.address, self.info = address, BlocksInfo()
+        library().muws_packed(address, self.info)
+
+    def __del__(self) -> None:
+        library().muws_free_packed(self.address)
+
+    def dense(self) -> np.ndarray:
+        """Return the matrix that the packed blocks make, ``(outputs, inputs)`` float32."""
+        info = self.info
+        rows, cols = (info.values.rows, info.values.cols) if info.values.n_blocks else (1, 1)
+        found = np.zeros((info.outputs + 16, info.inputs), np.float32)
+        for first, at, k in places(info.values):
+            block = np.ctypeslib.as_array(info.weights, (info.values.n_blocks, cols, rows))[k]
+            found[first : first + rows, at : at + cols] = block.T
+        for first, at, k in places(info.signs):
+            rows, cols = info.signs.rows, info.signs.cols
+            n, wide = rows * cols // 8, min(8, cols)
+            bits = np.unpackbits(
+                np.ctypeslib.as_array(info.minus, (info.signs.n_blocks, n))[k], bitorder="little"
+            ).reshape(cols // wide, rows, wide)
+            signs = 1 - 2 * bits.transpose(1, 0, 2).reshape(rows, cols).astype(np.float32)
+            assert not found[first : first + rows, at : at + cols].any()
+            found[first : first + rows, at : at + cols] = info.magnitudes[k] * signs
+        assert not found[info.outputs :].any()
+        return found[: info.outputs]
+
+    def linear(
+        self,
+        x: np.ndarray,
+        bias: np.ndarray | None = None,
+        *,
+        relu: bool = False,
+        widths: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Return ``x W^T + bias``; ``widths`` are the inputs and outputs that are given, by default the layer's."""
+        n_in, n_out = widths or (self.info.inputs, self.info.outputs)
+        y, error = np.full((len(x), self.info.outputs), np.nan, np.float32), Error()
+        b = None if bias is None else bias.ctypes.data
+        if library().muws_linear(self.address, x.ctypes.data, n_in, y.ctypes.data, n_out, len(x), b, relu, error):
+            raise ReaderError(error)
+        return y
+
+
+def places(blocks: BlockList) -> Iterator[tuple[int, int, int]]:
+    """Yield the first row and column of each block, and its number."""
+    for b in range(blocks.row_blocks):
+        for k in range(blocks.starts[b], blocks.starts[b + 1]):
+            yield b * blocks.rows, blocks.columns[k], k
 
 
 @contextmanager

@@ -3,8 +3,13 @@
 #include <exception>
 #include <new>
 
-#include "file.h"
+#include "packed.h"
 #include "values.h"
+
+struct MuwsPacked {
+  muws::Packed packed;
+  explicit MuwsPacked(const std::shared_ptr<muws::Budget> &budget) : packed(budget) {}
+};
 
 struct MuwsFile {
   muws::File file;
@@ -13,6 +18,8 @@ struct MuwsFile {
 };
 
 namespace {
+
+using Big = unsigned long long;
 
 int32_t say(MuwsError *error, int32_t code, const char *before, const char *message) {
   if (error) {
@@ -35,6 +42,11 @@ int32_t guarded(MuwsError *error, Do what, Before before) {
   } catch (const std::exception &unexpected) {  // such as a list that is too long
     return say(error, MUWS_REFUSED, before(), unexpected.what());
   }
+}
+
+void check_index(const muws::Manifest &manifest, uint64_t index) {
+  if (index >= manifest.entries.size())
+    muws::refuse_as(MUWS_ARGUMENT, "there is no tensor %llu, the file has %zu", (Big)index, manifest.entries.size());
 }
 
 template <typename From>
@@ -72,8 +84,7 @@ uint64_t muws_n_tensors(const MuwsFile *file) { return file->file.manifest.entri
 int32_t muws_tensor(const MuwsFile *file, uint64_t index, MuwsTensor *tensor, MuwsError *error) {
   const muws::Manifest &manifest = file->file.manifest;
   return guarded(error, [&] {
-    if (index >= manifest.entries.size())
-      muws::refuse_as(MUWS_ARGUMENT, "there is no tensor %llu, the file has %zu", (unsigned long long)index, manifest.entries.size());
+    check_index(manifest, index);
     const muws::Entry &given = manifest.entries[index];
     const muws::Entry &entry = given.same_as < 0 ? given : manifest.entries[size_t(given.same_as)];
     *tensor = {manifest.name(given), given.name_bytes, name_of(entry.dtype), name_of(entry.stored), manifest.sizes.data() + given.axes,
@@ -94,8 +105,7 @@ int32_t muws_decode(MuwsFile *file, uint64_t index, int32_t as, void *out, uint6
   const muws::Manifest &manifest = file->file.manifest;
   char before[124] = "";
   return guarded(error, [&] {
-    if (index >= manifest.entries.size())
-      muws::refuse_as(MUWS_ARGUMENT, "there is no tensor %llu, the file has %zu", (unsigned long long)index, manifest.entries.size());
+    check_index(manifest, index);
     const muws::Entry &entry = manifest.entries[index];
     snprintf(before, sizeof before, "tensor '%s': ", manifest.shown(entry).text);
     if (as != MUWS_OWN && as != MUWS_FLOAT32) muws::refuse_as(MUWS_ARGUMENT, "%d is no way to decode: give MUWS_OWN or MUWS_FLOAT32", as);
@@ -104,7 +114,7 @@ int32_t muws_decode(MuwsFile *file, uint64_t index, int32_t as, void *out, uint6
       muws::refuse_as(MUWS_ARGUMENT, "it is %s, which cannot become float32: give MUWS_OWN", name_of(entry.dtype));
     const uint64_t size = is_float32 ? 4 : width_of(entry.dtype), needed = entry.numel * size;
     if (out_bytes != needed)
-      muws::refuse_as(MUWS_ARGUMENT, "it takes %llu bytes, %llu were given", (unsigned long long)needed, (unsigned long long)out_bytes);
+      muws::refuse_as(MUWS_ARGUMENT, "it takes %llu bytes, %llu were given", (Big)needed, (Big)out_bytes);
     if (!needed) return;
     if (!out || uintptr_t(out) % std::min<uint64_t>(size, 8))
       muws::refuse_as(MUWS_ARGUMENT, "memory is needed that lies at a multiple of its element, as that of malloc does");
@@ -117,3 +127,49 @@ int32_t muws_verify(MuwsFile *file, MuwsError *error) {
 }
 
 uint64_t muws_peak_bytes(const MuwsFile *file) { return file->file.budget.peak; }
+
+int32_t muws_stored_bytes(MuwsFile *file, double *n_bytes, uint64_t n, MuwsError *error) {
+  return guarded(error, [&] {
+    const uint64_t needed = file->file.manifest.entries.size();
+    if (n != needed || !n_bytes) muws::refuse_as(MUWS_ARGUMENT, "memory for %llu numbers is needed, not %llu", (Big)needed, (Big)n);
+    file->file.stored_bytes(n_bytes);
+  }, [] { return ""; });
+}
+
+MuwsPacked *muws_pack(MuwsFile *file, uint64_t index, int32_t form, MuwsError *error) {
+  const muws::Manifest &manifest = file->file.manifest;
+  char before[124] = "";
+  std::unique_ptr<MuwsPacked> found;
+  const int32_t code = guarded(error, [&] {
+    check_index(manifest, index);
+    snprintf(before, sizeof before, "tensor '%s': ", manifest.shown(manifest.entries[index]).text);
+    if (form != MUWS_VALUES && form != MUWS_SIGNS)
+      muws::refuse_as(MUWS_ARGUMENT, "%d is no form of packed weights: give MUWS_VALUES or MUWS_SIGNS", form);
+    found.reset(new MuwsPacked(file->file.shared));
+    file->file.pack(index, form == MUWS_SIGNS, found->packed);
+  }, [&] { return before; });
+  return code ? nullptr : found.release();
+}
+
+void muws_free_packed(MuwsPacked *packed) { delete packed; }
+
+void muws_packed(const MuwsPacked *packed, MuwsBlocksInfo *info) {
+  const muws::Packed &one = packed->packed;
+  const auto list = [](const muws::BlockList &blocks) {
+    return MuwsBlockList{uint64_t(blocks.rows), uint64_t(blocks.cols), uint64_t(blocks.row_blocks), uint64_t(blocks.n), blocks.first(), blocks.column()};
+  };
+  *info = {one.outputs, one.inputs, one.n_bytes(), list(one.values), one.weight(), list(one.signs), one.magnitude(), one.minus.data()};
+}
+
+int32_t muws_linear(const MuwsPacked *packed, const float *x, uint64_t inputs, float *y, uint64_t outputs, uint64_t n,
+                    const float *bias, int32_t relu, MuwsError *error) {
+  return guarded(error, [&] {
+    const muws::Packed &one = packed->packed;
+    if (inputs != one.inputs || outputs != one.outputs)
+      muws::refuse_as(MUWS_ARGUMENT, "the layer has %llu inputs and %llu outputs, not %llu and %llu", (Big)one.inputs, (Big)one.outputs,
+                      (Big)inputs, (Big)outputs);
+    const bool is_needed[] = {n && inputs, n && outputs};
+    if ((is_needed[0] && !x) || (is_needed[1] && !y)) muws::refuse_as(MUWS_ARGUMENT, "an input and an output are needed, not NULL");
+    one.linear(x, y, n, bias, relu != 0);
+  }, [] { return ""; });
+}

@@ -1,5 +1,7 @@
 // An open file: its frame, one decoded chunk at a time, and tensors from it.
 #pragma once
+#include <memory>
+
 #include "manifest.h"
 #include "memory.h"
 
@@ -46,21 +48,42 @@ struct Loaded {
   List<Counts> before;  // each piece
 };
 
+// Takes the values of a tensor as they are decoded, in runs of a row of its matrix; a flat tensor is one column.
+class Sink {
+ public:
+  virtual void put(uint64_t row, uint64_t col, const float *from, uint64_t n) = 0;
+
+ protected:
+  ~Sink() = default;
+};
+
+struct Packed;
+
 class File {
  public:
   template <typename From>
-  File(From from, uint64_t max_bytes) : budget(max_bytes), source(from), manifest(budget), loaded(budget) {
+  File(From from, uint64_t max_bytes)
+      : shared(std::make_shared<Budget>(max_bytes)), budget(*shared), source(from), manifest(budget), loaded(budget) {
     budget.take(sizeof *this);
     open();
   }
   File(const File &) = delete;
   File &operator=(const File &) = delete;
 
-  // Decodes a tensor into memory of its size; without memory it checks that all of it can be decoded.
-  void decode(uint64_t index, bool as_float32, uint8_t *out);
+  ~File() { budget.drop(); }
+
+  // Decodes a tensor into memory of its size, or passes it on as float32.
+  void decode(uint64_t index, bool as_float32, uint8_t *out, Sink *sink = nullptr);
   void verify();
 
-  Budget budget;
+  // Packs a weight, without memory for all of it; with the signs of its unified blocks, or their values.
+  void pack(uint64_t index, bool with_signs, Packed &out);
+
+  // The share of each tensor in the streams, by the symbols that it has there; maps.py is the reference.
+  void stored_bytes(double *n_bytes);
+
+  std::shared_ptr<Budget> shared;  // with what was packed, which may live longer
+  Budget &budget;
   Source source;
   Manifest manifest;
   char version[16];
@@ -74,7 +97,7 @@ class File {
   void check_kinds(uint64_t first, uint64_t last);
   void count(const Chunk &chunk, Counts &signs, uint64_t *magnitudes, uint64_t *free);
   void load(uint64_t chunk);
-  void decode_piece(uint64_t chunk, uint64_t piece, bool as_float32, uint8_t *out);
+  void decode_piece(uint64_t chunk, uint64_t piece, bool as_float32, uint8_t *out, Sink *sink);
 
   Loaded loaded;
 };

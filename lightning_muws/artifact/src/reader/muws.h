@@ -1,4 +1,4 @@
-/* Reads `.muws` files of format 1.0 and 1.1 from C: see docs/c.md, and docs/format.md for the file.
+/* Reads `.muws` files of format 1.0 and 1.1 from C, and runs their layers: see docs/c.md, and docs/format.md for the file.
  *
  *     MuwsError error;
  *     MuwsFile *file = muws_open("model.muws", 1 << 28, &error);
@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MUWS_ABI 1 /* changes with any struct or function below */
+#define MUWS_ABI 2 /* changes with any struct or function below */
 
 enum {
   MUWS_OK = 0,
@@ -64,8 +64,8 @@ enum { MUWS_OWN = 0, MUWS_FLOAT32 = 1 }; /* how to decode: to its own dtype, or 
 /* The MUWS_ABI that the library was built with. */
 MUWS_API int32_t muws_abi(void);
 
-/* Opens a file and checks its header and its manifest. The reader never holds more than max_bytes at once, until the
- * file is closed; the memory that you give it is not counted. Returns NULL and sets the error if it refuses. */
+/* Opens a file and checks its header and its manifest. The reader never holds more than max_bytes at once, packed weights
+ * included; the memory that you give it is not counted. Returns NULL and sets the error if it refuses. */
 MUWS_API MuwsFile *muws_open(const char *path, uint64_t max_bytes, MuwsError *error);
 
 /* The same for a file of n_bytes in memory, which has to stay there, unchanged, until the file is closed. */
@@ -99,6 +99,61 @@ MUWS_API int32_t muws_verify(MuwsFile *file, MuwsError *error);
 
 /* The most bytes that the reader has held at once since the file was opened. */
 MUWS_API uint64_t muws_peak_bytes(const MuwsFile *file);
+
+/* Writes for each tensor the bytes that it takes in the file: its share of each stream, by the symbols that it has there. n is
+ * the number of tensors. Only the kinds of blocks are read. Shared tensors and copies have 0. */
+MUWS_API int32_t muws_stored_bytes(MuwsFile *file, double *n_bytes, uint64_t n, MuwsError *error);
+
+/* ---- layers
+ *
+ * A packed weight holds the blocks that are not pruned, and no others. Its memory counts towards the max_bytes of its file
+ * until it is freed, and so does what one call of muws_linear takes. It may be freed before or after the file is closed.
+ * Packing and freeing are for the thread that uses the file; muws_linear may run in several threads with one weight.
+ */
+typedef struct MuwsPacked MuwsPacked;
+
+enum {
+  MUWS_VALUES = 0, /* a float for each weight */
+  MUWS_SIGNS = 1   /* a bit for each weight of a unified block, and a magnitude; a float for other weights */
+};
+
+/* Blocks of one size. Block i of a row of blocks b, starts[b] <= i < starts[b + 1], has the outputs from b * rows on and the
+ * inputs from columns[i] on. */
+typedef struct {
+  uint64_t rows, cols, row_blocks, n_blocks;
+  const int32_t *starts;   /* row_blocks + 1 */
+  const uint16_t *columns; /* n_blocks; they ascend in each row of blocks */
+} MuwsBlockList;
+
+/* A packed weight, for kernels of your own; valid until it is freed. The last row of blocks may go on after the outputs. */
+typedef struct {
+  uint64_t outputs, inputs; /* of the layer: the rows and columns of the matrix */
+  uint64_t n_bytes;         /* that it takes, with those of a call of muws_linear */
+  MuwsBlockList values;     /* of 1, 2, 4 or 8 rows by 1 or 4 columns, whatever the blocks of the file */
+  const float *weights;     /* weight (r, c) of block i is weights[(i * cols + c) * rows + r] */
+  MuwsBlockList signs;      /* the unified blocks, with MUWS_SIGNS */
+  const float *magnitudes;  /* of each unified block */
+  const uint8_t *minus;     /* a bit for each of its weights, 1 for negative, the first in the lowest bit: by 8 columns (by 4 in
+                             * blocks of 4x4) after each other, and of them row by row */
+} MuwsBlocksInfo;
+
+/* Packs a weight of float16, bfloat16, float32 or float64: the matrix of a Linear, or that of a convolution, as docs/format.md
+ * has it. The dense weight is never in memory. At most 65,536 inputs. MUWS_SIGNS takes a twentieth of the memory where most
+ * blocks are unified, and is made for one sample: batches run faster with MUWS_VALUES. It needs blocks of 4x4, or of 4, 8 or
+ * 16 rows by a multiple of 8 columns. Returns NULL and sets the error if it refuses. */
+MUWS_API MuwsPacked *muws_pack(MuwsFile *file, uint64_t index, int32_t form, MuwsError *error);
+
+/* Frees a packed weight, or does nothing for NULL. */
+MUWS_API void muws_free_packed(MuwsPacked *packed);
+
+/* Describes a packed weight. */
+MUWS_API void muws_packed(const MuwsPacked *packed, MuwsBlocksInfo *info);
+
+/* Writes y = x W^T + bias for n samples: x (n, inputs) and y (n, outputs), row-major and apart; bias (outputs) or NULL. With relu,
+ * negative outputs become 0. Refuses other numbers of inputs and outputs than the layer's. A weight that is in no packed
+ * block is not multiplied, also if its input is infinite or no number. */
+MUWS_API int32_t muws_linear(const MuwsPacked *packed, const float *x, uint64_t inputs, float *y, uint64_t outputs, uint64_t n,
+                             const float *bias, int32_t relu, MuwsError *error);
 
 #ifdef __cplusplus
 }

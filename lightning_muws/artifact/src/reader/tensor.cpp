@@ -36,18 +36,18 @@ struct Values {
   }
 };
 
-// Writes values of a piece to their place in a tensor.
+// Writes values of a piece to their place in a tensor, or passes them on; with neither place nor sink it only checks them.
 class Target {
  public:
-  Target(Budget &budget, const Manifest &all, const Entry &one, const uint64_t *sizes, bool to_float, uint8_t *to, uint64_t most)
-      : manifest(all), entry(one), as_float32(to_float && one.dtype != FLOAT32), out(to), width(width_of(one.dtype)),
+  Target(Budget &budget, const Manifest &all, const Entry &one, const uint64_t *sizes, bool to_float, uint8_t *to, Sink *sink_,
+         uint64_t most)
+      : manifest(all), entry(one), as_float32(to_float && one.dtype != FLOAT32), out(to), sink(sink_), width(width_of(one.dtype)),
         size(to_float ? 4 : width), values(budget, as_float32 ? most * width : 0), last(budget, !to || one.is_turned ? most * size : 0) {
     if (!one.is_turned) return;
     for (uint64_t axis = 2; axis < one.n_axes; axis++) inner *= sizes[axis];
     n_out = sizes[1], n_in = sizes[0] / one.groups;
   }
 
-  bool is_there() const { return out != nullptr; }
   // Whether patterns are what is written, in rows that follow each other.
   bool is_direct() const { return out && is_plain(entry) && !as_float32 && !entry.is_turned; }
   uint8_t *place(uint64_t row, uint64_t col) const { return out + (row * entry.cols + col) * size; }
@@ -59,7 +59,8 @@ class Target {
     if (entry.has_form) to_values(manifest, entry, patterns, n, middle);
     else memcpy(middle, patterns, n * width);
     if (as_float32) to_float32(entry.dtype, middle, n, to);
-    if (out && entry.is_turned) scatter(row, col, to, n);
+    if (sink) sink->put(row, col, reinterpret_cast<const float *>(to), n);
+    else if (out && entry.is_turned) scatter(row, col, to, n);
   }
 
  private:
@@ -77,6 +78,7 @@ class Target {
   const Entry &entry;
   bool as_float32;
   uint8_t *out;
+  Sink *sink;
   uint64_t width, size, inner = 1, n_out = 1, n_in = 1;
   Bytes values, last;
 };
@@ -130,7 +132,7 @@ void write_run(Target &target, Values &values, uint64_t row, uint64_t col, uint6
 
 }  // namespace
 
-void File::decode(uint64_t index, bool as_float32, uint8_t *out) {
+void File::decode(uint64_t index, bool as_float32, uint8_t *out, Sink *sink) {
   const Entry &given = manifest.entries[index];
   Entry &entry = given.same_as < 0 ? manifest.entries[index] : manifest.entries[size_t(given.same_as)];
   if (entry.first_chunk == UINT64_MAX) return;  // it is empty
@@ -144,7 +146,7 @@ void File::decode(uint64_t index, bool as_float32, uint8_t *out) {
     load(i);
     const Chunk &chunk = manifest.chunks[i];
     for (uint64_t k = chunk.pieces; k < chunk.pieces + chunk.n_pieces; k++)
-      if (manifest.pieces[k].tensor == uint64_t(&entry - manifest.entries.data())) decode_piece(i, k, as_float32, out);
+      if (manifest.pieces[k].tensor == uint64_t(&entry - manifest.entries.data())) decode_piece(i, k, as_float32, out, sink);
   }
 }
 
@@ -158,7 +160,7 @@ void File::verify() {
       const Entry &entry = manifest.entries[manifest.pieces[k].tensor];
       if (entry.dtype != BOOL && entry.stored != PALETTE) continue;  // they cannot be wrong
       try {
-        decode_piece(i, k, false, nullptr);
+        decode_piece(i, k, false, nullptr, nullptr);
       } catch (Refusal &refusal) {
         Refusal named{refusal.code, ""};
         snprintf(named.text, sizeof named.text, "tensor '%s': %.380s", manifest.shown(entry).text, refusal.text);
@@ -168,14 +170,14 @@ void File::verify() {
   }
 }
 
-void File::decode_piece(uint64_t chunk, uint64_t index, bool as_float32, uint8_t *out) {
+void File::decode_piece(uint64_t chunk, uint64_t index, bool as_float32, uint8_t *out, Sink *sink) {
   const Piece &piece = manifest.pieces[index];
   const Entry &entry = manifest.entries[piece.tensor];
   const Counts &before = loaded.before[index - manifest.chunks[chunk].pieces];
   const uint64_t rows = piece.stop - piece.start, cols = entry.cols, numel = rows * cols, some = std::min(numel, SLAB);
   if (!numel) return;
   const uint32_t width = width_of(entry.has_form ? entry.stored : entry.dtype);
-  Target target(budget, manifest, entry, manifest.sizes.data() + entry.axes, as_float32, out, some);
+  Target target(budget, manifest, entry, manifest.sizes.data() + entry.axes, as_float32, out, sink, some);
   Bytes patterns(budget, some * width), zeros(budget, some);
   memset(zeros.data(), 0, some);
 

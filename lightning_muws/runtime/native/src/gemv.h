@@ -26,7 +26,7 @@ static void dot(const MuwsLayer& l, const float* x, int32_t first, int32_t last,
     for (int32_t i = first; i < last; i++) {
       const float* p = x + l.columns[i];
       for (int64_t c = 0; c < l.cols; c += 4, w += 4 * ROWS) {
-        fetch<4 * ROWS, true>(w);
+        fetch<4 * ROWS>(w);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
           __builtin_memcpy(&weight, w + j * ROWS, sizeof weight);
@@ -37,7 +37,7 @@ static void dot(const MuwsLayer& l, const float* x, int32_t first, int32_t last,
   } else if (l.cols == 1) {
     int32_t i = first;
     for (; i + 4 <= last; i += 4, w += 4 * ROWS) {
-      fetch<4 * ROWS, true>(w);
+      fetch<4 * ROWS>(w);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         __builtin_memcpy(&weight, w + j * ROWS, sizeof weight);
@@ -67,7 +67,7 @@ static void dot_4x4(const MuwsLayer& l, const float* x, int32_t first, int32_t l
   const float* w = l.weights + (int64_t)first * 16;
   int32_t i = first;
   for (; i + 4 <= last; i += 4, w += 64) {
-    fetch<64, true>(w);
+    fetch<64>(w);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const __m512 in = _mm512_broadcast_f32x4(_mm_loadu_ps(x + l.columns[i + j]));

@@ -49,10 +49,12 @@ static void lay_out(Plan& p, int64_t band, int64_t item_units) {
   p.scratch_size = l.c * p.channel_stride + V;
 }
 
-static void place(Plan& p) {
+// Returns false if there is no memory.
+static bool place(Plan& p) {
   const MuwsLayer& l = p.layer;
   const int64_t columns = l.c / l.groups * l.kh * l.kw;
   p.offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)columns);
+  if (!p.offsets) return false;
   int64_t k = 0;
   for (int64_t c = 0; c < l.c / l.groups; c++)
     for (int64_t a = 0; a < l.kh; a++)
@@ -64,10 +66,11 @@ static void place(Plan& p) {
   if (l.logical) {
     int32_t* all = p.offsets;
     p.offsets = (int32_t*)malloc(sizeof(int32_t) * (size_t)most<int64_t>(1, l.n_logical));
-    for (int64_t i = 0; i < l.n_logical; i++) p.offsets[i] = all[l.logical[i]];
+    for (int64_t i = 0; p.offsets && i < l.n_logical; i++) p.offsets[i] = all[l.logical[i]];
     free(all);
   }
   p.places = (int32_t*)malloc(sizeof(int32_t) * (size_t)(l.h * l.w));
+  if (!p.offsets || !p.places) return false;
   for (int64_t h = 0; h < l.h; h++)
     for (int64_t w = 0; w < l.w; w++) {
       const int64_t a = (h + l.ph) % l.sh, b = (w + l.pw) % l.sw, j = (w + l.pw) / l.sw;
@@ -75,6 +78,7 @@ static void place(Plan& p) {
       const int64_t position = (a * p.phases_w + b) * p.phase_stride + (h + l.ph) / l.sh * p.pitch + j;
       p.places[h * l.w + w] = read ? (int32_t)(position * p.lanes) : -1;
     }
+  return true;
 }
 
 static Plan* plan_of(const MuwsLayer* layer) {
@@ -87,6 +91,7 @@ static Plan* plan_of(const MuwsLayer* layer) {
   const MuwsLayer& l = p->layer;
   p->source = *layer;
   p->windows = nullptr;
+  p->offsets = p->places = nullptr;
   p->lanes = l.batch_lanes == 1 ? V : 1;
   p->units = ceil_div(l.n, p->lanes);
   p->phases_h = least(l.sh, l.kh);
@@ -133,12 +138,11 @@ static Plan* plan_of(const MuwsLayer* layer) {
   p->chunk = p->item_units > 1 ? p->rows : most<int64_t>(ceil_div(V, most<int64_t>(1, l.w)), CACHED_BYTES / 4 / row_bytes);
   const int64_t done_bytes = 4 * V * l.o * l.ow * p->item_units;
   p->step = p->lanes == 1 ? p->band : most<int64_t>(ceil_div(V, l.ow), CACHED_BYTES / done_bytes);
-  if (p->scratch_size > INT32_MAX) {
-    free(p);
-    return nullptr;
-  }
-  place(*p);
-  return p;
+  if (p->scratch_size <= INT32_MAX && place(*p)) return p;
+  free(p->offsets);
+  free(p->places);
+  free(p);
+  return nullptr;
 }
 
 }  // namespace
