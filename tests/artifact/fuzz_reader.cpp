@@ -1,36 +1,22 @@
 // Damaged and lying files for the reader in C, in one process: each in memory of exactly its size, so that the sanitizers
 // see any access outside. Most have every checksum right. Whatever a file is, the reader stays within its limit and a
-// second, a file that it verifies can be decoded, and its weights can be packed and run. Built and run by fuzz_reader.sh: fuzz_reader INPUTS FIRST_SEED FILE...
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+// second, a file that it verifies can be decoded, and its weights can be packed and run.
+// Built and run by fuzz_reader.sh: fuzz_reader INPUTS FIRST_SEED FILE...
 #include <time.h>
 
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <memory>
-#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "../../lightning_muws/artifact/src/reader/json.h"
 #include "../../lightning_muws/artifact/src/reader/streams.h"
+#include "../support/fuzz.h"
 
-#define CHECK(condition)                                                               \
-  do {                                                                                 \
-    if (!(condition)) {                                                                \
-      fprintf(stderr, "%s:%d: seed %lld: %s\n", __FILE__, __LINE__, seed, #condition); \
-      exit(1);                                                                         \
-    }                                                                                  \
-  } while (0)
-
-static long long seed;
-static std::mt19937_64 random_bits;
 using std::string;
 
-static size_t below(size_t n) { return size_t(random_bits() % n); }
 static bool chance(int percent) { return int(below(100)) < percent; }
 template <typename T>
 static const T &choice(const std::vector<T> &from) { return from[below(from.size())]; }
@@ -254,9 +240,8 @@ static double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-// Memory of exactly n numbers.
-static std::unique_ptr<float[]> ones(uint64_t n) {
-  std::unique_ptr<float[]> found(new float[n]);
+static Exactly<float> ones(uint64_t n) {
+  Exactly<float> found(static_cast<int64_t>(n));
   std::fill(found.get(), found.get() + n, 1.0f);
   return found;
 }
@@ -275,20 +260,30 @@ static void run(MuwsFile *file, uint64_t index, int32_t form, const std::vector<
   for (const float weight : weights) sum += weight, size += std::fabs(weight);
   if (info.outputs + info.inputs < 100000) {
     const uint64_t n = 1 + below(chance(80) ? 6 : 100);
-    const std::unique_ptr<float[]> x = ones(n * info.inputs), y = ones(n * info.outputs), bias = ones(info.outputs);
+    const Exactly<float> x = ones(n * info.inputs), y = ones(n * info.outputs), bias = ones(info.outputs);
     const bool has_bias = chance(50), relu = chance(20);
     CHECK(muws_linear(packed, x.get(), info.inputs + 1, y.get(), info.outputs, n, nullptr, 0, &error) == MUWS_ARGUMENT);
     CHECK(muws_linear(packed, x.get(), info.inputs, y.get(), info.outputs, n, has_bias ? bias.get() : nullptr, relu, &error) == MUWS_OK);
     double found = has_bias ? -double(n * info.outputs) : 0;
-    for (uint64_t i = 0; i < n * info.outputs; i++) found += y[i];
+    for (uint64_t i = 0; i < n * info.outputs; i++) found += y[int64_t(i)];
     if (size < 1e30 && !relu) CHECK(std::fabs(found - double(n) * sum) <= 1e-4 * double(n) * (size + double(info.outputs)));
+  }
+  const uint64_t n = 1 + below(3), h = 1 + below(5), w = 1 + below(20), numel = n * info.outputs * h * w;
+  if (form == MUWS_VALUES && info.outputs + info.inputs < 2000) {
+    const Exactly<float> x = ones(n * info.inputs * h * w), y = ones(numel);
+    const MuwsConv2d shape = {n, info.inputs, h, w, {1, 1}, {1, 1}, {0, 0}};
+    CHECK(muws_conv2d(packed, &shape, x.get(), y.get(), numel + 1, nullptr, 0, &error) == MUWS_ARGUMENT);
+    CHECK(muws_conv2d(packed, &shape, x.get(), y.get(), numel, nullptr, 0, &error) == MUWS_OK);
+    double found = 0;
+    for (uint64_t i = 0; i < numel; i++) found += y[int64_t(i)];
+    if (size < 1e30) CHECK(std::fabs(found - double(n * h * w) * sum) <= 1e-4 * double(n * h * w) * size);
   }
   muws_free_packed(packed);
 }
 
 // Reads all that can be read of a file; returns whether it was verified.
 static bool read(const string &data, uint64_t limit) {
-  std::unique_ptr<char[]> exact(new char[data.size()]);
+  const Exactly<char> exact(static_cast<int64_t>(data.size()));
   memcpy(exact.get(), data.data(), data.size());
   MuwsError error;
   const double start = seconds();
@@ -312,7 +307,7 @@ static bool read(const string &data, uint64_t limit) {
       if (tensor.n_bytes > room || tensor.numel > room / 4) continue;
       const uint64_t n = as == MUWS_OWN ? tensor.n_bytes : 4 * tensor.numel;
       room -= n / 2;
-      std::unique_ptr<uint8_t[]> out(new uint8_t[n]);
+      const Exactly<uint8_t> out(static_cast<int64_t>(n));
       std::vector<float> weights(as == MUWS_FLOAT32 ? tensor.numel : 0);
       const int32_t code = muws_decode(file, i, as, out.get(), n, &error);
       const bool is_complex = !strncmp(tensor.dtype, "complex", 7) && as == MUWS_FLOAT32;
@@ -333,7 +328,6 @@ static bool read(const string &data, uint64_t limit) {
 }
 
 int main(int argc, char **argv) {
-  const long long n = argc > 1 ? atoll(argv[1]) : 10000, first = argc > 2 ? atoll(argv[2]) : 0;
   std::vector<string> files;
   std::vector<Model> models;
   for (int i = 3; i < argc; i++) {
@@ -344,11 +338,10 @@ int main(int argc, char **argv) {
   }
   CHECK(!files.empty());
   long long n_verified = 0;
-  for (seed = first; seed < first + n; seed++) {
-    random_bits.seed(uint64_t(seed));
+  const long long n = for_each_seed(argc, argv, [&] {
     const size_t k = below(files.size());
     const string data = chance(80) ? lie(models[k]) : damaged(files[k], choice(files));
     n_verified += read(data, chance(90) ? 8 << 20 : below(1 << below(24)));
-  }
+  });
   printf("%lld inputs, %lld of them intact: no finding\n", n, n_verified);
 }

@@ -1,39 +1,10 @@
 // Random and mutated input for the native coder, in blocks of memory of exactly the right size, so that the sanitizers
 // see any access outside. Each level must return what portable code returns, even for input that no encoder makes.
 // Built and run by sanitize.sh.
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "../../lightning_muws/artifact/src/coder.h"
-
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      fprintf(stderr, "%s:%d: seed %lld: %s\n", __FILE__, __LINE__, seed, #condition); \
-      exit(1);                                                                       \
-    }                                                                                \
-  } while (0)
-
-static long long seed;
-static std::mt19937_64 random_bits;
-
-static int64_t below(int64_t n) { return int64_t(random_bits() % uint64_t(n)); }
-
-// Memory of exactly n elements: a vector may have more.
-template <typename T>
-struct Exactly {
-  std::unique_ptr<T[]> data;
-  int64_t n;
-  explicit Exactly(int64_t n) : data(new T[size_t(n)]()), n(n) {}
-  Exactly(const Exactly &other) : Exactly(other.n) { memcpy(data.get(), other.data.get(), size_t(n) * sizeof(T)); }
-  T *get() const { return data.get(); }
-  T &operator[](int64_t i) const { return data[size_t(i)]; }
-};
+#include "../support/fuzz.h"
 
 static void random_frequencies(int64_t f[256]) {
   memset(f, 0, 256 * sizeof *f);
@@ -121,7 +92,7 @@ static void bytes() {
   for (int64_t i = 0; i < counts.n; i++) CHECK(counts[i] == 0);
   muws_count(data.get(), n, stretch, counts.get());
   for (int64_t i = 0; i <= 4096; i++) logs[i] = i << 12;
-  const MuwsCosts costs = {below(1000) << 24, below(16) << 24, logs.get()};
+  const MuwsCosts costs = {int64_t(below(1000) << 24), int64_t(below(16) << 24), logs.get()};
   int64_t total, sum = 0;
   const int64_t n_tables = muws_merge(counts.get(), n_rows, &costs, firsts.get(), &total);
   CHECK(n_tables <= n_rows && (n_tables > 0) == (n_rows > 0));
@@ -186,9 +157,7 @@ static void blocks() {
 }
 
 int main(int argc, char **argv) {
-  const long long n = argc > 1 ? atoll(argv[1]) : 10000, first = argc > 2 ? atoll(argv[2]) : 0;
-  for (seed = first; seed < first + n; seed++) {
-    random_bits.seed(uint64_t(seed));
+  const long long n = for_each_seed(argc, argv, [] {
     rans();
     bytes();
     switch (seed % 4) {
@@ -197,6 +166,6 @@ int main(int argc, char **argv) {
       case 2: planes<uint32_t>(), blocks<uint32_t>(); break;
       case 3: planes<uint64_t>(), blocks<uint64_t>(); break;
     }
-  }
+  });
   printf("%lld inputs at %s: no finding\n", n, muws_coder_level() ? "both levels" : "the portable level");
 }

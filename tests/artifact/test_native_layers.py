@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -25,6 +25,7 @@ from tests.support.native_reader import (
     SIGNS,
     TOO_LARGE,
     VALUES,
+    Conv2d,
     Reader,
     ReaderError,
     compiled,
@@ -176,6 +177,36 @@ def test_a_convolution_is_packed_as_its_matrix(tmp_path):
     assert_packs(tmp_path / "m.muws", 0, matrix_of(w))
 
 
+@SETTINGS
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    name=st.sampled_from(LEVELS),
+    seed=st.integers(0, 10**6),
+)
+@example(sizes=(20, 8, 9, 5, 6), kernel=(3, 3), stride=(1, 1), padding=(1, 1), name="", seed=0)
+@example(sizes=(1, 9, 8, 20, 20), kernel=(3, 3), stride=(2, 2), padding=(1, 1), name="", seed=1)
+@example(sizes=(2, 8, 8, 19, 20), kernel=(1, 1), stride=(1, 1), padding=(0, 0), name="", seed=2)
+def test_convolutions_are_those_of_torch(sizes, kernel, stride, padding, name, seed, tmp_path):
+    n, c, o, h, w = sizes
+    assume(kernel[0] <= h + 2 * padding[0] and kernel[1] <= w + 2 * padding[1])
+    weight = MicroStructure((4, 4), 0.5, 0.3).project(normal(seed, o, c, *kernel)).float()
+    save_compressed({"w": weight}, tmp_path / "m.muws", blocks=(4, 4))
+    x, bias = normal(seed + 1, n, c, h, w, dtype=torch.float32), normal(seed + 2, o, dtype=torch.float32)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding).relu()
+    absolute = F.conv2d(x.double().abs(), weight.double().abs(), bias.double().abs(), stride, padding)
+    with level(name), opened(tmp_path / "m.muws") as reader:
+        packed = packed_or_none(reader, 0, VALUES)
+        if packed is None:
+            return
+        shape = Conv2d(n, c, h, w, kernel, stride, padding)
+        found = packed.conv2d(x.numpy(), shape, tuple(wanted.shape), bias.numpy(), relu=True)
+    bound = (c * kernel[0] * kernel[1] + 8) * 2.0**-24 * absolute
+    assert bool(((torch.from_numpy(found).double() - wanted).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_weights_of_the_golden_files_run(path):
     with opened(path) as reader:
@@ -316,6 +347,32 @@ def test_a_caller_that_is_wrong_is_told(tmp_path):
         with level("sse9"), pytest.raises(ReaderError, match="MUWS_LEVEL=sse9 is not allowed here"):
             reader.pack(0)
     library().muws_free_packed(None)
+
+
+def test_a_convolution_that_does_not_fit_is_told(tmp_path):
+    path = tmp_path / "m.muws"
+    save_compressed({"w": torch.ones(6, 2, 3, 3), "s": torch.ones(4, 4)}, path, blocks=(4, 4))
+    x, good = np.ones((1, 2, 5, 5), np.float32), ((3, 3), (1, 1), (0, 0))
+    with opened(path) as reader:
+        packed = reader.pack(0)
+        for shape, out, says in (
+            (Conv2d(1, 2, 5, 5, *good), (1, 6, 3, 2), "1 images of 6x3x3, not 36 numbers"),
+            (Conv2d(1, 3, 5, 5, *good), (1, 6, 3, 3), "18 columns, not 3 channels of 3x3"),
+            (
+                Conv2d(1, 2, 2, 5, *good),
+                (1, 6, 3, 3),
+                "a kernel of 3 with stride 1 and padding 0 does not fit 2 pixels",
+            ),
+            (Conv2d(1, 2, 5, 5, (3, 3), (0, 1), (0, 0)), (1, 6, 3, 3), "stride 0"),
+            (Conv2d(1, 2, 5, 1 << 63, *good), (1, 6, 3, 3), "does not fit 9223372036854775808 pixels"),
+            (Conv2d(1 << 63, 2, 5, 5, *good), (1, 6, 3, 3), "9223372036854775808 images"),
+            (Conv2d(1, 1 << 63, 5, 5, *good), (1, 6, 3, 3), "9223372036854775808 channels"),
+        ):
+            with pytest.raises(ReaderError, match=says) as caught:
+                packed.conv2d(x, shape, out)
+            assert caught.value.code == ARGUMENT
+        with pytest.raises(ReaderError, match="packed with MUWS_VALUES"):
+            reader.pack(1, SIGNS).conv2d(x, Conv2d(1, 4, 5, 5, (1, 1), (1, 1), (0, 0)), (1, 4, 5, 5))
 
 
 def test_a_damaged_stream_is_refused(tmp_path):

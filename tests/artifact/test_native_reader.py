@@ -38,6 +38,7 @@ from tests.support.native_reader import (
     TOO_LARGE,
     BlockList,
     BlocksInfo,
+    Conv2d,
     Error,
     Reader,
     ReaderError,
@@ -417,7 +418,13 @@ def test_threads_may_read_different_files(tmp_path):
     assert found == {path: {data} for path, data in wanted.items()}
 
 
-STRUCTS = {"MuwsError": Error, "MuwsTensor": Tensor, "MuwsBlockList": BlockList, "MuwsBlocksInfo": BlocksInfo}
+STRUCTS = {
+    "MuwsError": Error,
+    "MuwsTensor": Tensor,
+    "MuwsBlockList": BlockList,
+    "MuwsBlocksInfo": BlocksInfo,
+    "MuwsConv2d": Conv2d,
+}
 
 
 @pytest.mark.parametrize(
@@ -472,7 +479,7 @@ def test_only_the_functions_of_the_header_are_exported():
         if "(" in word and "muws_" in word
     }
     assert names == declared
-    assert len(declared) == 17
+    assert len(declared) == 18
 
 
 @pytest.mark.slow

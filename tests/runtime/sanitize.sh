@@ -1,18 +1,8 @@
 #!/usr/bin/env bash
 # Builds the native kernels with the address and undefined behaviour sanitizers, by the package's own build, and runs
-# tests/runtime/sanitize.cpp over them, and sanitize_onnx.cpp over the operators for ONNX Runtime. Without a compiler it says
-# so and passes.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
+# tests/runtime/sanitize.cpp over them, and sanitize_onnx.cpp over the operators for ONNX Runtime.
 PYTHON="${1:-python3}"
-CXX="${CXX:-c++}"
-if ! command -v "$CXX" >/dev/null; then
-  echo "no C++ compiler: the native kernels are not built, and no sanitizer runs over them"
-  exit 0
-fi
-WORK="$(mktemp -d)"
-trap 'rm -rf "$WORK"' EXIT
-FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+source "$(dirname "$0")/../support/sanitizers.sh"
 cp -r setup.py pyproject.toml README.md LICENSE MANIFEST.in "$WORK"
 mkdir "$WORK/lightning_muws"
 cp -r lightning_muws/__init__.py lightning_muws/runtime "$WORK/lightning_muws"

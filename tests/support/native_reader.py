@@ -62,6 +62,13 @@ class BlocksInfo(ctypes.Structure):
     ]
 
 
+class Conv2d(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_uint64) for name in ("n", "channels", "height", "width")),
+        *((name, ctypes.c_uint64 * 2) for name in ("kernel", "stride", "padding")),
+    ]
+
+
 class ReaderError(Exception):
     """What the library says: its code and its message."""
 
@@ -102,6 +109,11 @@ def library() -> ctypes.CDLL:
         ("muws_pack", [pointer, number, ctypes.c_int32, error], pointer),
         ("muws_free_packed", [pointer], None),
         ("muws_packed", [pointer, ctypes.POINTER(BlocksInfo)], None),
+        (
+            "muws_conv2d",
+            [pointer, ctypes.POINTER(Conv2d), pointer, pointer, number, pointer, ctypes.c_int32, error],
+            ctypes.c_int32,
+        ),
         (
             "muws_linear",
             [pointer, pointer, number, pointer, number, number, pointer, ctypes.c_int32, error],
@@ -232,6 +244,21 @@ class Packed:
             found[first : first + rows, at : at + cols] = info.magnitudes[k] * signs
         assert not found[info.outputs :].any()
         return found[: info.outputs]
+
+    def conv2d(
+        self,
+        x: np.ndarray,
+        shape: Conv2d,
+        out: tuple[int, ...],
+        bias: np.ndarray | None = None,
+        *,
+        relu: bool = False,
+    ) -> np.ndarray:
+        y, error = np.full(out, np.nan, np.float32), Error()
+        b = None if bias is None else bias.ctypes.data
+        if library().muws_conv2d(self.address, shape, x.ctypes.data, y.ctypes.data, y.size, b, relu, error):
+            raise ReaderError(error)
+        return y
 
     def linear(
         self,

@@ -20,6 +20,7 @@ struct MuwsFile {
 namespace {
 
 using Big = unsigned long long;
+constexpr uint64_t MOST_SIZE = 1 << 20;  // pixels of a row or a column, and images
 
 int32_t say(MuwsError *error, int32_t code, const char *before, const char *message) {
   if (error) {
@@ -171,5 +172,35 @@ int32_t muws_linear(const MuwsPacked *packed, const float *x, uint64_t inputs, f
     const bool is_needed[] = {n && inputs, n && outputs};
     if ((is_needed[0] && !x) || (is_needed[1] && !y)) muws::refuse_as(MUWS_ARGUMENT, "an input and an output are needed, not NULL");
     one.linear(x, y, n, bias, relu != 0);
+  }, [] { return ""; });
+}
+
+int32_t muws_conv2d(const MuwsPacked *packed, const MuwsConv2d *shape, const float *x, float *y, uint64_t y_numel, const float *bias,
+                    int32_t relu, MuwsError *error) {
+  return guarded(error, [&] {
+    const muws::Packed &one = packed->packed;
+    const uint64_t sizes[] = {shape->height, shape->width};
+    uint64_t out[2], plane = 1;
+    for (int axis = 0; axis < 2; axis++) {
+      const uint64_t size = sizes[axis], kernel = shape->kernel[axis], stride = shape->stride[axis], padding = shape->padding[axis];
+      if (size > MOST_SIZE || padding > MOST_SIZE || stride > MOST_SIZE || !stride || !kernel || kernel > size + 2 * padding)
+        muws::refuse_as(MUWS_ARGUMENT, "a kernel of %llu with stride %llu and padding %llu does not fit %llu pixels", (Big)kernel, (Big)stride,
+                        (Big)padding, (Big)size);
+      out[axis] = (size + 2 * padding - kernel) / stride + 1;
+      plane *= out[axis];
+    }
+    const uint64_t columns = shape->channels > muws::MOST_COLUMNS ? 0 : shape->channels * shape->kernel[0] * shape->kernel[1];
+    if (shape->kernel[0] > muws::MOST_COLUMNS || shape->kernel[1] > muws::MOST_COLUMNS || columns != one.inputs)
+      muws::refuse_as(MUWS_ARGUMENT, "the weight has %llu columns, not %llu channels of %llux%llu", (Big)one.inputs, (Big)shape->channels,
+                      (Big)shape->kernel[0], (Big)shape->kernel[1]);
+    if (one.signs.n) muws::refuse_as(MUWS_ARGUMENT, "a convolution needs a weight that was packed with MUWS_VALUES");
+    const bool is_small = shape->n <= MOST_SIZE && one.outputs <= MOST_SIZE;
+    const uint64_t planes = is_small ? shape->n * one.outputs : 0;
+    if (!is_small || (planes ? y_numel % planes || y_numel / planes != plane : y_numel))
+      muws::refuse_as(MUWS_ARGUMENT, "the output has %llu images of %llux%llux%llu, not %llu numbers", (Big)shape->n, (Big)one.outputs, (Big)out[0],
+                      (Big)out[1], (Big)y_numel);
+    if (!y_numel) return;
+    if (!x || !y) muws::refuse_as(MUWS_ARGUMENT, "an input and an output are needed, not NULL");
+    one.conv2d(*shape, out, x, y, bias, relu != 0);
   }, [] { return ""; });
 }

@@ -54,8 +54,15 @@ struct Work {
 };
 thread_local Work *Work::current = nullptr;
 
+void run(const MuwsLevel &kernels, const MuwsLayer &layer, const float *x, float *y) {
+  const std::unique_ptr<void, decltype(kernels.free_plan)> plan(kernels.plan(&layer), kernels.free_plan);
+  if (!plan) throw std::bad_alloc();
+  kernels.run(plan.get(), x, nullptr, y, 1);
+}
+
 constexpr int BIAS = 2;        // the slot of a padded bias
-constexpr uint64_t FEW = 3;    // samples that are computed one by one
+constexpr uint64_t LANES = 16;
+constexpr int64_t FEW = 3;     // samples that are computed one by one
 
 }  // namespace
 
@@ -74,18 +81,24 @@ Level level() {
   return {&muws_level_portable, 4};
 }
 
-void Packed::run(const float *x, float *y, uint64_t n, const float *bias, bool relu) const {
-  MuwsLayer layer = {};
-  layer.n = int64_t(n), layer.c = int64_t(inputs), layer.o = int64_t(outputs);
-  layer.h = layer.w = layer.oh = layer.ow = layer.kh = layer.kw = layer.sh = layer.sw = layer.groups = 1;
-  layer.rows = values.rows, layer.cols = values.cols, layer.row_blocks = values.row_blocks;
-  layer.starts = values.first(), layer.columns = values.column(), layer.weights = weight();
-  layer.bias = bias, layer.relu = relu, layer.batch_lanes = 1, layer.threads = 1;
-  if (n <= FEW) return kernels.kernels->gemv(&layer, x, y, 1);
-  const auto release = kernels.kernels->free_plan;
-  const std::unique_ptr<void, decltype(release)> plan(kernels.kernels->plan(&layer), release);
-  if (!plan) throw std::bad_alloc();
-  kernels.kernels->run(plan.get(), x, nullptr, y, 1);
+// A layer of one position, for any number of samples.
+MuwsLayer Packed::layer(const float *bias, bool relu) const {
+  MuwsLayer one = {};
+  one.c = int64_t(inputs), one.o = int64_t(outputs);
+  one.h = one.w = one.oh = one.ow = one.kh = one.kw = one.sh = one.sw = one.groups = 1;
+  one.rows = values.rows, one.cols = values.cols, one.row_blocks = values.row_blocks;
+  one.starts = values.first(), one.columns = values.column(), one.weights = weight();
+  one.bias = bias, one.relu = relu, one.batch_lanes = 1, one.threads = 1;
+  return one;
+}
+
+// The kernels read the bias of whole rows of blocks.
+const float *Packed::padded(const float *bias) const {
+  const uint64_t n = uint64_t(values.row_blocks * values.rows);
+  if (!bias || n == outputs) return bias;
+  float *found = Work::current->floats(BIAS, n);
+  memset(std::copy(bias, bias + outputs, found), 0, (n - outputs) * 4);
+  return found;
 }
 
 void Packed::linear(const float *x, float *y, uint64_t n, const float *bias, bool relu) const {
@@ -95,15 +108,13 @@ void Packed::linear(const float *x, float *y, uint64_t n, const float *bias, boo
     for (uint64_t i = 0; i < n; i++)
       for (uint64_t o = 0; o < outputs; o++) y[i * outputs + o] = bias ? bias[o] : 0;
   } else {
-    if (bias && outputs % uint64_t(values.rows)) {  // the kernels read whole rows of blocks
-      float *padded = work.floats(BIAS, uint64_t(values.row_blocks * values.rows));
-      memset(std::copy(bias, bias + outputs, padded), 0, (uint64_t(values.row_blocks * values.rows) - outputs) * 4);
-      bias = padded;
-    }
+    MuwsLayer all = layer(padded(bias), relu && !signs.n);
     const uint64_t parts = (n + BATCH - 1) / BATCH;
     for (uint64_t i = 0; i < parts; i++) {
-      const uint64_t first = n / parts * i + std::min(i, n % parts), some = n / parts + (i < n % parts);
-      run(x + first * inputs, y + first * outputs, some, bias, relu && !signs.n);
+      const uint64_t first = n / parts * i + std::min(i, n % parts);
+      all.n = int64_t(n / parts + (i < n % parts));
+      if (all.n <= FEW) kernels.kernels->gemv(&all, x + first * inputs, y + first * outputs, 1);
+      else run(*kernels.kernels, all, x + first * inputs, y + first * outputs);
     }
   }
   if (signs.n) {
@@ -114,6 +125,28 @@ void Packed::linear(const float *x, float *y, uint64_t n, const float *bias, boo
   }
   if (relu && (signs.n || !values.n))
     for (uint64_t i = 0; i < n * outputs; i++) y[i] = y[i] < 0 ? 0 : y[i];
+}
+
+void Packed::conv2d(const MuwsConv2d &shape, const uint64_t out[2], const float *x, float *y, const float *bias, bool relu) const {
+  const uint64_t plane = out[0] * out[1];
+  if (!values.n) {
+    for (uint64_t i = 0; i < shape.n * outputs; i++) {
+      const float value = bias ? bias[i % outputs] : 0;
+      std::fill(y + i * plane, y + (i + 1) * plane, relu && value < 0 ? 0 : value);
+    }
+    return;
+  }
+  Work work(UINT64_MAX / 8);
+  MuwsLayer one = layer(padded(bias), relu);
+  one.n = int64_t(shape.n), one.c = int64_t(shape.channels), one.h = int64_t(shape.height), one.w = int64_t(shape.width);
+  one.oh = int64_t(out[0]), one.ow = int64_t(out[1]);
+  one.kh = int64_t(shape.kernel[0]), one.kw = int64_t(shape.kernel[1]);
+  one.sh = int64_t(shape.stride[0]), one.sw = int64_t(shape.stride[1]);
+  one.ph = int64_t(shape.padding[0]), one.pw = int64_t(shape.padding[1]);
+  // lanes over images where rows are shorter than a vector and there are as many images; else over unfolded positions, if they
+  // fit the cache, or over those of the image
+  one.batch_lanes = shape.n >= LANES && out[1] < LANES ? 1 : 2;
+  run(*kernels.kernels, one, x, y);
 }
 
 }  // namespace muws

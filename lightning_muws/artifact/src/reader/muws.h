@@ -138,9 +138,9 @@ typedef struct {
 } MuwsBlocksInfo;
 
 /* Packs a weight of float16, bfloat16, float32 or float64: the matrix of a Linear, or that of a convolution, as docs/format.md
- * has it. The dense weight is never in memory. At most 65,536 inputs. MUWS_SIGNS takes a twentieth of the memory where most
- * blocks are unified, and is made for one sample: batches run faster with MUWS_VALUES. It needs blocks of 4x4, or of 4, 8 or
- * 16 rows by a multiple of 8 columns. Returns NULL and sets the error if it refuses. */
+ * has it. The dense weight is never in memory. At most 65,536 inputs. MUWS_SIGNS takes an eighth of the
+ * memory for unified blocks of 4x4, less for larger ones, and is made for one sample: batches run faster with MUWS_VALUES. It
+ * needs blocks of 4x4, or of 4, 8 or 16 rows by a multiple of 8 columns. Returns NULL and sets the error if it refuses. */
 MUWS_API MuwsPacked *muws_pack(MuwsFile *file, uint64_t index, int32_t form, MuwsError *error);
 
 /* Frees a packed weight, or does nothing for NULL. */
@@ -153,6 +153,17 @@ MUWS_API void muws_packed(const MuwsPacked *packed, MuwsBlocksInfo *info);
  * negative outputs become 0. Refuses other numbers of inputs and outputs than the layer's. A weight that is in no packed
  * block is not multiplied, also if its input is infinite or no number. */
 MUWS_API int32_t muws_linear(const MuwsPacked *packed, const float *x, uint64_t inputs, float *y, uint64_t outputs, uint64_t n,
+                             const float *bias, int32_t relu, MuwsError *error);
+
+typedef struct {
+  uint64_t n, channels, height, width;       /* of the input */
+  uint64_t kernel[2], stride[2], padding[2]; /* down and across; padding with zeros at both sides */
+} MuwsConv2d;
+
+/* Writes the convolution of x (n, channels, height, width) with a weight (outputs, channels, kernel[0], kernel[1]) that was packed with
+ * MUWS_VALUES: y (n, outputs, height', width') of y_numel numbers, height' = (height + 2 padding[0] - kernel[0]) / stride[0] + 1. One
+ * group, no dilation. Else as muws_linear; the memory that it works in is not counted. */
+MUWS_API int32_t muws_conv2d(const MuwsPacked *packed, const MuwsConv2d *shape, const float *x, float *y, uint64_t y_numel,
                              const float *bias, int32_t relu, MuwsError *error);
 
 #ifdef __cplusplus

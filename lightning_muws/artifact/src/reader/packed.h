@@ -56,8 +56,12 @@ struct Packed {
   // y = x W^T + bias, for n samples.
   void linear(const float *x, float *y, uint64_t n, const float *bias, bool relu) const;
 
+  // The convolution of x, which has the sizes that were checked.
+  void conv2d(const MuwsConv2d &shape, const uint64_t out[2], const float *x, float *y, const float *bias, bool relu) const;
+
  private:
-  void run(const float *x, float *y, uint64_t n, const float *bias, bool relu) const;
+  MuwsLayer layer(const float *bias, bool relu) const;
+  const float *padded(const float *bias) const;
 };
 
 }  // namespace muws
