@@ -296,6 +296,16 @@ def test_packing_stays_within_the_limit_and_takes_no_dense_tensor(tmp_path):
         assert caught.value.code == TOO_LARGE
 
 
+@pytest.mark.parametrize("shape", [(3, 20_000), (7, 3001), (3000, 5), (1, 1)], ids=str)
+def test_no_call_takes_more_memory_than_was_counted(shape, tmp_path):
+    w = normal(0, *shape).float()
+    w[:, : shape[1] // 2] = 0
+    save_compressed({"w": w}, tmp_path / "m.muws", blocks=(1, 4))
+    with opened(tmp_path / "m.muws") as reader:
+        for _, _, packed in packs(reader, 0):
+            assert_runs(packed, w, 0, sizes=(3, 4, 16, 96, 97))  # the library refuses a call that takes more
+
+
 def test_a_packed_weight_outlives_its_file_and_serves_threads(tmp_path):
     w = MicroStructure((4, 4), 0.5, 0.3).project(normal(0, 64, 96).float())
     save_compressed({"w": w}, tmp_path / "m.muws", blocks=(4, 4))

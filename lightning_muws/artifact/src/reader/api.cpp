@@ -152,7 +152,12 @@ MuwsPacked *muws_pack(MuwsFile *file, uint64_t index, int32_t form, MuwsError *e
   return code ? nullptr : found.release();
 }
 
-void muws_free_packed(MuwsPacked *packed) { delete packed; }
+void muws_free_packed(MuwsPacked *packed) {
+  if (!packed) return;
+  const std::shared_ptr<muws::Budget> budget = packed->packed.budget;
+  delete packed;
+  budget->drop();
+}
 
 void muws_packed(const MuwsPacked *packed, MuwsBlocksInfo *info) {
   const muws::Packed &one = packed->packed;

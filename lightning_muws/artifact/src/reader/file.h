@@ -70,7 +70,10 @@ class File {
   File(const File &) = delete;
   File &operator=(const File &) = delete;
 
-  ~File() { budget.drop(); }
+  ~File() {
+    loaded = Loaded(budget);
+    budget.drop();
+  }
 
   // Decodes a tensor into memory of its size, or passes it on as float32.
   void decode(uint64_t index, bool as_float32, uint8_t *out, Sink *sink = nullptr);
