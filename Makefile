@@ -59,7 +59,7 @@ check: $(READY)
 	@$(BIN)/python .ci/long_files.py
 	$(MKDOCS) build --quiet --strict --site-dir $(VENV)/site
 	$(ENV) .ci/package $(CURDIR)/$(BIN)/python
-	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python
+	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python 250
 	tests/artifact/sanitize.sh
 	tests/artifact/fuzz_reader.sh
 
@@ -92,6 +92,7 @@ attack: $(READY)
 	$(ENV) $(BIN)/python -m tests.support.fuzz_sources 2000
 	$(ENV) $(BIN)/python -m tests.support.kill_writer 200
 	$(ENV) MUWS_ATTACK=1 $(BIN)/python -m pytest -q tests/artifact/test_native_reader.py -k thousand
+	tests/runtime/sanitize.sh $(CURDIR)/$(BIN)/python 4000
 	tests/artifact/fuzz_reader.sh 1000000
 
 memory: $(READY)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the native kernels with the address and undefined behaviour sanitizers, by the package's own build, and runs
 # tests/runtime/sanitize.cpp over them, and sanitize_onnx.cpp over the operators for ONNX Runtime.
+# Run: tests/runtime/sanitize.sh [python] [layers for each instruction set]
 PYTHON="${1:-python3}"
 source "$(dirname "$0")/../support/sanitizers.sh"
 cp -r setup.py pyproject.toml README.md LICENSE MANIFEST.in "$WORK"
@@ -17,5 +18,5 @@ done
 # the pool of threads lives as long as the process: leaks are not looked for
 ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize" "$WORK/out/lightning_muws/runtime/native/kernels.so" "${2:-2000}"
 for LEVEL in "" portable; do
-  MUWS_LEVEL=$LEVEL ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize_onnx" "$WORK/out/lightning_muws/runtime/native/kernels.so" 5000
+  MUWS_LEVEL=$LEVEL ASAN_OPTIONS=detect_leaks=0 "$WORK/sanitize_onnx" "$WORK/out/lightning_muws/runtime/native/kernels.so" "$((${2:-2000} * 5 / 2))"
 done
