@@ -293,6 +293,13 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
         export_onnx(nn.Linear(4, 3), tmp_path / "model.onnx", torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("place", ["nowhere/model.onnx", "."])
+def test_a_path_that_cannot_be_written_is_refused(tmp_path, place):
+    with pytest.raises(SettingError, match="give a file in a folder that exists"):
+        export_onnx(nn.Linear(4, 3).eval(), tmp_path / place, torch.ones(1, 4), custom_ops=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_module_is_refused(tmp_path):
     with pytest.raises(SettingError, match=r"model is a dict: give a torch\.nn\.Module"):
         export_onnx({}, tmp_path / "model.onnx", torch.ones(1, 4))

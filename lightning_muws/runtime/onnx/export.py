@@ -53,9 +53,9 @@ def export_onnx(
         The path.
 
     Raises:
-        SettingError: The model is no module or in training mode, torch cannot export it, it has a layer that ONNX does
-            not have, a dynamic batch has an example of one sample, or the packages of the extra ``onnx`` are not
-            installed.
+        SettingError: The model is no module or in training mode, the path is in no folder, torch cannot export the
+            model, it has a layer that ONNX does not have, a dynamic batch has an example of one sample, or the packages
+            of the extra ``onnx`` are not installed.
         StateError: ``custom_ops`` is set and the native kernels are not built here.
     """
     if not isinstance(model, nn.Module):
@@ -63,6 +63,10 @@ def export_onnx(
     if model.training:
         raise SettingError("the model is in training mode: call model.eval() before export_onnx")
     example, path = Example.of(example_input), Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise SettingError(
+            f"{path} cannot be written: it is a folder, or is in none: give a file in a folder that exists"
+        )
     shapes = _any_batch(model, example) if dynamic_batch else None
     if custom_ops:
         onnx_library()
