@@ -16,8 +16,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from datasets import DataError, Images
-from datasets import load as load_data
+from example_data import DataError, Images
+from example_data import load as load_data
 from networks import ConvNet
 
 from lightning_muws import WeightUnificationCallback, accelerate, load_compressed, save_compressed

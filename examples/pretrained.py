@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import DataError
+from example_data import DataError
 from safetensors.torch import load
 from torch import Tensor
 

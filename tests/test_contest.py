@@ -36,8 +36,8 @@ def contest():
 def data(contest):
     images = torch.randn(384, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     labels = (images.mean((1, 2, 3)) > 0).long()
-    split = sys.modules["datasets"].Split(images, labels)
-    return sys.modules["datasets"].Images(split, split)
+    split = sys.modules["example_data"].Split(images, labels)
+    return sys.modules["example_data"].Images(split, split)
 
 
 @pytest.mark.parametrize("name", ["packed", "sparse", "pruners", "pictures"])

@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
     """The module of the examples' data, without a network, with tiny files in the place of the real ones."""
-    spec = importlib.util.spec_from_file_location("example_datasets", EXAMPLES / "datasets.py")
+    spec = importlib.util.spec_from_file_location("example_datasets", EXAMPLES / "example_data.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "example_datasets", module)
     spec.loader.exec_module(module)
@@ -143,7 +143,7 @@ def test_the_command_in_the_text_of_the_second_example_ends_soon(tmp_path):
 def loop_of_example(name, folder, after=""):
     """Run an example that has its own loop; return what it printed, the accuracy and the ratio of its file."""
     code = (
-        "import runpy, sys\n"
+        f"import runpy, sys\nsys.path[0] = {str(EXAMPLES)!r}\n"  # as when Python runs a script
         f"sys.argv = [{name!r}, '--output', {str(folder)!r}, '--compression', '10']\n"
         f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n{after}"
     )
@@ -197,7 +197,7 @@ def test_a_pretrained_network_is_made_smaller_without_training(tmp_path):
 @pytest.mark.slow
 def test_the_notebook_runs_and_shows_tables_and_pictures(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    for file in ("walkthrough.ipynb", "datasets.py", "networks.py"):
+    for file in ("walkthrough.ipynb", "example_data.py", "networks.py"):
         shutil.copy(EXAMPLES / file, tmp_path)
     notebook = nbformat.read(tmp_path / "walkthrough.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

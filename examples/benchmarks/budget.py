@@ -23,7 +23,7 @@ from statistics import mean
 
 import lightning as L
 import torch
-from datasets import load
+from example_data import load
 from fitting import be_quiet, spread, train
 from machine import console, say_machine
 from networks import ConvNet

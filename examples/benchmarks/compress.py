@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from datasets import glosses
+from example_data import glosses
 from machine import console, say_machine
 from networks import FFDNet
 from pretrained import MINILM_TOKENIZER, content, photograph, weights

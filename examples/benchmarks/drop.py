@@ -18,7 +18,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from datasets import Images, Split, load
+from example_data import Images, Split, load
 from fitting import be_quiet
 from machine import console, say_machine
 from networks import ConvNet

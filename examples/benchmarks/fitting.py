@@ -9,7 +9,7 @@ import warnings
 from statistics import mean, stdev
 
 import lightning as L
-from datasets import Images
+from example_data import Images
 
 from lightning_muws import LayerRule
 

@@ -14,7 +14,7 @@ import copy
 from statistics import mean
 
 import lightning as L
-from datasets import load
+from example_data import load
 from fitting import RULES, be_quiet, spread, train
 from machine import console, say_machine
 from networks import ConvNet

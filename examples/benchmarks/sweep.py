@@ -13,7 +13,7 @@ import argparse
 import copy
 
 import lightning as L
-from datasets import load
+from example_data import load
 from fitting import RULES, be_quiet, spread, train
 from machine import console, say_machine
 from networks import ConvNet

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 import lightning as L
 import torch
 from compress import denoising, retrieval
-from datasets import load
+from example_data import load
 from fitting import be_quiet, train
 from machine import console, say_machine
 from networks import ConvNet

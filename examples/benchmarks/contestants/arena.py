@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
-from datasets import Images, load
+from example_data import Images, load
 from fitting import be_quiet, train
 from machine import interleaved
 from networks import ConvNet
