@@ -1,13 +1,15 @@
-"""What zeros gain in an exported network: nothing. And how fast `accelerate`'s network is once it is an ONNX file.
+"""What zeros gain in an exported network: nothing. And how fast `accelerate`'s network is as a saved program.
 
 The first table has the network dense and pruned, exported, equal, and timed alike. The second has the accelerated
-network, and the files that `export_onnx` writes of it, in ONNX Runtime. Run: make bench. The rows of ONNX Runtime need
-`pip install onnx onnxscript onnxruntime`, and are left out without.
+network, the program that AOTInductor compiles of it, and the files that `export_onnx` writes of it, in ONNX Runtime.
+Run: make bench. The rows of ONNX Runtime need `pip install onnx onnxscript onnxruntime`, that of AOTInductor needs a
+C++ compiler; each is left out without.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,14 @@ def exported(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: run(x)
 
 
+def compiled(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Return a run of the program that AOTInductor compiles of the network, after it was saved and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, path = torch.export.export(model, (x,)), str(Path(folder) / "network.pt2")
+        run = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=path))
+    return lambda: run(x)
+
+
 def in_onnx_runtime(model: nn.Module, x: Tensor, custom_ops: bool = False, threads: int = 1) -> Callable[[], Tensor]:
     """Return a run of the network in ONNX Runtime, with our operators or as plain ONNX."""
     import onnxruntime
@@ -47,21 +57,22 @@ def in_onnx_runtime(model: nn.Module, x: Tensor, custom_ops: bool = False, threa
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def accelerated(x: Tensor) -> Table:
-    """Return a table of the accelerated network as it is, and in ONNX Runtime."""
-    table = Table(title="ResNet-18 (CIFAR stem), batch 1, accelerated, and as ONNX files in ONNX Runtime")
+def accelerated(x: Tensor, onnx: bool) -> Table:
+    """Return a table of the accelerated network as it is, compiled, and in ONNX Runtime."""
+    table = Table(title="ResNet-18 (CIFAR stem), batch 1, accelerated, and saved as a program")
     for header in ("pruned", "", "ms", "of the speed of accelerate", "least", "largest", "relative error"):
         table.add_column(header, justify="right" if header else "left")
     for share in SHARES:
         model = pruned("ResNet-18", share)
         fast, _ = accelerate(model, x)
         expected = fast(x)
-        tasks = {
-            "accelerate": lambda fast=fast: fast(x),
-            "ONNX, our operators": in_onnx_runtime(fast, x, custom_ops=True),
-            "ONNX, dense weights": in_onnx_runtime(fast, x),
-            "ONNX, the network as given": in_onnx_runtime(model, x),
-        }
+        tasks = {"accelerate": lambda fast=fast: fast(x)}
+        if shutil.which("c++"):
+            tasks["AOTInductor"] = compiled(fast, x)
+        if onnx:
+            tasks["ONNX, our operators"] = in_onnx_runtime(fast, x, custom_ops=True)
+            tasks["ONNX, dense weights"] = in_onnx_runtime(fast, x)
+            tasks["ONNX, the network as given"] = in_onnx_runtime(model, x)
         times = interleaved(tasks, 31, sample_s=0.02)
         for way, task in tasks.items():
             speeds = [base / own for base, own in zip(times["accelerate"], times[way], strict=True)]
@@ -91,8 +102,8 @@ def main() -> None:
             table.add_row(way, *numbers, *gain, f"{difference:.1e}")
     console.print(table)
     with torch.no_grad():
-        if "ONNX Runtime" in ways and level() is not None:
-            console.print(accelerated(x))
+        if level() is not None:
+            console.print(accelerated(x, "ONNX Runtime" in ways))
 
 
 if __name__ == "__main__":
