@@ -164,17 +164,10 @@ def test_the_plain_loop_compresses_for_a_size_without_lightning(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loop_of_fabric_compresses_for_a_size(tmp_path):
-    printed, accuracy, ratio = loop_of_example("05_fabric.py", tmp_path)
-    assert accuracy > 0.8
-    assert 10 <= ratio <= 10 * 1.05
-    assert "Residuals" in printed
-
-
-@pytest.mark.slow
-def test_a_network_that_listens_is_compressed(tmp_path):
-    printed, accuracy, ratio = loop_of_example("06_audio.py", tmp_path)
-    assert accuracy > 0.95
+@pytest.mark.parametrize(("name", "least"), [("05_fabric.py", 0.8), ("06_audio.py", 0.95)])
+def test_an_example_compresses_for_a_size(tmp_path, name, least):
+    printed, accuracy, ratio = loop_of_example(name, tmp_path)
+    assert accuracy > least
     assert 10 <= ratio <= 10 * 1.05
     assert "Residuals" in printed
 

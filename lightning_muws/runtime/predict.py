@@ -29,13 +29,8 @@ from lightning_muws.structure.micro import MicroStructure
 from lightning_muws.structure.plan import PlanEntry, clean_name, named_weights
 from lightning_muws.structure.speed import Curve, LayerTimes, NetworkTimes, falling, hull, time_choices, walk
 
-PARTS = (
-    0.15,
-    0.3,
-    0.45,
-    0.6,
-    0.8,
-)  # of the way from the slowest to the fastest choices: there whole networks are timed
+# of the way from the slowest to the fastest choices: there whole networks are timed
+PARTS = (0.15, 0.3, 0.45, 0.6, 0.8)
 WHOLE_TIMING = replace(NETWORK_TIMING, budget_s=8.0, sample_s=0.1)  # runs in a row: its own caches, as in use
 SCALES = (0.5, 2.0)  # limits of what whole networks may do to the times of layers
 
