@@ -11,6 +11,6 @@ Such files name the operators but do not contain them. ``import lightning_muws``
 it does not import torch. This import takes about 10 ms more than ``import torch``; it loads neither Lightning nor rich.
 """
 
-from lightning_muws.runtime.native.ops import block_sparse_op, int8_sparse_op, signed_linear_op
+from lightning_muws.runtime.native.ops import block_sparse_op, int8_sparse_op, program_op, signed_linear_op
 
-__all__ = ["block_sparse_op", "int8_sparse_op", "signed_linear_op"]
+__all__ = ["block_sparse_op", "int8_sparse_op", "program_op", "signed_linear_op"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_muws.errors import StateError
 from lightning_muws.runtime.accelerate import accelerate
 from lightning_muws.runtime.kernels import native
 from lightning_muws.runtime.kernels.base import LAYER_TYPES
@@ -252,9 +253,9 @@ def test_other_dtypes_and_missing_kernels_are_refused_as_by_the_layers(monkeypat
     x = images(0, 1, 3, 9, 9)
     fused, chained = both(Residual(), x)
     for root in (fused, chained):
-        with pytest.raises(native.StateError, match="float32 on the CPU"):
+        with pytest.raises(StateError, match="float32 on the CPU"):
             root(x.double())
-    with torch.inference_mode(False), pytest.raises(native.StateError, match="no gradient"):
+    with torch.inference_mode(False), pytest.raises(StateError, match="no gradient"):
         chained(images(0, 1, 3, 9, 9).requires_grad_())
 
 

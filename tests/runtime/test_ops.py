@@ -10,6 +10,7 @@ from torch import nn
 from lightning_muws import MicroStructure
 from lightning_muws.runtime.kernels import native, signs
 from lightning_muws.runtime.native import library
+from tests.runtime.test_chain import both, mlp
 from tests.support.strategies import normal
 
 needs_library = pytest.mark.skipif(library.level() is None, reason="the native kernels are not built")
@@ -40,25 +41,45 @@ def network(folder) -> torch.export.ExportedProgram:
     return exported
 
 
+def chain(folder) -> torch.export.ExportedProgram:
+    """Export a network that is one program; its last layer has tensors of a few numbers."""
+    x = normal(2, 2, 19, dtype=torch.float32)
+    with torch.no_grad():
+        _, fast = both(mlp(), x, "8f")
+        torch.save({"x": x, "y": fast(x)}, folder / "example.pt")
+        exported = torch.export.export(fast, (x,))
+    assert [str(n.target) for n in exported.graph.nodes if "lightning_muws" in str(n.target)] == [
+        "lightning_muws.program.default"
+    ]
+    return exported
+
+
 CHECK = """
 import sys, torch
 import lightning_muws.ops
+from lightning_muws.runtime.native import plan, written
 example = torch.load(sys.argv[2])
 model = {load}
-torch.testing.assert_close(model(example["x"]), example["y"])
+for _ in range(3):
+    torch.testing.assert_close(model(example["x"]), example["y"])
+prepared = len(plan._plans), len(written._programs)
+assert prepared in ((1, 0), (0, 1)), f"{{prepared}} plans and programs were made for one network"
 """
+NETWORKS = [network, chain]
 
 
 @needs_library
-def test_an_exported_network_runs_after_one_import_in_a_fresh_process(tmp_path):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_exported_network_runs_after_one_import_in_a_fresh_process(tmp_path, network):
     torch.export.save(network(tmp_path), tmp_path / "fast.pt2")
     run(CHECK.format(load="torch.export.load(sys.argv[1]).module()"), tmp_path / "fast.pt2", tmp_path / "example.pt")
 
 
 @needs_library
 @pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.filterwarnings("ignore")  # what the compiler of torch warns of is its own affair
-def test_a_network_compiled_ahead_of_time_runs_after_one_import_in_a_fresh_process(tmp_path):
+def test_a_network_compiled_ahead_of_time_runs_after_one_import_in_a_fresh_process(tmp_path, network):
     path = str(tmp_path / "fast_aot.pt2")
     try:
         torch._inductor.aoti_compile_and_package(network(tmp_path), package_path=path)
@@ -73,6 +94,7 @@ def test_the_operators_need_neither_lightning_nor_rich():
     run(
         "import sys, lightning_muws.ops, torch\n"
         "assert torch.ops.lightning_muws.block_sparse.default, 'not registered'\n"
+        "assert torch.ops.lightning_muws.program.default, 'not registered'\n"
         "assert torch.ops.lightning_muws.signed_linear.default, 'not registered'\n"
         "found = {'lightning', 'pytorch_lightning', 'rich', 'lightning_muws.runtime.accelerate'} & set(sys.modules)\n"
         "assert not found, f'{found} was imported'\n"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lightning_muws.errors import StateError
 from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, is_plain, matrix_of
 from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, level
 from lightning_muws.runtime.native.ops import block_sparse_op
 from lightning_muws.runtime.native.packing import Packed, choose_block, pack, pack_pairs
-from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan
+from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan, refuse_gradient
 from lightning_muws.runtime.native.program import Sparse
 from lightning_muws.runtime.timing import clock_for
 
@@ -121,6 +121,11 @@ class BlockSparse(Kernel):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}, "_last": None}  # they hold addresses
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.logical is not None:  # plans hold numbers of the old one, and know it as this object
+            self.logical = self.logical.clone()
+
     def with_relu(self) -> BlockSparse:
         """Return the same layer with ReLU at its end; the two share what is packed, even after a move to a device."""
         return self._with(relu=1)
@@ -159,7 +164,9 @@ def build_bfloat16(layer: nn.Module, block_shape: tuple[int, int], example: Tens
         return None
     geometry, matrix = geometry_of(layer)._replace(bfloat16=1), matrix_of(layer)
     rows, _ = choose_block(matrix, block_shape, geometry.out // geometry.groups)
-    return _fastest(layer, pack_pairs(matrix, rows), geometry, example)
+    packed = pack_pairs(matrix, rows)
+    assert packed.logical is not None  # noqa: S101  for mypy
+    return _fastest(layer, packed, geometry._replace(mark=zlib.crc32(packed.logical.numpy().tobytes())), example)
 
 
 def is_native(layer: nn.Module, example: Tensor) -> TypeGuard[Layer]:
@@ -192,18 +199,6 @@ def geometry_of(layer: Layer) -> Geometry:
 def most_rows() -> int:
     """Return how many rows of a block are computed together: eight take the 32 registers of AVX-512."""
     return 8 if str(level()).startswith("avx512") else 4
-
-
-def refuse_gradient(x: Tensor) -> None:
-    """Raise if the call should record a gradient.
-
-    Raises:
-        StateError: If ``x`` requires one and gradients are enabled.
-    """
-    if x.requires_grad and torch.is_grad_enabled():
-        raise StateError(
-            "a native layer has no gradient: run it under torch.inference_mode(), or train the dense model"
-        )
 
 
 def _fastest(layer: Layer, packed: Packed, geometry: Geometry, example: Tensor) -> BlockSparse:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muws.runtime.kernels.base import Kernel, Layer, bias_of, matrix_of
-from lightning_muws.runtime.kernels.native import geometry_of, is_native, refuse_gradient
+from lightning_muws.runtime.kernels.native import geometry_of, is_native
 from lightning_muws.runtime.native.ops import int8_sparse_op
+from lightning_muws.runtime.native.plan import refuse_gradient
 from lightning_muws.runtime.native.plan8 import Blocks8, Geometry8, Plan8
 from lightning_muws.runtime.native.program import Sparse
 from lightning_muws.runtime.native.quantize import Packed8, choose_rows, pack8, quantized

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muws.runtime.kernels.base import Kernel, bias_of, matrix_of
-from lightning_muws.runtime.kernels.native import BlockSparse, geometry_of, is_native, most_rows, refuse_gradient
+from lightning_muws.runtime.kernels.native import BlockSparse, geometry_of, is_native, most_rows
 from lightning_muws.runtime.native.ops import signed_linear_op
 from lightning_muws.runtime.native.packing import PackedSigns, choose_block, pack, pack_signs
-from lightning_muws.runtime.native.plan import signed_linear
+from lightning_muws.runtime.native.plan import refuse_gradient, signed_linear
 
 
 class SignedLinear(Kernel):

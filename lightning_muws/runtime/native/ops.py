@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
 from lightning_muws.runtime.native.plan8 import Geometry8, int8_sparse
+from lightning_muws.runtime.native.written import output_shapes, program
 
 block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
 signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())
 
 int8_sparse_op = torch.library.custom_op("lightning_muws::int8_sparse", int8_sparse, mutates_args=())
+
+# Called for each input of a network: custom_op's checks would cost more than all of the operator's own Python.
+_library: Any = torch.library.Library("lightning_muws", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("program(Tensor[] inputs, Tensor[] large, Tensor[] small, str text) -> Tensor[]")
+_library.impl("program", program, "CPU")
+program_op = torch.ops.lightning_muws.program.default
 
 
 @block_sparse_op.register_fake
@@ -57,3 +66,10 @@ def _(
     geometry: list[int],
 ) -> Tensor:
     return x.new_empty(Geometry8(*geometry).out_shape(x.shape))
+
+
+def _program_shapes(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> list[Tensor]:
+    return [inputs[0].new_empty(shape) for shape in output_shapes([x.shape for x in inputs], large, small, text)]
+
+
+torch.library.register_fake("lightning_muws::program", _program_shapes)

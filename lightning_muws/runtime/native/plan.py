@@ -14,6 +14,7 @@ from lightning_muws.errors import StateError
 from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, Layer, Signs, handle, level
 
 PLANS = 512  # kept for the operators; a plan is some kilobytes
+SMALL = 16  # elements of a tensor that is known by its numbers
 GEMV_SAMPLES = 3  # up to so many samples, a Linear runs one by one instead of laying samples side by side
 
 
@@ -35,6 +36,9 @@ class Geometry(NamedTuple):
     batch_lanes: int = 0
     batch_last: int = 0
     n_in: int = 0  # inputs of a sample, or channels of an image; 0 in programs that were exported without it
+    mark: int = (
+        0  # checksum of the logical columns, which a plan copies: other numbers at their address need another plan
+    )
 
     def out_shape(self, n: Any, h: Any, w: Any) -> tuple[Any, Any, Any, Any]:
         """Return ``(n, out, oh, ow)`` for an input of n images of h times w."""
@@ -148,6 +152,26 @@ class Plan:
             self.found.muws_free_plan(self.level, self.address)
 
 
+def is_small(tensor: Tensor) -> bool:
+    """Return whether a layer's tensor is told from others by its numbers, and not by its address.
+
+    A program of AOTInductor makes its small constants anew at each call.
+    """
+    return tensor.numel() <= SMALL
+
+
+def identity(tensor: Tensor | None) -> int | tuple[float, ...]:
+    """Return what tells a layer's tensor from others."""
+    if tensor is None:
+        return 0
+    return tuple(tensor.flatten().tolist()) if is_small(tensor) else tensor.data_ptr()
+
+
+def settled(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or a copy of a small one, which may be gone after this call."""
+    return tensor.clone() if tensor is not None and is_small(tensor) else tensor
+
+
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
@@ -165,11 +189,11 @@ def block_sparse(
     It is contiguous, unless the geometry has ``batch_last`` or the images of ``x`` lie side by side.
     """
     blocks = Blocks(weights, starts, columns, logical, bias)
-    pointers = tuple(0 if t is None else t.data_ptr() for t in blocks)
-    key = (level(), x.dtype, x.shape, x.stride(), *geometry, *pointers)  # a plan is a pure function of these
+    # a plan is a pure function of these
+    key = (level(), x.dtype, x.shape, x.stride(), *geometry, *map(identity, blocks))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = Plan(x, blocks, Geometry(*geometry))
+        plan = _plans[key] = Plan(x, Blocks(*map(settled, blocks)), Geometry(*geometry))  # type: ignore[arg-type]
         while len(_plans) > PLANS:
             _plans.popitem(last=False)
     return plan(x)
@@ -221,6 +245,18 @@ def check_width(shape: tuple[int, ...], given: int, n_in: int) -> None:
     if n_in and given != n_in:
         raise StateError(
             f"a native layer of {n_in} inputs or channels got {given}, in an input of shape {tuple(shape)}"
+        )
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Raise if the call should record a gradient.
+
+    Raises:
+        StateError: If ``x`` requires one and gradients are enabled.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise StateError(
+            "a native layer has no gradient: run it under torch.inference_mode(), or train the dense model"
         )
 
 

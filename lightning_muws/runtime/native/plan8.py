@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_muws.runtime.native.library import Int8, level
-from lightning_muws.runtime.native.plan import PLANS, check_width, level_for
+from lightning_muws.runtime.native.plan import PLANS, check_width, identity, level_for, settled
 
 
 class Geometry8(NamedTuple):
@@ -124,11 +124,10 @@ def int8_sparse(
 ) -> Tensor:
     """Return the layer of :class:`Blocks8` for ``x``, ``(n, in)`` if it is a Linear, else ``(n, c, h, w)``; float32."""
     blocks = Blocks8(weights, starts, columns, sums, scales, bias, activation)
-    pointers = tuple(0 if t is None else t.data_ptr() for t in blocks)
-    key = (level(), x.dtype, x.device, x.shape, *geometry, *pointers)
+    key = (level(), x.dtype, x.device, x.shape, *geometry, *map(identity, blocks))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = Plan8(x, blocks, Geometry8(*geometry))
+        plan = _plans[key] = Plan8(x, Blocks8(*map(settled, blocks)), Geometry8(*geometry))  # type: ignore[arg-type]
         while len(_plans) > PLANS:
             _plans.popitem(last=False)
     return plan(x)

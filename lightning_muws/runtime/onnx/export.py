@@ -21,6 +21,7 @@ from lightning_muws.runtime.onnx.dense import make_dense
 from lightning_muws.runtime.onnx.fuse import fuse
 from lightning_muws.runtime.onnx.library import onnx_library
 from lightning_muws.runtime.onnx.operators import DOMAIN, VERSION, package, translations
+from lightning_muws.runtime.rewrite.chain import layer_by_layer
 from lightning_muws.runtime.rewrite.observe import Example, inference
 
 OLD_OPSET, OLD_IR = 20, 9  # what ONNX Runtime 1.17 reads
@@ -105,7 +106,7 @@ def _exported(model: nn.Module, example: Example, shapes: dict[str, Any] | None)
     table = translations()
     package("onnx_ir")
     try:
-        with inference(), _quiet():
+        with inference(), layer_by_layer(), _quiet():
             program = torch.onnx.export(
                 model,
                 example.args,

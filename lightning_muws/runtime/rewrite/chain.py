@@ -6,9 +6,11 @@ children, so hooks that are registered on them later do not run.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,12 +19,27 @@ from torch.nn import functional as F
 
 from lightning_muws.errors import StateError
 from lightning_muws.runtime.kernels.base import Kernel
+from lightning_muws.runtime.native.ops import program_op
 from lightning_muws.runtime.native.program import Call, Program, Simple
+from lightning_muws.runtime.native.written import tensors_of, written
 from lightning_muws.runtime.rewrite.graph import AddInto, FusedForward, fuse_graph, is_relu, trace
 from lightning_muws.runtime.rewrite.observe import Example, has_hooks, observe
 
 PROGRAMS = 4  # kept by a chain, one for each shape: each has an arena
 FEWEST_LAYERS = 2  # of a chain
+
+
+_wants_layers = ContextVar("wants_layers", default=False)
+
+
+@contextlib.contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Let torch.export see the layers of a chain, for formats that have no programs."""
+    token = _wants_layers.set(True)
+    try:
+        yield
+    finally:
+        _wants_layers.reset(token)
 
 
 class Link(NamedTuple):
@@ -44,8 +61,9 @@ class Link(NamedTuple):
 class Chain(nn.Module):
     """Kernels, and the steps between them, as one native program for each shape of input.
 
-    Threads may call it at once: each call has its own arena. It runs step by step where a program does not apply: under
-    torch.compile, for inputs that are no float32 tensors on the CPU, and if NaN or infinity reaches a layer of 8 bits.
+    Threads may call it at once: each call has its own arena. torch.compile and torch.export see one operator. It runs
+    step by step where a program does not apply: for inputs that are no float32 tensors on the CPU, and if NaN or
+    infinity reaches a layer of 8 bits.
 
     Args:
         graph: The steps as torch runs them.
@@ -67,22 +85,32 @@ class Chain(nn.Module):
         self.steps = fx.GraphModule(dict(children), graph)
         self.links, self.outputs = tuple(links), tuple(outputs)
         self.training = False
+        self.text = written(self._calls() or [], self.outputs)
         self._forget()
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the output, or a tuple of them if there are several."""
-        program = None if torch.compiler.is_compiling() else self._program(inputs)
+        if torch.compiler.is_compiling():
+            return self._traced(inputs)
+        program = self._program(inputs)
         if program is not None:
             outputs = program([x.contiguous() for x in inputs])
             if outputs is not None:
                 return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return self.steps.forward(*inputs)
 
+    def _traced(self, inputs: Sequence[Tensor]) -> Any:
+        """Return the output of one operator, for torch.compile and torch.export."""
+        calls = self._calls() if all(map(_is_plain, inputs)) else None
+        if calls is None or (torch.compiler.is_exporting() and _wants_layers.get()):
+            return self.steps.forward(*inputs)
+        outputs = program_op(list(inputs), *tensors_of(calls), self.text)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
     def _program(self, inputs: Sequence[Tensor]) -> Program | None:
         """Return the program for these inputs, or None if there is none."""
-        for x in inputs:
-            if x.dtype is not torch.float32 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
-                return None
+        if not all(map(_is_plain, inputs)):
+            return None
         now = itertools.chain.from_iterable(map(dict.values, self._buffers_of))
         same = all(map(operator.is_, now, self._seen))  # no loop of Python: it runs at every call
         if not same or [weights.data_ptr() for weights in self._weights] != self._pointers:
@@ -98,8 +126,21 @@ class Chain(nn.Module):
         return known[0]
 
     def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | None:
+        calls = self._calls()
+        if calls is None:
+            return None
+        self._buffers_of = [self.steps.get_submodule(link.name)._buffers for link in self.links if link.name]
+        self._seen = [tensor for buffers in self._buffers_of for tensor in buffers.values()]
+        self._weights = [weights for buffers in self._buffers_of if (weights := buffers["weights"]) is not None]
+        self._pointers = [weights.data_ptr() for weights in self._weights]
+        try:
+            return Program(calls, shapes, self.outputs)
+        except StateError:  # the steps one by one raise it again, or have another way
+            return None
+
+    def _calls(self) -> list[Call] | None:
+        """Return the steps with their tensors, or None if the chain is not on the CPU."""
         calls = []
-        kernels = []
         for link in self.links:
             if not link.name:
                 calls.append(Call(Simple(link.kind), link.inputs))
@@ -109,15 +150,7 @@ class Chain(nn.Module):
             if step is None or any(b is not None and b.device.type != "cpu" for b in kernel._buffers.values()):
                 return None
             calls.append(Call(step, link.inputs))
-            kernels.append(kernel)
-        self._buffers_of = [kernel._buffers for kernel in kernels]
-        self._seen = [tensor for buffers in self._buffers_of for tensor in buffers.values()]
-        self._weights = [weights for buffers in self._buffers_of if (weights := buffers["weights"]) is not None]
-        self._pointers = [weights.data_ptr() for weights in self._weights]
-        try:
-            return Program(calls, shapes, self.outputs)
-        except StateError:  # the steps one by one raise it again, or have another way
-            return None
+        return calls
 
     def _forget(self) -> None:
         self._programs, self._buffers_of, self._seen, self._weights, self._pointers = {}, [], [], [], []
@@ -125,6 +158,12 @@ class Chain(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"_programs": {}, "_buffers_of": [], "_seen": [], "_weights": [], "_pointers": []}
         return {**self.__dict__, **empty}  # they hold addresses
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether a program takes the tensor: others go step by step, where the kernels refuse or convert."""
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    return x.dtype is torch.float32 and x.device.type == "cpu" and not needs_gradient
 
 
 def chain(model: nn.Module, example: Example) -> int:
