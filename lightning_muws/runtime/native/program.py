@@ -1,7 +1,7 @@
 """Runs layers and the steps between them as one native program over one arena, for inputs of one shape.
 
-The output of a layer of 8 bits goes to the next such layer as bytes, rounded as that layer would round it. So a program
-computes exactly what its layers compute one by one.
+What a layer of 8 bits reads goes there as bytes, rounded as that layer would round it. So layers compute exactly what
+they compute one by one.
 """
 
 from __future__ import annotations
@@ -61,18 +61,25 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the outputs for contiguous float32 inputs; None if NaN or infinity was to be rounded to a byte."""
+        outputs = [torch.empty(shape) for shape in self.output_shapes]
+        return outputs if self.run([tensor.data_ptr() for tensor in (*inputs, *outputs)]) else None
+
+    def run(self, pointers: Sequence[int]) -> bool:
+        """Read and write the memory at these addresses, of the inputs and the outputs.
+
+        Returns:
+            Whether the outputs are right: False if NaN or infinity was to be rounded to a byte.
+        """
         try:
             arena = self.arenas.pop()  # no other call has it
         except IndexError:
             arena = torch.empty(self.n_bytes, dtype=torch.uint8)
-        outputs = [torch.empty(shape) for shape in self.output_shapes]
-        outside = self.outside(*(x.data_ptr() for x in inputs), *(y.data_ptr() for y in outputs))
         broken = self.found.muws_program(
-            self.level, self.steps, len(self.steps), arena.data_ptr(), outside, torch.get_num_threads()
+            self.level, self.steps, len(self.steps), arena.data_ptr(), self.outside(*pointers), torch.get_num_threads()
         )
         if len(self.arenas) < ARENAS:
             self.arenas.append(arena)
-        return None if broken else outputs
+        return not broken
 
     def is_current(self) -> bool:
         """Return whether layers that read the same bytes still round alike: other weights may have been loaded."""
@@ -259,15 +266,35 @@ class _Values:
         keys: list[tuple[dict[int, int], int]] = []
         lives: list[Life] = []
         last_number, last_byte = self._last_reads()
+        heirs = self._heirs(last_number)
         for reads, places, size in ((last_number, self.places, 4), (last_byte, self.byte_places, 1)):
             for value, last in reads.items():
-                if value not in places:
+                if value not in places and not (reads is last_number and value in heirs):
                     keys.append((places, value))
                     lives.append(Life(size * math.prod(self.shapes[value]), value - self.n_inputs, last))
         starts, n_bytes = place(lives)
         for (places, value), start in zip(keys, starts, strict=True):
             places[value] = start
+        self.places |= {value: self.places[of] for value, of in heirs.items()}
         return max(n_bytes, 1)
+
+    def _heirs(self, last: dict[int, int]) -> dict[int, int]:
+        """Return the values that take over the memory of another, which their step reads last; prolong its life.
+
+        A step that looks at a number or a row at a time may write where it reads.
+        """
+        heirs: dict[int, int] = {}
+        lives = dict(last)
+        for i, call in enumerate(self.calls):
+            x, y = self.root(call.inputs[0]), self.made(i)
+            is_alike = isinstance(call.operation, Norm) or (
+                isinstance(call.operation, Simple) and call.operation.kind in KINDS
+            )
+            is_inside = x not in self.places and y not in self.places and y in last
+            if is_alike and is_inside and lives.get(x) == i:
+                heirs[y] = heirs.get(x, x)
+                last[heirs[y]] = last[y]
+        return heirs
 
     def _last_reads(self) -> tuple[dict[int, int], dict[int, int]]:
         """Return the last step that reads a value in float32, and the last that reads its bytes, by value."""

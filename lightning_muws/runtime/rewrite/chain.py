@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_muws.errors import StateError
 from lightning_muws.runtime.kernels.base import Kernel
+from lightning_muws.runtime.native.parts import Parts, prepared
 from lightning_muws.runtime.native.program import Program
 from lightning_muws.runtime.native.steps import Call, Norm, Simple
 from lightning_muws.runtime.rewrite.graph import AddInto, FusedForward, fuse_graph, is_relu, trace
@@ -61,7 +62,7 @@ class Chain(nn.Module):
         outputs: Numbers of the values to return.
     """
 
-    _programs: dict[tuple[tuple[int, ...], ...], tuple[Program | None]]  # by the shapes of the inputs
+    _programs: dict[tuple[tuple[int, ...], ...], tuple[Program | Parts | None]]  # by the shapes of the inputs
     _buffers_of: list[dict[str, Tensor | None]]  # of each kernel and LayerNorm
     _seen: list[Tensor | None]  # what was in them when the programs were made
     _weights: list[Tensor]
@@ -85,7 +86,7 @@ class Chain(nn.Module):
                 return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return self.steps.forward(*inputs)
 
-    def _program(self, inputs: Sequence[Tensor]) -> Program | None:
+    def _program(self, inputs: Sequence[Tensor]) -> Program | Parts | None:
         """Return the program for these inputs, or None if there is none."""
         for x in inputs:
             if x.dtype is not torch.float32 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
@@ -106,7 +107,7 @@ class Chain(nn.Module):
             return None  # the steps one by one refuse a gradient, which a LayerNorm would have
         return known[0]
 
-    def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | None:
+    def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | Parts | None:
         calls = []
         found: list[dict[str, Tensor | None]] = []
         for link in self.links:
@@ -131,7 +132,7 @@ class Chain(nn.Module):
         ]
         self._pointers = [weights.data_ptr() for weights in self._weights]
         try:
-            return Program(calls, shapes, self.outputs)
+            return prepared(calls, shapes, self.outputs)
         except StateError:  # the steps one by one raise it again, or have another way
             return None
 
