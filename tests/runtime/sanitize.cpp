@@ -1,6 +1,7 @@
 // Runs the native kernels over random layers under the sanitizers and against plain loops. See tests/runtime/sanitize.sh.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -280,6 +281,160 @@ static void run_int8(const void* level, const char* name) {
       }
 }
 
+// Runs one small step of a program, and compares n numbers with what they should be.
+static void run_step(const void* level, const char* name, MuwsStep step, const std::vector<float*>& outside,
+                     const std::vector<double>& want, double size) {
+  step.x = PLACE_OUTSIDE, step.onto = PLACE_OUTSIDE + 1, step.more = PLACE_OUTSIDE + 2, step.y = PLACE_OUTSIDE + 3;
+  const float* y = outside[3];
+  ExactBytes bytes((int64_t)want.size());
+  const float next[] = {0.5f, 128.0f};
+  const bool rounds = step.kind != STEP_MEAN && step.kind != STEP_COPY && any(0, 1);
+  std::vector<void*> places(outside.begin(), outside.end());
+  places.push_back(bytes.data);
+  step.q = rounds ? PLACE_OUTSIDE + 4 : -1, step.next = next;
+  if (function<int (*)(const void*, const MuwsStep*, int64_t, char*, void* const*, int64_t)>("muws_program")(
+          level, &step, 1, nullptr, places.data(), any(1, 3))) {
+    std::printf("%s step %d: finite outputs are reported as NaN\n", name, (int)step.kind);
+    std::exit(1);
+  }
+  for (size_t i = 0; i < want.size(); i++) {
+    const double byte = std::nearbyint(std::fmin(std::fmax(y[i] / 0.5, -128.0), 127.0)) + 128.0;
+    if (!(std::fabs(y[i] - want[i]) <= 1e-5 * size) || (rounds && bytes.data[i] != (uint8_t)byte)) {
+      std::printf("%s step %d: got %.9g, not %.9g\n", name, (int)step.kind, y[i], want[i]);
+      std::exit(1);
+    }
+  }
+}
+
+static void run_rows(const void* level, const char* name) {
+  const int64_t rows = any(1, 9), width = any(1, 90);
+  Exact x(rows * width), other(rows * width), weight(width), bias(width), y(rows * width);
+  std::vector<double> want((size_t)(rows * width));
+  MuwsStep step{};
+  step.rows = rows, step.width = width;
+  switch (any(0, 3)) {
+    case 0:
+      step.kind = any(0, 1) ? STEP_GELU : STEP_GELU_TANH;
+      for (size_t i = 0; i < want.size(); i++) {
+        const double v = x.data[i], u = 0.7978845608028654 * (v + 0.044715 * v * v * v);
+        want[i] = 0.5 * v * (1 + (step.kind == STEP_GELU ? std::erf(v / std::sqrt(2.0)) : std::tanh(u)));
+      }
+      break;
+    case 1:
+      step.kind = STEP_ADD;
+      for (size_t i = 0; i < want.size(); i++) want[i] = (double)x.data[i] + other.data[i];
+      break;
+    default:
+      step.kind = STEP_NORM, step.number = 1e-5;
+      step.layer = any(0, 1) ? weight.data : nullptr, step.bias = any(0, 1) ? bias.data : nullptr;
+      for (int64_t r = 0; r < rows; r++) {
+        double mean = 0, variance = 0;
+        for (int64_t i = 0; i < width; i++) mean += x.data[r * width + i] / (double)width;
+        for (int64_t i = 0; i < width; i++) variance += std::pow(x.data[r * width + i] - mean, 2) / (double)width;
+        for (int64_t i = 0; i < width; i++)
+          want[(size_t)(r * width + i)] = (x.data[r * width + i] - mean) / std::sqrt(variance + 1e-5) *
+                                            (step.layer ? weight.data[i] : 1.0f) +
+                                        (step.bias ? bias.data[i] : 0.0f);
+      }
+  }
+  run_step(level, name, step, {x.data, step.kind == STEP_ADD ? other.data : nullptr, nullptr, y.data}, want, 20);
+}
+
+// Queries, keys and values in one tensor (batch, rows, 3, heads, depth), as after one Linear, or each in its own.
+static void run_attention(const void* level, const char* name) {
+  const bool together = any(0, 1);
+  MuwsAttention a{};
+  a.batch = any(1, 2), a.heads = any(1, 3), a.queries = any(1, 37), a.depth = any(1, 37);
+  a.keys = together ? a.queries : any(1, 90), a.width = together ? a.depth : any(1, 70);
+  const int64_t row = a.heads * a.depth;
+  Exact all(together ? a.batch * a.queries * 3 * row : 1), q(a.batch * a.queries * row), k(a.batch * a.keys * row);
+  Exact v(a.batch * a.keys * a.heads * a.width), y(a.batch * a.queries * a.heads * a.width);
+  const auto place = [&](int64_t (&to)[4], int64_t at, int64_t batch, int64_t head, int64_t step) {
+    to[0] = at, to[1] = batch, to[2] = head, to[3] = step;
+  };
+  int64_t places[3][4];
+  if (together) {
+    for (int i = 0; i < 3; i++) place(places[i], i * row, a.queries * 3 * row, a.depth, 3 * row);
+  } else {  // (batch, heads, rows, depth)
+    place(places[0], 0, a.queries * row, a.queries * a.depth, a.depth);
+    place(places[1], 0, a.keys * row, a.keys * a.depth, a.depth);
+    place(places[2], 0, a.keys * a.heads * a.width, a.keys * a.width, a.width);
+  }
+  memcpy(&a.q_at, places, sizeof places);
+  a.y_batch = a.queries * a.heads * a.width, a.y_head = a.width, a.y_row = a.heads * a.width;
+  float *xq = together ? all.data : q.data, *xk = together ? all.data : k.data, *xv = together ? all.data : v.data;
+  std::vector<double> want((size_t)(a.batch * a.queries * a.heads * a.width));
+  for (int64_t n = 0; n < a.batch; n++)
+    for (int64_t h = 0; h < a.heads; h++)
+      for (int64_t t = 0; t < a.queries; t++) {
+        std::vector<double> share((size_t)a.keys);
+        double most = -1e300, sum = 0;
+        for (int64_t s = 0; s < a.keys; s++) {
+          double score = 0;
+          for (int64_t d = 0; d < a.depth; d++)
+            score += (double)xq[a.q_at + n * a.q_batch + h * a.q_head + t * a.q_row + d] *
+                     xk[a.k_at + n * a.k_batch + h * a.k_head + s * a.k_row + d];
+          share[(size_t)s] = 0.2 * score, most = std::fmax(most, 0.2 * score);
+        }
+        for (double& p : share) sum += p = std::exp(p - most);
+        for (int64_t w = 0; w < a.width; w++) {
+          double& to = want[(size_t)(n * a.y_batch + h * a.y_head + t * a.y_row + w)];
+          for (int64_t s = 0; s < a.keys; s++)
+            to += share[(size_t)s] / sum * xv[a.v_at + n * a.v_batch + h * a.v_head + s * a.v_row + w];
+        }
+      }
+  MuwsStep step{};
+  step.kind = STEP_ATTENTION, step.layer = &a, step.number = 0.2;
+  run_step(level, name, step, {xq, xk, xv, y.data}, want, 20);
+}
+
+static void run_planes(const void* level, const char* name) {
+  const int64_t planes = any(1, 5);
+  MuwsPool p{};
+  p.kh = any(1, 4), p.kw = any(1, 4), p.sh = any(1, 4), p.sw = any(1, 4), p.ph = any(0, p.kh / 2), p.pw = any(0, p.kw / 2);
+  p.h = any(p.kh, 20), p.w = any(p.kw, 70);
+  p.oh = (p.h + 2 * p.ph - p.kh) / p.sh + 1, p.ow = (p.w + 2 * p.pw - p.kw) / p.sw + 1;
+  Exact x(planes * p.h * p.w), y(planes * p.oh * p.ow);
+  std::vector<double> want;
+  for (int64_t n = 0; n < planes * p.oh * p.ow; n++) {
+    const int64_t plane = n / (p.oh * p.ow), top = n / p.ow % p.oh * p.sh - p.ph, left = n % p.ow * p.sw - p.pw;
+    double most = -1e300;
+    for (int64_t i = std::max<int64_t>(0, top); i < std::min(p.h, top + p.kh); i++)
+      for (int64_t j = std::max<int64_t>(0, left); j < std::min(p.w, left + p.kw); j++)
+        most = std::fmax(most, x.data[(plane * p.h + i) * p.w + j]);
+    want.push_back(most);
+  }
+  MuwsStep step{};
+  step.kind = STEP_POOL, step.layer = &p, step.rows = planes, step.width = p.h * p.w;
+  run_step(level, name, step, {x.data, nullptr, nullptr, y.data}, want, 0);
+}
+
+// A view with its dimensions in another order, from a place inside the tensor on.
+static void run_copy(const void* level, const char* name) {
+  MuwsCopy c{};
+  c.dims = any(1, 4);
+  int64_t sizes[4], strides[4], order[4] = {0, 1, 2, 3}, n = 1, size = 1;
+  for (int64_t d = c.dims - 1; d >= 0; d--) {
+    sizes[d] = any(1, 9), strides[d] = size * any(1, 2);
+    size = sizes[d] * strides[d], n *= sizes[d];
+  }
+  std::shuffle(order, order + c.dims, generator);
+  for (int64_t d = 0; d < c.dims; d++) c.sizes[d] = sizes[order[d]], c.strides[d] = strides[order[d]];
+  c.at = any(0, 3);
+  int64_t last = c.at;
+  for (int64_t d = 0; d < c.dims; d++) last += (c.sizes[d] - 1) * c.strides[d];
+  Exact x(last + 1), y(n);
+  std::vector<double> want;
+  for (int64_t i = 0; i < n; i++) {
+    int64_t at = c.at, rest = i;
+    for (int64_t d = c.dims - 1; d >= 0; d--) at += rest % c.sizes[d] * c.strides[d], rest /= c.sizes[d];
+    want.push_back(x.data[at]);
+  }
+  MuwsStep step{};
+  step.kind = STEP_COPY, step.layer = &c, step.width = c.sizes[c.dims - 1], step.rows = n / step.width;
+  run_step(level, name, step, {x.data, nullptr, nullptr, y.data}, want, 0);
+}
+
 int main(int, char** arguments) {
   library = dlopen(arguments[1], RTLD_NOW);
   if (!library) {
@@ -311,6 +466,10 @@ int main(int, char** arguments) {
       }
       run_signs(level);
       run_int8(level, name.c_str());
+      run_rows(level, name.c_str());
+      run_attention(level, name.c_str());
+      run_planes(level, name.c_str());
+      run_copy(level, name.c_str());
     }
     std::printf("%s: %d layers, no finding\n", name.c_str(), cases);
   }

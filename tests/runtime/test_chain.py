@@ -288,3 +288,197 @@ def test_accelerate_returns_the_chain_if_it_is_fastest_and_reuses_the_choice(mon
         again, _ = accelerate(model, x, dtype=torch.int8, calibration=[x], max_error=0.1, plan=report)
         assert torch.equal(again(x), fast(x))
         assert float((fast(x) - model(x)).abs().max()) < 0.1 * float(model(x).abs().max())
+
+
+class Attention(nn.Module):
+    """A transformer's layer, as the benchmarks have it."""
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 40), nn.GELU(), nn.Linear(40, width))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class Sized(nn.Module):
+    """A block as timm writes it: sizes from the input's shape, unbind, dropout."""
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(0.1)
+        self.norm, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.one, self.two, self.act = nn.Linear(width, 40), nn.Linear(40, width), nn.GELU("tanh")
+
+    def attend(self, x):
+        B, N, C = x.shape  # noqa: N806  timm's names
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
+        return self.dropout(self.out(x.transpose(1, 2).reshape(B, N, C)))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm(x))
+        return x + self.two(F.dropout(self.act(self.one(self.norm2(x))), 0.1, self.training))
+
+
+class Chunked(nn.Module):
+    """Attention over parts of one Linear, by names and by methods that a program has to read."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x):
+        n, t = x.size(0), x.shape[1]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = [y.view(n, t, 3, 8).transpose(1, 2) for y in (q, k, v)]
+        y = F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.2)
+        y = self.out(y.permute(0, 2, 1, 3).contiguous().view(n, t, -1))
+        return F.gelu(y, approximate="tanh")[:, 0]
+
+
+class Stem(nn.Module):
+    """The first layers of a ResNet for large images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 8, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
+        self.one, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.one(self.pool(F.relu(self.stem(x))))), 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+SMALL_STEPS = {
+    "bench": (lambda: nn.Sequential(Attention(), Attention(), nn.LayerNorm(24)), [(2, 9, 24), (1, 9, 24), (5, 1, 24)]),
+    "timm": (Sized, [(2, 9, 24), (1, 17, 24), (3, 1, 24)]),
+    "chunked": (Chunked, [(2, 9, 24), (4, 3, 24)]),
+    "stem": (Stem, [(2, 3, 32, 40), (1, 3, 35, 33), (3, 3, 18, 18)]),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("kinds", ["f", "8", "8f"])
+@pytest.mark.parametrize("network", SMALL_STEPS)
+def test_the_steps_between_layers_join_the_chain(network, kinds, name, monkeypatch):
+    monkeypatch.setenv("MUWS_LEVEL", name)
+    make, shapes = SMALL_STEPS[network]
+    torch.manual_seed(0)
+    fused, chained = both(make(), images(0, *shapes[0]), kinds)
+    (found,) = chains_of(chained)
+    for shape in shapes:
+        x = images(1, *shape)
+        want = fused(x)
+        # in 8 bits a last bit of an input may be another byte, a step of its layer's inputs
+        size = 1e-5 if kinds == "f" else 0.03
+        assert float((chained(x) - want).abs().max()) <= size * float(want.abs().max())
+    assert len(found._programs) == len(shapes)
+    assert all(program for (program,) in found._programs.values())
+
+
+@needs_kernels
+def test_a_network_of_such_steps_is_one_chain_and_nothing_else():
+    torch.manual_seed(0)
+    _, chained = both(nn.Sequential(Attention(), Attention(), nn.LayerNorm(24)), images(0, 2, 9, 24))
+    (outer,) = [m.forward.__self__ for m in chained.modules() if "forward" in vars(m)]
+    assert [node.op for node in outer.steps.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+@needs_kernels
+def test_a_view_that_is_read_after_the_chain_shares_memory_as_in_torch():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            flat = y.flatten(1)
+            F.relu(y, inplace=True)
+            return flat.tanh(), y.tanh()
+
+    x = images(0, 3, 2, 8)
+    root = swapped(Shared(), x)
+    chained = copy.deepcopy(root)
+    assert chain(chained, Example.of(x)) == 1
+    for got, want in zip(chained(x), root(x), strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_kernels
+def test_a_layer_norm_may_get_other_tensors():
+    torch.manual_seed(0)
+    x = images(0, 2, 9, 24)
+    fused, chained = both(Sized(), x, "f")
+    chained(x)
+    for root in (fused, chained):
+        root.model.norm.weight.data.mul_(-2)  # in place
+        root.model.norm2.weight = nn.Parameter(torch.linspace(-1, 1, 24), requires_grad=False)
+        root.model.norm2.bias.data = torch.linspace(1, -1, 24)
+    torch.testing.assert_close(chained(x), fused(x), rtol=1e-5, atol=1e-5)
+    chained.double()
+    with pytest.raises(StateError, match="float32 on the CPU"):
+        chained(x.double())
+
+
+@needs_kernels
+def test_a_layer_norm_that_wants_a_gradient_is_refused_as_by_the_layers():
+    torch.manual_seed(0)
+    x = images(0, 2, 9, 24)
+    _, chained = both(Sized(), x, "f")
+    chained(x)
+    with torch.inference_mode(False):
+        copied = copy.deepcopy(chained)
+        for module in copied.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight = nn.Parameter(torch.ones(24))
+        with pytest.raises(StateError, match="no gradient"):
+            copied(x.clone())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kinds", ["f", "8"])
+def test_small_steps_are_copied_pickled_exported_and_called_at_once(kinds):
+    with torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        x = [images(i, 2, 9 + i, 24) for i in range(3)]
+        _, chained = both(Sized(), x[0], kinds)
+        want = [chained(v) for v in x]
+        for twin in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):  # noqa: S301  ours
+            assert all(torch.equal(twin(v), w) for v, w in zip(x, want, strict=True))
+        exported = torch.export.export(chained, (x[0],)).module()
+        size = 1e-5 if kinds == "f" else 0.03
+        assert float((exported(x[0]) - want[0]).abs().max()) <= size * float(want[0].abs().max())
+        wrong = []
+
+        def call(i):
+            with torch.no_grad():
+                wrong.extend(i for _ in range(20) if not torch.equal(chained(x[i]), want[i]))
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+@needs_kernels
+def test_nan_passes_through_small_steps_as_through_torch():
+    torch.manual_seed(0)
+    x = images(0, 3, 9, 24)
+    for kinds in ("f", "8"):
+        fused, chained = both(Sized(), x, kinds)
+        bad = x.clone()
+        bad[1, 2, 3] = float("nan")
+        assert torch.equal(chained(bad).isnan(), fused(bad).isnan())
+        assert chained(bad)[1].isnan().any()
+        assert not chained(bad)[0].isnan().any()

@@ -13,9 +13,8 @@ from lightning_muws.runtime.kernels import native
 from lightning_muws.runtime.native import library
 from lightning_muws.runtime.native import written as module
 from lightning_muws.runtime.native.ops import program_op
-from lightning_muws.runtime.native.program import Sparse
-from lightning_muws.runtime.native.written import one_by_one, output_shapes, program, read, tensors_of, written
-from tests.runtime.test_chain import Residual, both, chains_of, images, mlp
+from lightning_muws.runtime.native.written import one_by_one, program, read, tensors_of, traced, written
+from tests.runtime.test_chain import SMALL_STEPS, Residual, both, chains_of, images, mlp
 from tests.runtime.test_native import pruned
 from tests.support.strategies import normal
 
@@ -43,43 +42,54 @@ def test_the_operator_computes_what_the_chain_does_for_every_shape(kinds, n, wid
     x = images(seed, n, 3, 9, width)
     (y,) = program_op([x], large, small, chain.text)
     assert torch.equal(y, chained(x))
-    assert [tuple(y.shape)] == [tuple(s) for s in output_shapes([x.shape], large, small, chain.text)]
+    assert [like.shape for like in traced([x], large, small, chain.text)] == [y.shape]
     (again,) = one_by_one([x], *read(chain.text, large, small))
     assert torch.equal(again, chain.steps(x))
 
 
-@given(KINDS)
-def test_what_is_written_is_read(kinds):
-    _, chained = both(Residual(), images(0, 2, 3, 9, 12), kinds)
+@settings(max_examples=20)
+@given(KINDS, st.sampled_from(sorted(SMALL_STEPS)))
+def test_what_is_written_is_read(kinds, network):
+    make, (shape, *_) = SMALL_STEPS[network]
+    _, chained = both(make(), images(0, *shape), kinds)
     (chain,) = chains_of(chained)
     calls = chain._calls()
     found, outputs = read(written(calls, chain.outputs), *tensors_of(calls))
     assert outputs == list(chain.outputs)
     assert [call.inputs for call in found] == [call.inputs for call in calls]
-    for one, other in zip(found, calls, strict=True):
-        if isinstance(other.operation, Sparse):
-            assert all(a is b for a, b in zip(one.operation.blocks, other.operation.blocks, strict=True))
-            assert type(one.operation.geometry) is type(other.operation.geometry)
-            assert one.operation == Sparse(one.operation.blocks, *list(vars(other.operation).values())[1:])
-        else:
-            assert one.operation == other.operation
+    assert all(a is b for a, b in zip(flat(tensors_of(found)), flat(tensors_of(calls)), strict=True))
+    assert written(found, outputs) == chain.text
+    assert [type(call.operation) for call in found] == [type(call.operation) for call in calls]
+
+
+def flat(lists):
+    return [tensor for tensors in lists for tensor in tensors]
+
+
+NETWORKS = {"residual": (Residual, [(2, 3, 12, 20)]), "mlp": (mlp, [(2, 19)]), **SMALL_STEPS}
 
 
 @pytest.mark.parametrize("kinds", ["8", "f", "88f"])
-@pytest.mark.parametrize("network", [Residual, mlp])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_an_exported_chain_is_one_operator_with_the_same_bits(kinds, network):
-    x = images(0, 2, 3, 12, 20) if network is Residual else images(0, 2, 19)
-    _, chained = both(network(), x, kinds)
+    torch.manual_seed(0)
+    make, (shape, *_) = NETWORKS[network]
+    x = images(0, *shape)
+    _, chained = both(make(), x, kinds)
+    (chain,) = chains_of(chained)
     batch = torch.export.Dim("batch")
     exported = torch.export.export(chained, (x,), dynamic_shapes=(({0: batch},),))  # Root takes *args
-    assert operators(exported) == [OPERATOR]
+    assert operators(exported)[0] == OPERATOR
+    assert len(operators(exported)) == (2 if network == "stem" else 1)  # its last layer stands alone
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for n in (2, 3, 7):
-        y = images(n, n, *x.shape[1:])
+        y = images(n, n, *shape[1:])
         assert torch.equal(loaded(y), chained(y))
+        one = one_by_one([y], *read(chain.text, *tensors_of(chain._calls())))
+        assert torch.equal(one[0], chain.steps(y))
 
 
 def test_a_compiled_chain_is_one_operator_and_follows_new_weights():

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 if TYPE_CHECKING:
-    from lightning_muws.runtime.native.program import Sparse
+    from lightning_muws.runtime.native.steps import Sparse
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these: a subclass may compute something else

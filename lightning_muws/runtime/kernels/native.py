@@ -15,7 +15,7 @@ from lightning_muws.runtime.native.library import BFLOAT16_LEVEL, level
 from lightning_muws.runtime.native.ops import block_sparse_op
 from lightning_muws.runtime.native.packing import Packed, choose_block, pack, pack_pairs
 from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan, refuse_gradient
-from lightning_muws.runtime.native.program import Sparse
+from lightning_muws.runtime.native.steps import Sparse
 from lightning_muws.runtime.timing import clock_for
 
 TRIALS = 4

@@ -15,8 +15,8 @@ from lightning_muws.runtime.kernels.native import geometry_of, is_native
 from lightning_muws.runtime.native.ops import int8_sparse_op
 from lightning_muws.runtime.native.plan import refuse_gradient
 from lightning_muws.runtime.native.plan8 import Blocks8, Geometry8, Plan8
-from lightning_muws.runtime.native.program import Sparse
 from lightning_muws.runtime.native.quantize import Packed8, choose_rows, pack8, quantized
+from lightning_muws.runtime.native.steps import Sparse
 
 LEVELS = 255  # steps between the smallest and the largest input
 PLANS = 32  # kept by a layer: one for each shape

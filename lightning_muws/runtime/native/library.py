@@ -60,7 +60,9 @@ class Step(ctypes.Structure):
     _fields_: ClassVar = [
         ("kind", ctypes.c_int64),
         ("layer", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("x", "onto", "y", "q", "rows", "width", "relu")),
+        *((name, ctypes.c_int64) for name in ("x", "onto", "y", "q", "rows", "width", "relu", "more")),
+        *((name, ctypes.c_void_p) for name in ("next", "bias")),
+        ("number", ctypes.c_double),
     ]
 
 

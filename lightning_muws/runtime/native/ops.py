@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_muws.runtime.native.plan import Geometry, batch_last_strides, block_sparse, is_batch_last, signed_linear
 from lightning_muws.runtime.native.plan8 import Geometry8, int8_sparse
-from lightning_muws.runtime.native.written import output_shapes, program
+from lightning_muws.runtime.native.written import program, traced
 
 block_sparse_op = torch.library.custom_op("lightning_muws::block_sparse", block_sparse, mutates_args=())
 signed_linear_op = torch.library.custom_op("lightning_muws::signed_linear", signed_linear, mutates_args=())
@@ -68,8 +68,4 @@ def _(
     return x.new_empty(Geometry8(*geometry).out_shape(x.shape))
 
 
-def _program_shapes(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> list[Tensor]:
-    return [inputs[0].new_empty(shape) for shape in output_shapes([x.shape for x in inputs], large, small, text)]
-
-
-torch.library.register_fake("lightning_muws::program", _program_shapes)
+torch.library.register_fake("lightning_muws::program", traced)

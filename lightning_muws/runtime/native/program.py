@@ -1,7 +1,7 @@
 """Runs layers and the steps between them as one native program over one arena, for inputs of one shape.
 
-The output of a layer of 8 bits goes to the next such layer as bytes, rounded as that layer would round it. So a program
-computes exactly what its layers compute one by one.
+What a layer of 8 bits reads goes there as bytes, rounded as that layer would round it. So layers compute exactly what
+they compute one by one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,83 +18,16 @@ from lightning_muws.runtime.native.arena import Life, place
 from lightning_muws.runtime.native.library import Step, handle, level
 from lightning_muws.runtime.native.plan import Blocks, Geometry, Plan
 from lightning_muws.runtime.native.plan8 import Blocks8, Geometry8, layer8
+from lightning_muws.runtime.native.steps import Call, Norm, Shape, Simple, Sparse
+from lightning_muws.runtime.native.views import is_view, ordered
 
-INT8, PLAN, GEMV, ADD, RELU, MEAN = range(6)  # STEP_* of api.h
+INT8, PLAN, GEMV, ADD, RELU, MEAN, GELU, GELU_TANH, NORM, ATTENTION, POOL, COPY = range(12)  # STEP_* of api.h
+KINDS = {"add": ADD, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH}
+MAKE_BYTES = (*KINDS, "attention", "pool")  # kinds of steps that can round their output for a layer of 8 bits
 OUTSIDE = 1 << 48  # PLACE_OUTSIDE of api.h
 NONE = -1
 ARENAS = 4  # kept between calls: so many threads call at once without a new one
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A Linear ``(..., in)``, a Conv1d ``(n, c, w)`` or a Conv2d ``(n, c, h, w)`` by packed blocks.
-
-    ReLU ends it if the geometry says so. A second input is added before.
-
-    Args:
-        blocks: The packed blocks: :class:`Blocks8` are of 8 bits.
-        geometry: What the layer computes.
-        n_dims: Dimensions of the input beside the batch: 1, 2 or 3.
-        n_in: Numbers of a sample, or channels of an image, that the blocks are for.
-    """
-
-    blocks: Blocks | Blocks8
-    geometry: Geometry | Geometry8
-    n_dims: int
-    n_in: int
-
-    def images(self, shape: Shape) -> Shape:
-        """Return the shape of an input as the kernels see it, ``(n, c, h, w)``."""
-        if self.n_dims == 1:
-            return math.prod(shape[:-1]), shape[-1], 1, 1
-        return shape if self.n_dims == 3 else (*shape[:2], 1, shape[2])
-
-    def shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        g = self.geometry
-        if self.n_dims == 1:
-            return *shape[:-1], g.out
-        n, _, h, w = self.images(shape)
-        out = g.out_shape((n, 0, h, w)) if isinstance(g, Geometry8) else g.out_shape(n, h, w)
-        return tuple(out) if self.n_dims == 3 else (out[0], out[1], out[3])
-
-    @property
-    def takes_bytes(self) -> bool:
-        """Whether its input may be rounded before it runs."""
-        return isinstance(self.geometry, Geometry8) and not self.geometry.dynamic
-
-
-@dataclass(frozen=True)
-class Simple:
-    """A step without weights.
-
-    Args:
-        kind: ``add`` (two inputs of one shape), ``relu``, ``mean`` (of each channel: ``(n, c, h, w)`` to
-            ``(n, c, 1, 1)``) or ``flatten`` (from dimension 1 on; nothing is computed).
-    """
-
-    kind: str
-
-    def shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        if self.kind == "mean":
-            return *shape[:2], 1, 1
-        return (shape[0], math.prod(shape[1:])) if self.kind == "flatten" else shape
-
-
-@dataclass(frozen=True)
-class Call:
-    """One step: an operation on values. The inputs of the program are values 0, 1, ...; each step makes the next.
-
-    Args:
-        operation: What it computes.
-        inputs: Numbers of the values that it reads.
-    """
-
-    operation: Sparse | Simple
-    inputs: tuple[int, ...]
+MOST_DIMS = 6  # of MuwsCopy of api.h
 
 
 class Program:
@@ -118,9 +50,9 @@ class Program:
             )
         self.found, self.level = handle(name)
         values = _Values(calls, shapes, outputs)
-        self.output_shapes = [values.shapes[i] for i in outputs]
+        self.output_shapes = [values.shapes[i] for i in values.outputs]
         self.kept: list[object] = [calls]  # the steps point into them
-        steps = [step for i in range(len(calls)) for step in self._steps(values, i)]
+        steps = [step for i in range(len(values.calls)) for step in self._steps(values, i)]
         self.steps = (Step * len(steps))(*steps)
         self.n_bytes = values.n_bytes
         self.alike = values.alike
@@ -129,18 +61,25 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the outputs for contiguous float32 inputs; None if NaN or infinity was to be rounded to a byte."""
+        outputs = [torch.empty(shape) for shape in self.output_shapes]
+        return outputs if self.run([tensor.data_ptr() for tensor in (*inputs, *outputs)]) else None
+
+    def run(self, pointers: Sequence[int]) -> bool:
+        """Read and write the memory at these addresses, of the inputs and the outputs.
+
+        Returns:
+            Whether the outputs are right: False if NaN or infinity was to be rounded to a byte.
+        """
         try:
             arena = self.arenas.pop()  # no other call has it
         except IndexError:
             arena = torch.empty(self.n_bytes, dtype=torch.uint8)
-        outputs = [torch.empty(shape) for shape in self.output_shapes]
-        outside = self.outside(*(x.data_ptr() for x in inputs), *(y.data_ptr() for y in outputs))
         broken = self.found.muws_program(
-            self.level, self.steps, len(self.steps), arena.data_ptr(), outside, torch.get_num_threads()
+            self.level, self.steps, len(self.steps), arena.data_ptr(), self.outside(*pointers), torch.get_num_threads()
         )
         if len(self.arenas) < ARENAS:
             self.arenas.append(arena)
-        return None if broken else outputs
+        return not broken
 
     def is_current(self) -> bool:
         """Return whether layers that read the same bytes still round alike: other weights may have been loaded."""
@@ -155,15 +94,55 @@ class Program:
             if 0 in wanted or given[1] != operation.n_in or any(values.shapes[j] != wanted for j in call.inputs[1:]):
                 raise StateError(f"a layer for {operation.n_in} inputs does not take a value of shape {given}")
             return self._layer8(values, i) if isinstance(operation.geometry, Geometry8) else self._layer(values, i)
-        if operation.kind == "flatten":
+        if is_view(call):
             return []
-        x, shape, y = values.number(call.inputs[0]), values.shapes[call.inputs[0]], values.number(made)
+        return [self._norm(values, i) if isinstance(operation, Norm) else self._simple(values, i)]
+
+    def _norm(self, values: _Values, i: int) -> Step:
+        call = values.calls[i]
+        operation, shape = call.operation, values.shapes[call.inputs[0]]
+        assert isinstance(operation, Norm)  # noqa: S101  for mypy
+        weight, bias = operation.tensors
+        if shape[-1] != operation.width:
+            raise StateError(f"a LayerNorm of {operation.width} numbers does not take a value of shape {shape}")
+        step = self._step(values, i, NORM, (math.prod(shape[:-1]), shape[-1]))
+        step.layer, step.bias = (0 if t is None else t.data_ptr() for t in (weight, bias))
+        step.number = operation.epsilon
+        return step
+
+    def _simple(self, values: _Values, i: int) -> Step:
+        call = values.calls[i]
+        operation, shape = call.operation, values.shapes[call.inputs[0]]
+        assert isinstance(operation, Simple)  # noqa: S101  for mypy
         if operation.kind == "mean":
-            return [Step(MEAN, 0, x, NONE, y, NONE, math.prod(shape[:2]), math.prod(shape[2:]))]
+            return self._step(values, i, MEAN, (math.prod(shape[:2]), math.prod(shape[2:])))
+        if operation.kind == "pool":
+            numbers = *shape[2:], *values.shapes[values.made(i)][2:], *operation.numbers
+            return self._step(values, i, POOL, (math.prod(shape[:2]), math.prod(shape[2:])), numbers)
+        if operation.kind == "attention":
+            step = self._step(values, i, ATTENTION, (1, math.prod(shape)), _attention_numbers(values, call, i))
+            step.number, step.more = operation.number or shape[-1] ** -0.5, values.number(call.inputs[2])
+            return step
+        if operation.kind == "copy":
+            sizes, copied = _copy_numbers(values, call.inputs[0])
+            return self._step(values, i, COPY, (math.prod(sizes[:-1]), sizes[-1]), copied)
         if any(values.shapes[j] != shape for j in call.inputs):
             raise StateError("a sum of two shapes is no step of a program")
-        onto = values.number(call.inputs[1]) if operation.kind == "add" else NONE
-        return [Step(ADD if operation.kind == "add" else RELU, 0, x, onto, y, NONE, math.prod(shape), 1)]
+        return self._step(values, i, KINDS[operation.kind], (math.prod(shape), 1))
+
+    def _step(
+        self, values: _Values, i: int, kind: int, size: tuple[int, int], numbers: Sequence[int] | None = None
+    ) -> Step:
+        """Return step ``i`` with its places; ``numbers`` are those of the structure that it points to."""
+        call, made = values.calls[i], values.made(i)
+        inputs = [values.number(value) for value in call.inputs] + [NONE]
+        places = inputs[0], inputs[1], values.places.get(made, NONE), values.byte_places.get(made, NONE)
+        rounding = values.roundings.get(made)
+        structure = None if numbers is None else (ctypes.c_int64 * len(numbers))(*numbers)
+        self.kept += [structure, rounding]
+        step = Step(kind, 0 if structure is None else ctypes.addressof(structure), *places, *size)
+        step.next = 0 if rounding is None else rounding.data_ptr()
+        return step
 
     def _layer8(self, values: _Values, i: int) -> list[Step]:
         call, made = values.calls[i], values.made(i)
@@ -204,11 +183,34 @@ class Program:
         return [Step(PLAN, plan.address, x, onto, y, NONE)]
 
 
+def _attention_numbers(values: _Values, call: Call, i: int) -> list[int]:
+    """Return the numbers of MuwsAttention of api.h."""
+    q, k, v, y = (values.layouts[value] for value in (*call.inputs, values.made(i)))
+    if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
+        raise StateError(f"attention does not take shapes {q.shape}, {k.shape} and {v.shape}")
+    inputs = [number for one in (q, k, v) for number in (one.at, *one.strides[:3])]
+    return [*q.shape[:3], k.shape[2], q.shape[3], v.shape[3], *inputs, *y.strides[:3]]
+
+
+def _copy_numbers(values: _Values, value: int) -> tuple[list[int], list[int]]:
+    """Return the sizes of a copy, and the numbers of MuwsCopy of api.h."""
+    layout = values.layouts[value]
+    dims = [(n, stride) for n, stride in zip(layout.shape, layout.strides, strict=True) if n != 1] or [(1, 1)]
+    if len(dims) > MOST_DIMS:
+        raise StateError(f"a program copies up to {MOST_DIMS} dimensions, not a value of shape {layout.shape}")
+    sizes, strides = ([dim[k] for dim in dims] for k in (0, 1))
+    padding = [0] * (MOST_DIMS - len(dims))
+    return sizes, [len(dims), layout.at, *sizes, *padding, *strides, *padding]
+
+
 class _Values:
     """The values of a program: their shapes, who reads them, and their places.
 
     Attributes:
+        calls: The steps, with copies where one needs its input in order.
+        layouts: Of each value, where its numbers lie.
         shapes: Of each value.
+        outputs: The values to return.
         roundings: The scale and zero of the bytes to make of a value, by its number.
         byte_readers: Steps that read their first input as bytes.
         alike: Roundings that have to be equal, because their layers read the same bytes.
@@ -218,21 +220,16 @@ class _Values:
     """
 
     def __init__(self, calls: Sequence[Call], shapes: Sequence[Shape], outputs: Sequence[int]) -> None:
-        self.calls, self.n_inputs = calls, len(shapes)
-        self.shapes = list(shapes)
-        self.roots = list(range(len(shapes)))
-        for call in calls:
-            first = call.inputs[0]
-            is_same = isinstance(call.operation, Simple) and call.operation.kind == "flatten"
-            self.roots.append(self.roots[first] if is_same else len(self.shapes))
-            self.shapes.append(call.operation.shape(self.shapes[first]))
+        self.n_inputs = len(shapes)
+        self.calls, self.layouts, self.outputs = ordered(calls, shapes, outputs)
+        self.shapes = [layout.shape for layout in self.layouts]
         self.roundings: dict[int, Tensor] = {}
         self.byte_readers: set[int] = set()
         self.alike: list[tuple[Tensor, Tensor]] = []
         self._choose_bytes()
         self.places: dict[int, int] = {}
         self.byte_places: dict[int, int] = {}
-        self.n_bytes = self._place(outputs)
+        self.n_bytes = self._place()
 
     def made(self, i: int) -> int:
         """Return the number of the value that step ``i`` makes."""
@@ -240,20 +237,19 @@ class _Values:
 
     def root(self, value: int) -> int:
         """Return the value whose memory this one has."""
-        return self.roots[value]
+        return self.layouts[value].root
 
     def number(self, value: int) -> int:
         """Return the place of a value in float32."""
         return self.places[self.root(value)]
 
     def _choose_bytes(self) -> None:
-        """Let a layer of 8 bits make bytes for the layers that read its output with the first reader's rounding."""
+        """Let a step make bytes for the layers of 8 bits that read its output, with the first reader's rounding."""
         for i, call in enumerate(self.calls):
             source, operation = self.root(call.inputs[0]), call.operation
             if source < self.n_inputs or not isinstance(operation, Sparse) or not operation.takes_bytes:
                 continue
-            maker = self.calls[source - self.n_inputs].operation
-            if not isinstance(maker, Sparse) or not isinstance(maker.blocks, Blocks8):
+            if not _makes_bytes(self.calls[source - self.n_inputs].operation):
                 continue
             rounding: Tensor = operation.blocks.activation  # type: ignore[union-attr]
             first = self.roundings.setdefault(source, rounding)
@@ -261,35 +257,62 @@ class _Values:
                 self.byte_readers.add(i)
                 self.alike += [(first, rounding)] if first is not rounding else []
 
-    def _place(self, outputs: Sequence[int]) -> int:
+    def _place(self) -> int:
         """Give every value its places, and return the size of the arena."""
-        for k, value in enumerate(outputs):
-            if self.root(value) < self.n_inputs or self.root(value) in self.places:
-                raise StateError("two outputs of a program, or an output and an input, cannot share memory")
+        for k, value in enumerate(self.outputs):
             self.places[self.root(value)] = OUTSIDE + self.n_inputs + k
         for value in range(self.n_inputs):
             self.places[value] = OUTSIDE + value
         keys: list[tuple[dict[int, int], int]] = []
         lives: list[Life] = []
         last_number, last_byte = self._last_reads()
+        heirs = self._heirs(last_number)
         for reads, places, size in ((last_number, self.places, 4), (last_byte, self.byte_places, 1)):
             for value, last in reads.items():
-                if value not in places:
+                if value not in places and not (reads is last_number and value in heirs):
                     keys.append((places, value))
                     lives.append(Life(size * math.prod(self.shapes[value]), value - self.n_inputs, last))
         starts, n_bytes = place(lives)
         for (places, value), start in zip(keys, starts, strict=True):
             places[value] = start
+        self.places |= {value: self.places[of] for value, of in heirs.items()}
         return max(n_bytes, 1)
+
+    def _heirs(self, last: dict[int, int]) -> dict[int, int]:
+        """Return the values that take over the memory of another, which their step reads last; prolong its life.
+
+        A step that looks at a number or a row at a time may write where it reads.
+        """
+        heirs: dict[int, int] = {}
+        lives = dict(last)
+        for i, call in enumerate(self.calls):
+            x, y = self.root(call.inputs[0]), self.made(i)
+            is_alike = isinstance(call.operation, Norm) or (
+                isinstance(call.operation, Simple) and call.operation.kind in KINDS
+            )
+            is_inside = x not in self.places and y not in self.places and y in last
+            if is_alike and is_inside and lives.get(x) == i:
+                heirs[y] = heirs.get(x, x)
+                last[heirs[y]] = last[y]
+        return heirs
 
     def _last_reads(self) -> tuple[dict[int, int], dict[int, int]]:
         """Return the last step that reads a value in float32, and the last that reads its bytes, by value."""
         numbers: dict[int, int] = {}
         some_bytes: dict[int, int] = {}
         for i, call in enumerate(self.calls):
-            if self.root(self.made(i)) != self.made(i):
+            if is_view(call):
                 continue
             for n, value in enumerate(call.inputs):
                 reads = some_bytes if n == 0 and i in self.byte_readers else numbers
                 reads[self.root(value)] = i
+        for i, call in enumerate(self.calls):  # what nobody reads needs a place too
+            if not is_view(call) and self.made(i) not in (*numbers, *some_bytes):
+                numbers[self.made(i)] = i
         return numbers, some_bytes
+
+
+def _makes_bytes(operation: Sparse | Simple | Norm) -> bool:
+    if isinstance(operation, Sparse):
+        return isinstance(operation.blocks, Blocks8)
+    return isinstance(operation, Norm) or operation.kind in MAKE_BYTES

@@ -9,21 +9,27 @@ import functools
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_muws.errors import StateError
 from lightning_muws.runtime.native.library import level
+from lightning_muws.runtime.native.parts import Parts, prepared
 from lightning_muws.runtime.native.plan import Blocks, Geometry, block_sparse, is_small, refuse_gradient
 from lightning_muws.runtime.native.plan8 import Blocks8, Geometry8, int8_sparse
-from lightning_muws.runtime.native.program import Call, Program, Shape, Simple, Sparse
+from lightning_muws.runtime.native.program import Program
+from lightning_muws.runtime.native.steps import Affine, Call, Norm, Simple, Sparse
+from lightning_muws.runtime.native.views import VIEWS, target
 
 PROGRAMS = 32  # kept for the operator, one for each shape
 ABSENT, LARGE, SMALL = range(3)  # what a layer has in the place of a tensor
 LAYERS: dict[str, tuple[Any, Any]] = {"blocks": (Blocks, Geometry), "blocks8": (Blocks8, Geometry8)}
+NORM = "norm"
 
 
 def written(calls: Sequence[Call], outputs: Sequence[int]) -> str:
@@ -35,24 +41,30 @@ def written(calls: Sequence[Call], outputs: Sequence[int]) -> str:
 
     Example:
         >>> written([Call(Simple("relu"), (0,))], [1])
-        '{"steps": [["relu", [0]]], "outputs": [1]}'
+        '{"steps": [["relu", [0], [], 0.0]], "outputs": [1]}'
     """
-    steps: list[list[Any]] = []
-    for call in calls:
-        step = call.operation
-        if isinstance(step, Simple):
-            steps.append([step.kind, call.inputs])
-        else:
-            kind = next(kind for kind, (blocks, _) in LAYERS.items() if isinstance(step.blocks, blocks))
-            sizes = [ABSENT if t is None else SMALL if is_small(t) else LARGE for t in step.blocks]
-            steps.append([kind, call.inputs, step.n_dims, step.n_in, step.geometry, sizes])
-    return json.dumps({"steps": steps, "outputs": list(outputs)})
+    return json.dumps({"steps": [_step(call) for call in calls], "outputs": list(outputs)})
+
+
+def _step(call: Call) -> list[Any]:
+    step = call.operation
+    if isinstance(step, Simple):
+        return [step.kind, call.inputs, step.numbers, step.number]
+    sizes = [ABSENT if t is None else SMALL if is_small(t) else LARGE for t in _tensors(step)]
+    if isinstance(step, Norm):
+        return [NORM, call.inputs, sizes, step.width, step.epsilon]
+    kind = next(kind for kind, (blocks, _) in LAYERS.items() if isinstance(step.blocks, blocks))
+    return [kind, call.inputs, sizes, step.geometry, step.n_dims, step.n_in]
+
+
+def _tensors(step: Sparse | Norm) -> tuple[Tensor | None, ...]:
+    return step.tensors if isinstance(step, Norm) else step.blocks
 
 
 def tensors_of(calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of the layers, in order: the large ones, and those of few elements."""
-    layers = [call.operation for call in calls if isinstance(call.operation, Sparse)]
-    tensors = [tensor for layer in layers for tensor in layer.blocks if tensor is not None]
+    layers = [call.operation for call in calls if not isinstance(call.operation, Simple)]
+    tensors = [tensor for layer in layers for tensor in _tensors(layer) if tensor is not None]
     return [t for t in tensors if not is_small(t)], [t for t in tensors if is_small(t)]
 
 
@@ -60,14 +72,16 @@ def read(text: str, large: Sequence[Tensor], small: Sequence[Tensor]) -> tuple[l
     """Return the steps that :func:`written` wrote, with their tensors, and the numbers of the values to return."""
     parsed = _parsed(text)
     calls, rest = [], {ABSENT: itertools.repeat(None), LARGE: iter(large), SMALL: iter(small)}
-    for kind, inputs, *layer in parsed["steps"]:
-        if kind not in LAYERS:
-            calls.append(Call(Simple(kind), tuple(inputs)))
-            continue
-        n_dims, n_in, geometry, sizes = layer
-        blocks, geometry_of = LAYERS[kind]
-        found = blocks(*(next(rest[size]) for size in sizes))
-        calls.append(Call(Sparse(found, geometry_of(*geometry), n_dims, n_in), tuple(inputs)))
+    for kind, inputs, first, *others in parsed["steps"]:
+        operation: Sparse | Simple | Norm
+        if kind == NORM:
+            operation = Norm(Affine(*(next(rest[size]) for size in first)), *others)
+        elif kind in LAYERS:
+            blocks, geometry = LAYERS[kind]
+            operation = Sparse(blocks(*(next(rest[size]) for size in first)), geometry(*others[0]), *others[1:])
+        else:
+            operation = Simple(kind, tuple(first), *others)
+        calls.append(Call(operation, tuple(inputs)))
     return calls, parsed["outputs"]
 
 
@@ -77,16 +91,7 @@ def _parsed(text: str) -> dict[str, Any]:
     return parsed
 
 
-def output_shapes(shapes: Sequence[Shape], large: Sequence[Tensor], small: Sequence[Tensor], text: str) -> list[Shape]:
-    """Return the shapes of the outputs for inputs of these shapes, which may hold symbols of torch's tracing."""
-    calls, outputs = read(text, large, small)
-    known = list(shapes)
-    for call in calls:
-        known.append(call.operation.shape(known[call.inputs[0]]))
-    return [known[i] for i in outputs]
-
-
-_programs: OrderedDict[tuple[Any, ...], Program | None] = OrderedDict()
+_programs: OrderedDict[tuple[Any, ...], Program | Parts | None] = OrderedDict()
 
 
 def program(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> list[Tensor]:
@@ -117,39 +122,79 @@ def program(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text
     return one_by_one(inputs, *read(text, large, small)) if results is None else results
 
 
-def _prepared(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> Program | None:
+def _prepared(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> Program | Parts | None:
     calls, outputs = read(text, large, small)
     try:
-        return Program(calls, [tuple(x.shape) for x in inputs], outputs)
+        return prepared(calls, [tuple(x.shape) for x in inputs], outputs)
     except StateError:  # the steps one by one raise it again, or have another way
         return None
 
 
-def one_by_one(inputs: Sequence[Tensor], calls: Sequence[Call], outputs: Sequence[int]) -> list[Tensor]:
-    """Return the outputs of steps, each run on its own: where no program is for the shapes, and for NaN in 8 bits."""
+Layer = Callable[[Sparse, Tensor], Tensor]
+
+
+def one_by_one(
+    inputs: Sequence[Tensor], calls: Sequence[Call], outputs: Sequence[int], layer: Layer | None = None
+) -> list[Tensor]:
+    """Return the outputs of steps, each run on its own: where no program is for the shapes, and for NaN in 8 bits.
+
+    Args:
+        inputs: Of the first steps.
+        calls: The steps.
+        outputs: Numbers of the values to return.
+        layer: What computes a layer; the default uses the kernels.
+    """
     values = list(inputs)
     for call in calls:
-        values.append(_run(call.operation, [values[i] for i in call.inputs]))
+        values.append(_run(call.operation, [values[i] for i in call.inputs], layer or by_kernel))
     return [values[i] for i in outputs]
 
 
-def _run(operation: Sparse | Simple, inputs: Sequence[Tensor]) -> Tensor:
-    x = inputs[0]
-    if isinstance(operation, Simple):
-        if operation.kind == "add":
-            return x + inputs[1]
-        if operation.kind == "relu":
-            return x.relu()
-        return x.mean((2, 3), keepdim=True) if operation.kind == "mean" else x.flatten(1)
-    adds = len(inputs) > 1
-    geometry = list(operation.geometry._replace(relu=0) if adds else operation.geometry)
-    images, blocks = x.reshape(operation.images(tuple(x.shape))), operation.blocks._asdict()
-    if isinstance(operation.geometry, Geometry8):
-        y = int8_sparse(images.flatten(1) if operation.geometry.linear else images, **blocks, geometry=geometry)
+def traced(inputs: Sequence[Tensor], large: Sequence[Tensor], small: Sequence[Tensor], text: str) -> list[Tensor]:
+    """Return tensors like the outputs of :func:`program`, for torch's tracing, whose sizes may be symbols."""
+    found = one_by_one(inputs, *read(text, large, small), lambda step, x: x.new_empty(step.shape([tuple(x.shape)])))
+    return [x.new_empty(x.shape) for x in found]
+
+
+def by_kernel(step: Sparse, x: Tensor) -> Tensor:
+    """Return the output of one layer, without what is added to it."""
+    images, blocks = x.reshape(step.images(tuple(x.shape))), step.blocks._asdict()
+    if isinstance(step.geometry, Geometry8):
+        y = int8_sparse(images.flatten(1) if step.geometry.linear else images, **blocks, geometry=list(step.geometry))
     else:
-        y = block_sparse(images, **blocks, geometry=geometry)
-    y = y.reshape(operation.shape(tuple(x.shape))).contiguous()
-    if not adds:
-        return y
-    y = y + inputs[1]
-    return y.relu() if operation.geometry.relu else y
+        y = block_sparse(images, **blocks, geometry=list(step.geometry))
+    return y.reshape(step.shape([tuple(x.shape)])).contiguous()
+
+
+def _run(step: Sparse | Simple | Norm, inputs: Sequence[Tensor], layer: Layer) -> Tensor:
+    x = inputs[0]
+    if isinstance(step, Norm):
+        return F.layer_norm(x, (step.width,), *step.tensors, step.epsilon)
+    if isinstance(step, Simple):
+        return _simple(step, inputs)
+    if len(inputs) == 1:
+        return layer(step, x)
+    y = layer(replace(step, geometry=step.geometry._replace(relu=0)), x) + inputs[1]
+    return y.relu() if step.geometry.relu else y
+
+
+def _simple(step: Simple, inputs: Sequence[Tensor]) -> Tensor:
+    x, n = inputs[0], step.numbers
+    if step.kind in VIEWS:
+        if step.kind == "reshape":
+            return x.reshape(target(n, [tuple(t.shape) for t in inputs]))
+        return x.flatten(*n) if step.kind == "flatten" else VIEWS[step.kind](x, n, [])
+    return FUNCTIONS[step.kind](step, *inputs)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "add": lambda step, x, y: x + y,
+    "relu": lambda step, x: x.relu(),
+    "gelu": lambda step, x: F.gelu(x),
+    "gelu_tanh": lambda step, x: F.gelu(x, approximate="tanh"),
+    "mean": lambda step, x: x.mean((2, 3), keepdim=True),
+    "pool": lambda step, x: F.max_pool2d(x, step.numbers[:2], step.numbers[2:4], step.numbers[4:]),
+    "attention": lambda step, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=step.number or None),
+    "copy": lambda step, x: x.contiguous(),
+}
+"""What torch does for each step that has no tensors of its own and is no view."""

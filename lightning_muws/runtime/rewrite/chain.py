@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
@@ -20,10 +20,13 @@ from torch.nn import functional as F
 from lightning_muws.errors import StateError
 from lightning_muws.runtime.kernels.base import Kernel
 from lightning_muws.runtime.native.ops import program_op
-from lightning_muws.runtime.native.program import Call, Program, Simple
+from lightning_muws.runtime.native.parts import Parts, prepared
+from lightning_muws.runtime.native.program import Program
+from lightning_muws.runtime.native.steps import Call, Norm, Simple
 from lightning_muws.runtime.native.written import tensors_of, written
 from lightning_muws.runtime.rewrite.graph import AddInto, FusedForward, fuse_graph, is_relu, trace
 from lightning_muws.runtime.rewrite.observe import Example, has_hooks, observe
+from lightning_muws.runtime.rewrite.small import is_view, prepare, small_step
 
 PROGRAMS = 4  # kept by a chain, one for each shape: each has an arena
 FEWEST_LAYERS = 2  # of a chain
@@ -46,16 +49,21 @@ class Link(NamedTuple):
     """A step of a chain.
 
     Attributes:
-        name: Of the kernel among the chain's children; empty for a step without weights.
-        kind: Of a step without weights (:class:`~lightning_muws.runtime.native.program.Simple`).
+        name: Of the kernel or the LayerNorm among the chain's children; empty for a step without weights.
+        kind: Empty for a kernel, ``norm`` for a LayerNorm, else of
+            :class:`~lightning_muws.runtime.native.steps.Simple`.
         inputs: Numbers of the values that it reads.
         n_in: What the kernel's input has along its channels.
+        numbers: As in Simple.
+        number: As in Simple.
     """
 
     name: str
     kind: str
     inputs: tuple[int, ...]
     n_in: int = 0
+    numbers: tuple[int, ...] = ()
+    number: float = 0.0
 
 
 class Chain(nn.Module):
@@ -72,8 +80,8 @@ class Chain(nn.Module):
         outputs: Numbers of the values to return.
     """
 
-    _programs: dict[tuple[tuple[int, ...], ...], tuple[Program | None]]  # by the shapes of the inputs
-    _buffers_of: list[dict[str, Tensor | None]]  # of each kernel
+    _programs: dict[tuple[tuple[int, ...], ...], tuple[Program | Parts | None]]  # by the shapes of the inputs
+    _buffers_of: list[dict[str, Tensor | None]]  # of each kernel and LayerNorm
     _seen: list[Tensor | None]  # what was in them when the programs were made
     _weights: list[Tensor]
     _pointers: list[int]  # to the weights' numbers, at that time
@@ -104,10 +112,13 @@ class Chain(nn.Module):
         calls = self._calls() if all(map(_is_plain, inputs)) else None
         if calls is None or (torch.compiler.is_exporting() and _wants_layers.get()):
             return self.steps.forward(*inputs)
-        outputs = program_op(list(inputs), *tensors_of(calls), self.text)
+        large, small = tensors_of(calls)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*large, *small)):
+            return self.steps.forward(*inputs)  # they refuse a gradient, which a LayerNorm would have
+        outputs = program_op(list(inputs), large, small, self.text)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _program(self, inputs: Sequence[Tensor]) -> Program | None:
+    def _program(self, inputs: Sequence[Tensor]) -> Program | Parts | None:
         """Return the program for these inputs, or None if there is none."""
         if not all(map(_is_plain, inputs)):
             return None
@@ -123,31 +134,44 @@ class Chain(nn.Module):
             if len(self._programs) >= PROGRAMS:
                 self._forget()
             known = self._programs[key] = (self._prepared(key),)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._weights):
+            return None  # the steps one by one refuse a gradient, which a LayerNorm would have
         return known[0]
 
-    def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | None:
+    def _prepared(self, shapes: tuple[tuple[int, ...], ...]) -> Program | Parts | None:
         calls = self._calls()
         if calls is None:
             return None
-        self._buffers_of = [self.steps.get_submodule(link.name)._buffers for link in self.links if link.name]
+        self._buffers_of = [self._tensors(link) for link in self.links if link.name]
         self._seen = [tensor for buffers in self._buffers_of for tensor in buffers.values()]
-        self._weights = [weights for buffers in self._buffers_of if (weights := buffers["weights"]) is not None]
+        self._weights = [
+            tensor
+            for tensors in self._buffers_of
+            for name, tensor in tensors.items()
+            if tensor is not None
+            and (name == "weights" or tensors.get("weights") is None)  # a LayerNorm has no weights
+        ]
         self._pointers = [weights.data_ptr() for weights in self._weights]
         try:
-            return Program(calls, shapes, self.outputs)
+            return prepared(calls, shapes, self.outputs)
         except StateError:  # the steps one by one raise it again, or have another way
             return None
 
+    def _tensors(self, link: Link) -> dict[str, Any]:
+        """Return the tensors of a kernel or a LayerNorm by name."""
+        module = self.steps.get_submodule(link.name)
+        return cast("dict[str, Any]", module._parameters if link.kind == "norm" else module._buffers)
+
     def _calls(self) -> list[Call] | None:
-        """Return the steps with their tensors, or None if the chain is not on the CPU."""
+        """Return the steps with their tensors, or None if a program cannot read them."""
         calls = []
         for link in self.links:
             if not link.name:
-                calls.append(Call(Simple(link.kind), link.inputs))
+                calls.append(Call(Simple(link.kind, link.numbers, link.number), link.inputs))
                 continue
-            kernel = cast("Kernel", self.steps.get_submodule(link.name))
-            step = kernel.step(link.n_in)
-            if step is None or any(b is not None and b.device.type != "cpu" for b in kernel._buffers.values()):
+            module: Any = self.steps.get_submodule(link.name)
+            step = Norm.of(module) if link.kind == "norm" else module.step(link.n_in)
+            if step is None or not _are_plain(self._tensors(link).values()):
                 return None
             calls.append(Call(step, link.inputs))
         return calls
@@ -166,6 +190,15 @@ def _is_plain(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.device.type == "cpu" and not needs_gradient
 
 
+def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether a program can read the tensors of a layer: what is float is float32, in order, on the CPU."""
+    present = [t for t in tensors if t is not None]
+    floats = [t for t in present if t.is_floating_point()]
+    return all(t.device.type == "cpu" and t.is_contiguous() for t in present) and all(
+        t.dtype in (torch.float32, torch.bfloat16) for t in floats
+    )
+
+
 def chain(model: nn.Module, example: Example) -> int:
     """Replace runs of kernels by chains in every forward that can be traced; return the number of chains.
 
@@ -180,6 +213,7 @@ def chain(model: nn.Module, example: Example) -> int:
         if isinstance(module, Kernel) or has_hooks(module) or (graph := trace(module, through=True)) is None:
             continue
         children = {str(n.target): module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
+        prepare(graph, children)
         fuse_graph(graph, children)
         n = _cut(graph, children, seen.inputs[0])
         if n:
@@ -216,12 +250,32 @@ def _cut(graph: fx.Graph, children: dict[str, nn.Module], x: Tensor) -> int:
             runs.append([])
     n_chains = 0
     for run in runs:
-        while run and _kind(run[-1], children) == "flatten":
-            run.pop()  # it would be an output that shares memory
+        _leave_views(graph, children, shapes, run)
         if sum(_kind(node, children) == "" for node in run) >= FEWEST_LAYERS:
             _replace(graph, children, run, shapes, f"chain{n_chains}")
             n_chains += 1
     return n_chains
+
+
+def _leave_views(
+    graph: fx.Graph, children: Mapping[str, nn.Module], shapes: dict[str, torch.Size], run: list[fx.Node]
+) -> None:
+    """Let what comes after a run make its own views: an output of a chain shares no memory with another."""
+    inside = set(run)
+    for node in reversed(list(run)):
+        if not is_view(small_step(node, children, shapes)):
+            continue
+        after = [user for user in node.users if user not in inside]
+        if after:
+            with graph.inserting_after(run[-1]):
+                view = graph.node_copy(node)
+            shapes[view.name] = shapes[node.name]
+            for user in after:
+                user.replace_input_with(node, view)
+        if not node.users:
+            run.remove(node)
+            inside.remove(node)
+            graph.erase_node(node)
 
 
 def _replace(
@@ -271,9 +325,6 @@ def _kind(node: fx.Node, children: Mapping[str, nn.Module]) -> str | None:
         return "relu" if node.target is torch.relu_ or not _works_in_place(node, module) else None
     if type(module) is nn.AdaptiveAvgPool2d:
         return "mean" if module.output_size in (1, (1, 1)) else None
-    flattens = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    if flattens or (node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs):
-        return "flatten"
     return None
 
 
@@ -301,11 +352,14 @@ def _link(
     kind = _kind(node, children)
     # a graph has F.relu as a function of two arguments
     inputs = [a for a in node.args if isinstance(a, fx.Node)]
+    if kind is None and (small := small_step(node, children, shapes)) is not None:
+        name = str(node.target) if small.kind == "norm" else ""
+        values = tuple(numbers.get(a, 0) for a in small.inputs)
+        return Link(name, small.kind, values, 0, small.numbers, small.number)
     if kind is None or not inputs or any(a.name not in shapes for a in (*inputs, node)):
         return None
     x, y = shapes[inputs[0].name], shapes[node.name]
-    n_numbers = 1 if kind == "flatten" else 0
-    if len(inputs) + n_numbers < len(node.args) or (kind == "add" and (len(inputs) != 2 or x != y)):
+    if len(inputs) < len(node.args) or (kind == "add" and (len(inputs) != 2 or x != y)):
         return None
     if any(shapes[a.name] != y for a in inputs[1:]) or (kind == "mean" and len(x) != 4) or len(x) < 2:
         return None

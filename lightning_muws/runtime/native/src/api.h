@@ -59,14 +59,49 @@ struct MuwsInt8 {
   const float* next;         // (2): scale and zero of the bytes to make of the output, or null
 };
 
-// A step of a program. A place is an offset in the arena, or PLACE_OUTSIDE plus the number of a tensor outside, or -1.
-enum { STEP_INT8, STEP_PLAN, STEP_GEMV, STEP_ADD, STEP_RELU, STEP_MEAN };
+// A step of a program. A place is an offset in the arena, or PLACE_OUTSIDE plus the number of a tensor outside, or -1. Every
+// step but STEP_PLAN, STEP_GEMV, STEP_MEAN and STEP_COPY can make bytes of its output for a layer of 8 bits.
+enum {
+  STEP_INT8, STEP_PLAN, STEP_GEMV,  // a layer
+  STEP_ADD, STEP_RELU,              // x + onto; the larger of x and 0
+  STEP_MEAN,                        // of each row
+  STEP_GELU, STEP_GELU_TANH,        // torch's two forms
+  STEP_NORM,                        // LayerNorm of each row
+  STEP_ATTENTION,                   // x: queries, onto: keys, more: values
+  STEP_POOL,                        // the largest number of each window; a row is a plane
+  STEP_COPY,                        // a view, in order
+};
 struct MuwsStep {
   int64_t kind;
-  const void* layer;         // MuwsInt8; what muws_plan made; MuwsLayer
-  int64_t x, onto, y, q;     // places of float32; q: of the bytes that a layer of 8 bits makes. x is of bytes if it says so
-  int64_t rows, width;       // STEP_ADD: y = x + onto, STEP_RELU: rows * width numbers; STEP_MEAN: the means of rows
+  const void* layer;         // MuwsInt8; what muws_plan made; MuwsLayer; STEP_NORM: its weight (width) or null; MuwsAttention;
+                             // MuwsPool; MuwsCopy
+  int64_t x, onto, y, q;     // places of float32; q: of the bytes that it makes. x is of bytes if a layer of 8 bits says so
+  int64_t rows, width;       // of x; of what STEP_COPY makes
   int64_t relu;              // STEP_ADD
+  int64_t more;              // a place of float32
+  const float* next;         // (2): scale and zero of the bytes; a layer of 8 bits has its own
+  const float* bias;         // STEP_NORM: (width) or null
+  double number;             // STEP_NORM: is added to the variance; STEP_ATTENTION: of each score, the factor
+};
+
+// Softmax attention of (batch, heads, queries, depth), (batch, heads, keys, depth) and (batch, heads, keys, width). Each input
+// starts at its number `at` and has the distances of its dimensions; numbers of a row are neighbours.
+struct MuwsAttention {
+  int64_t batch, heads, queries, keys, depth, width;
+  int64_t q_at, q_batch, q_head, q_row;
+  int64_t k_at, k_batch, k_head, k_row;
+  int64_t v_at, v_batch, v_head, v_row;
+  int64_t y_batch, y_head, y_row;
+};
+
+// The largest number of each kh x kw window of planes (h, w); borders count as minus infinity.
+struct MuwsPool {
+  int64_t h, w, oh, ow, kh, kw, sh, sw, ph, pw;
+};
+
+struct MuwsCopy {
+  int64_t dims, at;          // 1 .. 6; the first number
+  int64_t sizes[6], strides[6];
 };
 constexpr int64_t PLACE_OUTSIDE = (int64_t)1 << 48;
 

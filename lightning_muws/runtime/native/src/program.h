@@ -1,44 +1,13 @@
 // Runs a program: layers and the small steps between them, one after another over one arena.
 #pragma once
+#include "attention.h"
 #include "gemv.h"
 #include "int8_run.h"
 #include "layer.h"
+#include "norm.h"
+#include "pool.h"
 
 namespace {
-
-struct Elements {
-  const MuwsStep* step;
-  const float *x, *onto;
-  float* y;
-};
-
-constexpr int64_t ELEMENTS = 1 << 14;  // of a task
-
-static void run_elements(void* context, int64_t item) {
-  const Elements& e = *(const Elements*)context;
-  const bool ends_in_relu = e.step->relu || e.step->kind == STEP_RELU;
-  const int64_t first = item * ELEMENTS, last = least(e.step->rows * e.step->width, first + ELEMENTS);
-  for (int64_t i = first; i < last; i += V) {
-    const int64_t n = least<int64_t>(V, last - i);
-    vf v = n == V ? load(e.x + i) : load_some(e.x + i, n);
-    if (e.onto) v += n == V ? load(e.onto + i) : load_some(e.onto + i, n);
-    store_some(e.y + i, ends_in_relu ? relu(v) : v, n);
-  }
-}
-
-// The means of rows, summed in vectors and pairs.
-static void run_mean(void* context, int64_t row) {
-  const Elements& e = *(const Elements*)context;
-  const int64_t width = e.step->width;
-  const float* x = e.x + row * width;
-  vf sum = vf{};
-  for (int64_t i = 0; i < width; i += V) sum += i + V <= width ? load(x + i) : load_some(x + i, width - i);
-  float lanes[V];
-  store(lanes, sum);
-  for (int half = V / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  e.y[row] = lanes[0] / (float)width;
-}
 
 struct Places {
   char* arena;
@@ -48,16 +17,36 @@ struct Places {
   }
 };
 
+static void run_small(const MuwsStep& step, const float* x, const float* more, const Output8& to, int64_t threads) {
+  const int64_t numbers = step.rows * step.width;
+  Elements e{&step, x, to};
+  switch (step.kind) {
+    case STEP_MEAN:
+      return muws_parallel(threads, step.rows, run_mean, &e);
+    case STEP_NORM:
+      return muws_parallel(threads, ceil_div(step.rows, most<int64_t>(1, NORM_NUMBERS / step.width)), run_norm, &e);
+    case STEP_ATTENTION:
+      return attend(Attending{&step, x, to.onto, more, to, 1}, threads);
+    case STEP_POOL:
+      return muws_parallel(threads, step.rows, run_pool, &e);
+    case STEP_COPY:
+      return muws_parallel(threads, ceil_div(step.rows, most<int64_t>(1, ELEMENTS / step.width)), run_copy, &e);
+    default:
+      muws_parallel(threads, ceil_div(numbers, ELEMENTS), run_elements, &e);
+  }
+}
+
 // Returns 1 as soon as a step makes bytes of NaN or infinity.
 static int run_program(const MuwsStep* steps, int64_t n_steps, char* arena, void* const* outside, int64_t threads) {
   const Places places{arena, outside};
   for (const MuwsStep* step = steps; step < steps + n_steps; step++) {
     const float *x = (const float*)places[step->x], *onto = (const float*)places[step->onto];
     float* y = (float*)places[step->y];
-    Elements elements{step, x, onto, y};
+    uint8_t* q = (uint8_t*)places[step->q];
+    int broken = 0;
     switch (step->kind) {
       case STEP_INT8:
-        if (run_layer8((const MuwsInt8*)step->layer, x, onto, y, (uint8_t*)places[step->q], threads)) return 1;
+        broken = run_layer8((const MuwsInt8*)step->layer, x, onto, y, q, threads);
         break;
       case STEP_PLAN:
         run_plan((void*)step->layer, x, onto, y, threads);
@@ -65,12 +54,13 @@ static int run_program(const MuwsStep* steps, int64_t n_steps, char* arena, void
       case STEP_GEMV:
         run_gemv((const MuwsLayer*)step->layer, x, y, threads);
         break;
-      case STEP_MEAN:
-        muws_parallel(threads, step->rows, run_mean, &elements);
-        break;
-      default:
-        muws_parallel(threads, ceil_div(step->rows * step->width, ELEMENTS), run_elements, &elements);
+      default: {
+        Output8 to{onto, y, q, {}, &broken};
+        if (q) to.next = rounding_of(step->next);
+        run_small(*step, x, (const float*)places[step->more], to, threads);
+      }
     }
+    if (broken) return 1;
   }
   return 0;
 }
