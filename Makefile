@@ -16,7 +16,7 @@ READER := $(wildcard $(CODER)/reader/*.cpp) $(addprefix $(CODER)/,rans.cpp plane
 READER_HEADERS := $(wildcard $(CODER)/*.h $(CODER)/reader/*.h lightning_muws/runtime/native/src/*.h)
 READER_FLAGS := -std=c++17 -O3 -fPIC -fvisibility=hidden -DMUWS_PUBLIC=
 
-.PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-peers check-resume sweep clean
+.PHONY: help lib demo test check docs attack memory bench bench-size bench-weighting bench-methods bench-drop bench-speed bench-compress bench-coder bench-large bench-trained bench-peers check-resume sweep clean
 
 help:
 	@echo "make demo    compress a network on Fashion-MNIST and print a summary (6 minutes)"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
 	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C; and its layers beside torch's (3 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
+	@echo "make bench-trained  compress and fine-tune a denoiser and a sentence encoder (1 hour; it fetches their weights and photographs, 120 MB)"
 	@echo "make bench-peers  accuracy per byte against quantisation, Deep Compression, NNC and eight pruning tools (6 hours; it can be interrupted)"
 	@echo "make check-resume  kill and resume MiniLM in transformers.Trainer, and load its folder without Lightning (4 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"
@@ -140,6 +141,9 @@ bench-coder: $(READY)
 
 bench-large: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/large.py $(ARGS)
+
+bench-trained: $(READY)
+	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/trained.py $(ARGS)
 
 bench-peers: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/contest.py $(ARGS)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_muws.compression import compress
     from lightning_muws.errors import FormatError, MuwsError
     from lightning_muws.estimate import dry_run
+    from lightning_muws.fine_tuning import FineTuning
     from lightning_muws.runtime.accelerate import accelerate
     from lightning_muws.runtime.onnx.export import export_onnx
     from lightning_muws.runtime.onnx.library import onnx_library
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "CompressionRun",
+    "FineTuning",
     "FormatError",
     "LayerRule",
     "MicroStructure",
@@ -80,6 +82,7 @@ __all__ = [
 _HOMES = {
     "Budget": "lightning_muws.training.budget",
     "CompressionRun": "lightning_muws.training.run",
+    "FineTuning": "lightning_muws.fine_tuning",
     "FormatError": "lightning_muws.errors",
     "LayerRule": "lightning_muws.structure.plan",
     "MicroStructure": "lightning_muws.structure.micro",

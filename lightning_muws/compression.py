@@ -74,6 +74,7 @@ class CompressReport(Tabular):
         dense_bytes: Bytes of all tensors in memory; shared memory counts once.
         n_trials: How many sizes were tried.
         weight_error: ``|W - W'| / |W|`` of all these weights together.
+        steps: Distance of neighbouring values of each tensor of the file, by name; 0 if they are exact.
     """
 
     layers: tuple[CompressedLayer, ...]
@@ -82,6 +83,7 @@ class CompressReport(Tabular):
     dense_bytes: int
     n_trials: int
     weight_error: float
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def compression_ratio(self) -> float:
@@ -371,8 +373,9 @@ class _Task:
                     n_bytes[name],
                 )
             )
+        saved = found.saved
         return CompressReport(
-            tuple(layers), compression, found.saved.n_bytes, found.saved.dense_bytes, n_trials, _share(apart, size)
+            tuple(layers), compression, saved.n_bytes, saved.dense_bytes, n_trials, _share(apart, size), found.steps
         )
 
 

@@ -30,8 +30,8 @@ def public_things():
 
 def test_the_public_names():
     assert lightning_muws.__all__ == [
-        "Budget", "CompressionRun", "FormatError", "LayerRule", "MicroStructure", "MuwsError", "NMStructure", "Penalty",
-        "Phases", "Retraining", "WeightUnificationCallback", "accelerate", "choose_steps", "compress", "dry_run",
+        "Budget", "CompressionRun", "FineTuning", "FormatError", "LayerRule", "MicroStructure", "MuwsError",
+        "NMStructure", "Penalty", "Phases", "Retraining", "WeightUnificationCallback", "accelerate", "choose_steps", "compress", "dry_run",
         "export", "export_onnx", "inspect_compressed", "layer_times", "load_compressed", "onnx_library",
         "open_compressed", "save_compressed", "sensitivity", "verify_compressed",
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_the_public_names():
 
 
 def test_a_wrong_name_lists_the_right_ones():
-    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has Budget, CompressionRun, FormatError"):
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerat'; it has Budget, CompressionRun, FineTuning"):
         _ = lightning_muws.accelerat
 
 

@@ -17,7 +17,7 @@ ORDER = [
     ["training", "artifact", "runtime", "calibration"],
     ["trainer", "ops"],
     ["report", "compression", "hub"],
-    ["plots", "sizes", "file_page", "estimate"],
+    ["plots", "sizes", "file_page", "estimate", "fine_tuning"],
     ["callback", "pytorch_lightning", "transformers", "commands"],
     ["cli", "__main__"],
 ]
