@@ -558,6 +558,16 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
     assert (done.stdout, done.stderr) == ("2\n0\n", "muws: No space left on device\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the shell is of POSIX")
+def test_no_command_needs_an_open_standard_output(path, tmp_path):
+    other = tmp_path / "other.muws"
+    save_compressed({"w": torch.ones(2)}, other)
+    for words in (f"inspect {path}", f"diff {path} {other}", f"report {path} -o {tmp_path / 'page.html'}"):
+        command = f"{sys.executable} -m lightning_muws {words} >&-"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)  # noqa: S603, S607
+        assert (done.returncode, done.stderr) == (int(words.startswith("diff")), ""), words
+
+
 def test_view_serves_the_file_until_it_is_interrupted(path):
     # where tests run in the background, processes inherit that they ignore interrupts
     heeds = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
