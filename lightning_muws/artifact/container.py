@@ -121,9 +121,9 @@ class Frame:
             if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
                 raise FormatError(f"stream {name!r} has no valid data_offsets")
             start, stop = offsets
-            # as JSON, where neither 5.0 nor true is the number that they are equal to
-            is_right = dump(entry) == dump({"dtype": "U8", "shape": [stop - start], "data_offsets": offsets})
-            if start != end or stop < start or not is_right:
+            expected = {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
+            # neither 5.0 nor true is the number that Python takes them for
+            if start != end or stop < start or entry != expected or type(entry["shape"][0]) is not int:
                 raise FormatError(
                     f"stream {name!r} should be U8 data at offset {end}, the header has {str(entry)[:100]}"
                 )
