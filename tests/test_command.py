@@ -457,6 +457,12 @@ def test_a_size_that_is_none_is_one_sentence(capsys, text):
     assert f"{text!r} is not allowed: give a number of bytes, such as 500MB or 16GiB\n" in capsys.readouterr().err
 
 
+def test_a_file_beyond_the_limit_is_not_called_damaged(capsys, path):
+    for words in ((path,), (path, path)):
+        code, _, err = run(capsys, "verify", *words, "--max-bytes", "10B")
+        assert (code, "at most max_bytes=10 are allowed" in err) == (2, True)
+
+
 def test_pack_has_the_limit_of_the_others(capsys, path, tmp_path):
     code, _, err = run(capsys, "pack", path, tmp_path / "n.muws", "--max-bytes", "10B")
     assert (code, "at most max_bytes=10 are allowed" in err) == (2, True)
