@@ -234,8 +234,14 @@ def check_place(path: Path) -> None:
     """Check that a file can be written to a path.
 
     Raises:
-        SettingError: The path is a folder or in none, or what is there is no file, such as a device.
+        SettingError: The path is a folder or in none, or what is there is no file, such as a device or a link to
+            itself.
     """
+    try:
+        path.stat()
+    except OSError as error:  # others are told by what follows
+        if error.errno == errno.ELOOP:
+            raise SettingError(f"{path} cannot be written: it is a link to itself: give another name") from None
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(
             f"{path} cannot be written: it is a folder, or is in none: give a file in a folder that exists"
