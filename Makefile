@@ -135,6 +135,7 @@ bench-compress: $(READY)
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/compress.py $(ARGS)
 
 bench-coder: $(READY)
+	@$(BIN)/python -m pip install --quiet zipnn || echo "zipnn is missing: speeds are not compared with its"
 	@$(MAKE) --silent build/bench_reader build/bench_layers || echo "no C compiler: the library for C is not timed"
 	$(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/coder.py $(ARGS)
 	@test ! -x build/bench_layers || $(ENV) PYTHONPATH=examples $(BIN)/python examples/benchmarks/layers.py

@@ -21,3 +21,7 @@ class StateError(MuwsError, RuntimeError):
 
 class FormatError(MuwsError, ValueError):
     """A file is no `.muws` file, or is broken, or asks for more than is allowed; nothing of it was used."""
+
+
+class LimitError(FormatError):
+    """The tensors of a file, which may be intact, take more memory than the caller allows."""

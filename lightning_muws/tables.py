@@ -145,7 +145,8 @@ class Tabular:
 
     def print(self) -> None:
         """Print the tables."""
-        sys.stdout.write(f"{self}\n")
+        if sys.stdout is not None:  # as print does
+            sys.stdout.write(f"{self}\n")
 
     def text(self, width: int | None = None) -> str:
         """Return the tables as lines of at most ``width`` characters where their numbers allow that; None: no limit."""
@@ -168,7 +169,8 @@ def terminal_width() -> int | None:
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return int(columns)
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where the caller has closed it
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def visible(text: str) -> str:

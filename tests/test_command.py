@@ -457,6 +457,12 @@ def test_a_size_that_is_none_is_one_sentence(capsys, text):
     assert f"{text!r} is not allowed: give a number of bytes, such as 500MB or 16GiB\n" in capsys.readouterr().err
 
 
+def test_a_file_beyond_the_limit_is_not_called_damaged(capsys, path):
+    for words in ((path,), (path, path)):
+        code, _, err = run(capsys, "verify", *words, "--max-bytes", "10B")
+        assert (code, "at most max_bytes=10 are allowed" in err) == (2, True)
+
+
 def test_pack_has_the_limit_of_the_others(capsys, path, tmp_path):
     code, _, err = run(capsys, "pack", path, tmp_path / "n.muws", "--max-bytes", "10B")
     assert (code, "at most max_bytes=10 are allowed" in err) == (2, True)
@@ -556,6 +562,16 @@ def test_output_that_cannot_be_written_is_one_sentence(path):
               f"{sys.executable} -m lightning_muws verify {path} >&- 2>&-; echo $?"  # fmt: skip
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)  # noqa: S603, S607
     assert (done.stdout, done.stderr) == ("2\n0\n", "muws: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the shell is of POSIX")
+def test_no_command_needs_an_open_standard_output(path, tmp_path):
+    other = tmp_path / "other.muws"
+    save_compressed({"w": torch.ones(2)}, other)
+    for words in (f"inspect {path}", f"diff {path} {other}", f"report {path} -o {tmp_path / 'page.html'}"):
+        command = f"{sys.executable} -m lightning_muws {words} >&-"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)  # noqa: S603, S607
+        assert (done.returncode, done.stderr) == (int(words.startswith("diff")), ""), words
 
 
 def test_view_serves_the_file_until_it_is_interrupted(path):

@@ -1,4 +1,4 @@
-"""Speed of saving and loading `.muws` files: the native coder, numpy, and the reader in C. Run: make bench-coder.
+"""Speed of saving and loading `.muws` files: native coder, numpy, the reader in C, and zipnn. Run: make bench-coder.
 
 Weights are random, which is the worst case: the bytes of their mantissas do not compress. MB are of float32.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from file import zipnn
 from machine import console, interleaved, say_machine
 from rich.table import Table
 from torch import Tensor
@@ -22,6 +23,7 @@ from lightning_muws import MicroStructure, load_compressed, save_compressed
 from lightning_muws.artifact import native
 
 ROUNDS = 5
+FEW = 100  # tensors that zipnn is compared on
 READER = Path(__file__).parents[2] / "build" / "bench_reader"
 
 
@@ -45,6 +47,28 @@ def at(level: str, task: Callable[[], object]) -> Callable[[], object]:
         return task()
 
     return run
+
+
+def zipped(state: dict[str, Tensor], path: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return what writes a file of what zipnn makes of each tensor, and what reads it; on one thread."""
+    coder, lengths = zipnn.ZipNN(input_format="torch", threads=1), []
+
+    def write() -> None:
+        coded = [coder.compress(x.clone()) for x in state.values()]  # it changes what it is given
+        lengths[:] = map(len, coded)
+        path.write_bytes(b"".join(coded))
+
+    def read() -> list[Tensor]:
+        data, at, found = path.read_bytes(), 0, []
+        for n in lengths:
+            found.append(coder.decompress(data[at : at + n]))
+            at += n
+        return found
+
+    write()
+    if not all(torch.equal(x, y) for x, y in zip(read(), state.values(), strict=True)):
+        raise RuntimeError("not what was written")
+    return write, read
 
 
 def read_in_c(path: Path) -> list[float]:
@@ -71,8 +95,10 @@ def main(layers: int = 4) -> None:
             n_bytes = sum(x.nbytes for x in state.values())
             saves = {level: at(level, lambda state=state: save_compressed(state, path)) for level in levels}
             loads = {level: at(level, lambda: load_compressed(path)) for level in levels}
+            if zipnn and len(state) < FEW:
+                saves["zipnn"], loads["zipnn"] = zipped(state, Path(folder) / "m.znn")
             written, read = interleaved(saves, ROUNDS), interleaved(loads, ROUNDS)
-            for level in levels:
+            for level in saves:
                 label = {"none": "numpy"}.get(level, level)
                 cells = shown(n_bytes, written[level]), shown(n_bytes, read[level])
                 table.add_row(name, f"{n_bytes / 1e6:.0f}", label, *cells)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_muws.artifact.entropy import entropy_bytes
+from lightning_muws.artifact.entropy import count, entropy_bytes
 from lightning_muws.artifact.source import Stored
 from lightning_muws.artifact.streams import (
     DENSE,
@@ -24,8 +24,7 @@ from lightning_muws.artifact.streams import (
     Patterns,
     block_kinds,
     pack_kinds,
-    plane,
-    rotate,
+    planes,
     sign_bit,
 )
 from lightning_muws.artifact.values import Form, bits, repeats
@@ -113,8 +112,7 @@ def _pairs(u: Patterns, axis: int) -> NDArray[np.bool_]:
 
 def _value_bytes(u: Patterns) -> float:
     """Return about how many bytes values take: the order-0 entropy of their byte planes, or of a few that repeat."""
-    turned = rotate(u)
-    n_bytes = sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+    n_bytes = sum(entropy_bytes(count(one)) for one in planes(u))
     if repeats(u[u != 0]):
         n_bytes = min(n_bytes, entropy_bytes(np.unique(u, return_counts=True)[1]))
     return n_bytes

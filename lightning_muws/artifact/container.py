@@ -121,11 +121,9 @@ class Frame:
             if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
                 raise FormatError(f"stream {name!r} has no valid data_offsets")
             start, stop = offsets
-            if (
-                start != end
-                or stop < start
-                or entry != {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
-            ):
+            expected = {"dtype": "U8", "shape": [stop - start], "data_offsets": offsets}
+            # neither 5.0 nor true is the number that Python takes them for
+            if start != end or stop < start or entry != expected or type(entry["shape"][0]) is not int:
                 raise FormatError(
                     f"stream {name!r} should be U8 data at offset {end}, the header has {str(entry)[:100]}"
                 )
@@ -236,8 +234,14 @@ def check_place(path: Path) -> None:
     """Check that a file can be written to a path.
 
     Raises:
-        SettingError: The path is a folder or in none, or what is there is no file, such as a device.
+        SettingError: The path is a folder or in none, or what is there is no file, such as a device or a link to
+            itself.
     """
+    try:
+        path.stat()
+    except OSError as error:  # others are told by what follows
+        if error.errno == errno.ELOOP:
+            raise SettingError(f"{path} cannot be written: it is a link to itself: give another name") from None
     if path.is_dir() or not path.parent.is_dir():
         raise SettingError(
             f"{path} cannot be written: it is a folder, or is in none: give a file in a folder that exists"

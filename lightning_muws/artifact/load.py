@@ -24,7 +24,7 @@ from lightning_muws.artifact.parts import decode
 from lightning_muws.artifact.report import FileInfo, tensor_report
 from lightning_muws.artifact.streams import DENSE, KINDS_A_BYTE, N_KINDS, count_kinds, slabs
 from lightning_muws.artifact.values import displayed
-from lightning_muws.errors import FormatError, MuwsError, SettingError, StateError
+from lightning_muws.errors import FormatError, LimitError, MuwsError, SettingError, StateError
 from lightning_muws.structure.grid import is_whole
 
 MAX_BYTES = 8 << 30
@@ -61,7 +61,8 @@ def load_compressed(
         Each tensor by name, in the order of the model; shared ones are one tensor, and only those.
 
     Raises:
-        FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
+        FormatError: The file is no `.muws` file, or damaged; LimitError, one of these, if it is larger than
+            ``max_bytes``.
         SettingError: ``max_bytes`` is no whole number >= 0, the device cannot be used, a name is not in the file, or
             the source cannot be opened, see :func:`lightning_muws.artifact.opening.opened_bytes`.
         StateError: The file does not fit ``into``, which is unchanged.
@@ -124,7 +125,8 @@ def verify_compressed(path: Readable, *, max_bytes: int = MAX_BYTES, progress: P
 
     Raises:
         SettingError: ``max_bytes`` is no whole number >= 0.
-        FormatError: The file is no `.muws` file, or damaged, or larger than ``max_bytes``.
+        FormatError: The file is no `.muws` file, or damaged; LimitError, one of these, if it is larger than
+            ``max_bytes``.
     """
     check_max_bytes(max_bytes)
     with opened(path) as (frame, manifest):
@@ -184,7 +186,7 @@ def blaming(path: Readable) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{name_of(path)}: {error}") from None
+        raise type(error)(f"{name_of(path)}: {error}") from None
     except MuwsError:
         raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -225,10 +227,10 @@ def check_size(n_bytes: int, max_bytes: int) -> None:
     """Check that the tensors to read are within the limit.
 
     Raises:
-        FormatError: They are not.
+        LimitError: They are not.
     """
     if n_bytes > max_bytes:
-        raise FormatError(
+        raise LimitError(
             f"its tensors take {n_bytes:,} bytes, at most max_bytes={max_bytes:,} are allowed: "
             "raise max_bytes if you trust the file"
         )

@@ -22,9 +22,9 @@ from lightning_muws.errors import FormatError, SettingError
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
 
-VERSION = 1  # MUWS_CODER_VERSION of coder.h
+VERSION = 2  # MUWS_CODER_VERSION of coder.h
 LEVELS = ("portable", "avx512")
-SHORT, WRONG = -1, -2
+SHORT, WRONG, LEFT = -1, -2, -3
 LARGE = 4 << 20  # bytes of memory from which large pages pay
 
 
@@ -71,7 +71,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments, result in (
         ("muws_coder_version", [], number),
         ("muws_coder_level", [], number),
-        ("muws_rans_decode", [number, pointer, number, number, pointer, pointer, number, pointer], number),
+        ("muws_rans_decode", [number, pointer, number, number, number, pointer, pointer], number),
         ("muws_rans_encode", [number, pointer, pointer, number, number, pointer, pointer, number], number),
         ("muws_count", [pointer, number, number, pointer], None),
         ("muws_merge", [pointer, number, pointer, pointer, pointer], number),
@@ -119,33 +119,19 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def rans_decode(frequencies: Array, states: NDArray[np.uint32], words: NDArray[np.uint16], out: Bytes) -> int:
-    """Decode steps with one table: change the states, fill ``out``, and return how many words were read.
-
-    Args:
-        frequencies: ``(256,)`` int64 that sum to 4096.
-        states: ``(lanes,)``.
-        words: ``(n,)``, little-endian, at any address.
-        out: ``(steps, lanes)``, contiguous.
+def rans_decode(coded: bytes, steps: int, lanes: int) -> Bytes | None:
+    """Return the symbols of a stream, ``(steps, lanes)``; None where its tables or states are not those of so many.
 
     Raises:
-        FormatError: More words are needed.
+        FormatError: More words are needed, or the stream does not end where it should.
     """
-    table = np.ascontiguousarray(frequencies, np.int64)
-    read = int(
-        _library().muws_rans_decode(
-            level() or 0,
-            table.ctypes.data,
-            *out.shape,
-            states.ctypes.data,
-            words.ctypes.data,
-            len(words),
-            out.ctypes.data,
-        )
+    out, states = np.empty((steps, lanes), np.uint8), np.empty(lanes, np.uint32)
+    found = _library().muws_rans_decode(
+        level() or 0, coded, len(coded), steps, lanes, states.ctypes.data, out.ctypes.data
     )
-    if read == SHORT:
-        raise FormatError("a rans stream ends too early")
-    return _checked(read)
+    if found in (SHORT, LEFT):
+        raise FormatError(f"a rans stream {'ends too early' if found == SHORT else 'does not end where it should'}")
+    return out if found == 0 else None
 
 
 def rans_encode(frequencies: Array, symbols: Bytes, states: NDArray[np.uint32]) -> bytes:

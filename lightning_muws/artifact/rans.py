@@ -6,6 +6,7 @@ Source: Duda 2013, arXiv:1311.2540; interleaved as in Giesen 2014, arXiv:1402.33
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lightning_muws.artifact.varint import Cursor, number
 from lightning_muws.errors import FormatError
 
 Floats = NDArray[np.float64]
+Frequencies = tuple[list[int], list[int]]  # the symbols that occur, in order, and how often
 Words = NDArray[np.uint16]
 
 TABLE_BITS = 12
@@ -28,6 +30,7 @@ MAX_LANES = 8192
 MAX_STRETCHES = 256  # that are looked at
 MAX_TABLES = 1024  # in a stream: a table takes more memory than bytes
 FEW_LANES = 20  # a step over all lanes takes numpy as long as so many symbols one by one
+FEW_SYMBOLS = 128  # and a table as long as so many
 STRETCH = 1 << 12  # symbols, the fewest that may have a separate table
 AT_A_TIME = 1 << 17  # symbols whose table entries are looked up together
 
@@ -130,33 +133,26 @@ def decode(coded: bytes, n: int) -> Bytes:
     """
     lanes, head = n_lanes(n), _Head(coded)
     steps = -(-n // lanes)
+    if native.level() is not None and (found := native.rans_decode(coded, steps, lanes)) is not None:
+        return found.reshape(-1)[:n]
     stretches = head.stretches(steps)
     if len(coded) < head.at + 4 * lanes or (len(coded) - head.at) % 2:
         raise FormatError("a rans stream ends within its states")
     x = np.frombuffer(coded, "<u4", lanes, head.at).astype(np.int64)
     words = np.frombuffer(coded, "<u2", -1, head.at + 4 * lanes)
-    in_numpy = _decode_symbols if lanes < FEW_LANES else _decode_steps
-    out, x, read = (in_numpy if native.level() is None else _decode_native)(stretches, x, words)
+    is_few = lanes < FEW_LANES or n < FEW_SYMBOLS * len(stretches)
+    out, x, read = (_decode_symbols if is_few else _decode_steps)(stretches, x, words)
     if read != len(words) or (x != LOW).any():
         raise FormatError("a rans stream does not end where it should")
     return out[:n]
 
 
-def _decode_native(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
-    """Return what :func:`_decode_steps` does, from the native coder."""
-    out, read, done = np.empty((sum(steps for steps, _ in stretches), len(x)), np.uint8), 0, 0
-    states = x.astype(np.uint32)
-    for n_steps, f in stretches:
-        read += native.rans_decode(f, states, words[read:], out[done : done + n_steps])
-        done += n_steps
-    return out.reshape(-1), states.astype(np.int64), read
-
-
-def _decode_steps(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+def _decode_steps(stretches: list[tuple[int, Frequencies]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
     """Return the symbols, the last states and how many words were read; all lanes take a step together."""
     out, read, done = np.empty((sum(steps for steps, _ in stretches), len(x)), np.uint8), 0, 0
-    for n_steps, f in stretches:
-        symbol = np.repeat(np.arange(256, dtype=np.uint8), f)
+    for n_steps, (symbols, frequencies) in stretches:
+        f = np.array(frequencies)
+        symbol = np.repeat(np.array(symbols, np.uint8), f)
         frequency = np.repeat(f, f)
         offset = np.arange(TOTAL) - np.repeat(np.cumsum(f) - f, f)
         for t in range(done, done + n_steps):
@@ -176,15 +172,14 @@ def _decode_steps(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> t
     return out.reshape(-1), x, read
 
 
-def _decode_symbols(stretches: list[tuple[int, Ints]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
+def _decode_symbols(stretches: list[tuple[int, Frequencies]], x: Ints, words: Words) -> tuple[Bytes, Ints, int]:
     """Return what :func:`_decode_steps` does, from one symbol after the other."""
     states, left = x.tolist(), iter(words.tolist())
     out = bytearray()
     try:
-        for n_steps, f in stretches:
-            symbols = np.flatnonzero(f)
-            starts = (np.cumsum(f) - f)[symbols].tolist()
-            table = list(zip(symbols.tolist(), f[symbols].tolist(), starts, strict=True))
+        for n_steps, (symbols, frequencies) in stretches:
+            starts = [0, *accumulate(frequencies[:-1])]
+            table = list(zip(symbols, frequencies, starts, strict=True))
             for _ in range(n_steps):
                 for lane, state in enumerate(states):
                     slot = state & (TOTAL - 1)
@@ -210,7 +205,7 @@ class _Head(Cursor):
     def __init__(self, coded: bytes) -> None:
         super().__init__(coded, "the tables of rans")
 
-    def stretches(self, steps: int) -> list[tuple[int, Ints]]:
+    def stretches(self, steps: int) -> list[tuple[int, Frequencies]]:
         """Return the steps and the frequencies of each table."""
         n_tables = self.number()
         if not 1 <= n_tables <= min(steps, MAX_TABLES):
@@ -221,11 +216,9 @@ class _Head(Cursor):
             raise FormatError(f"the tables of a rans stream are not for its {steps} steps")
         return [(length, self._table()) for length in lengths]
 
-    def _table(self) -> Ints:
-        f = np.zeros(256, np.int64)
+    def _table(self) -> Frequencies:
         first, last = self.byte(), self.byte()
-        for symbol in range(first, last + 1):
-            f[symbol] = self.number()
-        if int(f.sum()) != TOTAL:
-            raise FormatError(f"the frequencies of a rans stream sum to {int(f.sum())}, they have to sum to {TOTAL}")
-        return f
+        found = {symbol: n for symbol in range(first, last + 1) if (n := self.number())}
+        if (total := sum(found.values())) != TOTAL:
+            raise FormatError(f"the frequencies of a rans stream sum to {total}, they have to sum to {TOTAL}")
+        return list(found), list(found.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -227,14 +226,16 @@ def check_manifest(
     if why := why_unstorable(own, "extra") or why_unstorable(state.modules, "the versions of the modules"):
         raise SettingError(f"this cannot be written as JSON: {why}")
     number = -sys.float_info.min  # no float has more digits
+    form, usual = Form(STEPS, number), BlockGrid((16, 16))
     entries = []
     for name, x in state.tensors.items():
-        entry, numel = TensorEntry(name, str(x.dtype).removeprefix("torch."), tuple(x.shape)), x.shape.numel()
+        dtype, shape, numel = str(x.dtype).removeprefix("torch."), tuple(x.shape), x.shape.numel()
         if x.dtype.is_floating_point:
-            grid = blocks[name] if isinstance(blocks, Mapping) and name in blocks else BlockGrid((16, 16))
-            form, counts = Form(STEPS, number), (numel, numel, numel)
-            entry = replace(entry, form=form, grid=grid if len(x.shape) > 1 else None, counts=counts, error=number)
-        entries.append(entry)
+            cut = blocks.get(name, usual) if isinstance(blocks, Mapping) else usual
+            grid, counts = cut if len(shape) > 1 else None, (numel, numel, numel)
+            entries.append(TensorEntry(name, dtype, shape, form, grid, counts, number))
+        else:
+            entries.append(TensorEntry(name, dtype, shape))
     n_bytes = len(dump(Manifest(tuple(entries), (), state.modules, own).to_dict()))
     n_chunks = 2 + 2 * sum(entry.n_bytes for entry in entries) // CHUNK_BYTES  # any two together have CHUNK_BYTES
     n_chunks += 2 * sum(is_large_tensor(entry.n_bytes) for entry in entries)  # but where a large tensor begins or ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_muws.artifact.entropy import entropy_bytes
-from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, plane, rotate, sign_bit, slabs
+from lightning_muws.artifact.entropy import count, entropy_bytes
+from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, planes, sign_bit, slabs
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -238,8 +237,7 @@ def _with_palette(flat: Tensor, other: Form) -> Form:
 
 def _plane_bytes(u: Patterns) -> float:
     """Return the order-0 entropy of the byte planes of values."""
-    turned = rotate(u)
-    return sum(entropy_bytes(np.bincount(plane(turned, i))) for i in range(u.itemsize))
+    return sum(entropy_bytes(count(one)) for one in planes(u))
 
 
 def _scattered(n: int) -> NDArray[np.int64]:
@@ -259,12 +257,12 @@ def _exact_step(flat: Tensor, top: float) -> float:
     """Return a step of which all values are whole multiples, bit for bit; 0 if there is none, as is usual."""
     sample = flat if len(flat) <= SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
     found = np.unique(np.abs(_numpy(sample)).astype(np.float64))
-    seen = [*found[(found > 0) & (found < top)].tolist(), top]
-    gap, wide = min(b - a for a, b in pairwise([0.0, *seen])), _wide(flat.dtype)
+    seen = np.concatenate((found[(found > 0) & (found < top)], [top]))
+    gap, wide = float(np.diff(seen, prepend=0.0).min()), _wide(flat.dtype)
     for divisor in range(1, 9):  # the smallest gap that was seen need not be one step
         if top > MAX_STEPS * (gap / divisor):
             return 0.0
-        guess = wide(_refined(gap / divisor, seen, flat.dtype))
+        guess = wide(_refined(gap / divisor, seen.tolist(), flat.dtype))
         for near in (guess, np.nextafter(guess, wide(0)), np.nextafter(guess, wide(np.inf))) if guess else ():
             form = Form(STEPS, float(near))
             if near and _is_exact(sample, form) and are_multiples(flat, float(near)):

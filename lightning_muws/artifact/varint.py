@@ -41,6 +41,9 @@ class Cursor:
         Raises:
             FormatError: The stream ends within it.
         """
+        if self.at < len(self.coded) and (byte := self.coded[self.at]) < 128:  # most are, and a file may have millions
+            self.at += 1
+            return byte
         value = shift = 0
         while (byte := self.byte()) > 127 and shift < 21:
             value, shift = value | (byte & 127) << shift, shift + 7

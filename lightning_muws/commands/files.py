@@ -21,7 +21,7 @@ from lightning_muws.artifact.load import inspect_compressed, load_compressed, ve
 from lightning_muws.artifact.source import Stored, read_state
 from lightning_muws.commands.options import SOURCE, STANDARD_INPUT, add_force, add_max_bytes, check_target, opened
 from lightning_muws.commands.output import BAD, DONE, TROUBLE, progress, reason, say, say_json
-from lightning_muws.errors import FormatError, MuwsError, SettingError
+from lightning_muws.errors import FormatError, LimitError, MuwsError, SettingError
 from lightning_muws.tables import Column, Table, terminal_width
 
 UNPACKED = (".safetensors", ".pt", ".pth")  # endings of the files that unpack can write
@@ -67,7 +67,7 @@ def verify(options: argparse.Namespace) -> int:
         except (MuwsError, OSError) as error:
             if len(options.file) == 1:
                 raise
-            code = max(code, BAD if isinstance(error, FormatError) else TROUBLE)
+            code = max(code, verdict(error))
             found.append({**about, "ok": False, "error": reason(error)})
             if not options.json:
                 say(f"muws: {reason(error)}", sys.stderr)
@@ -78,6 +78,11 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         say_json(found if len(found) > 1 else found[0])
     return code
+
+
+def verdict(error: Exception) -> int:
+    """Return the exit code of a file that was not verified; one beyond ``--max-bytes`` may be intact."""
+    return BAD if isinstance(error, FormatError) and not isinstance(error, LimitError) else TROUBLE
 
 
 def _shown(path: Path) -> str:

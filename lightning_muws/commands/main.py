@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import lightning_muws
 from lightning_muws.commands import bench, dry_run, files, pack, page, sensitivity, view
-from lightning_muws.commands.output import BAD, TROUBLE, reason, say, say_json
-from lightning_muws.errors import FormatError, MuwsError
+from lightning_muws.commands.output import TROUBLE, reason, say, say_json
+from lightning_muws.errors import MuwsError
 
 EPILOG = """exit codes:
   0  done
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (MuwsError, OSError) as error:
         say_json({"error": reason(error)}, sys.stderr) if options.json else say(f"muws: {reason(error)}", sys.stderr)
         _discard_output()
-        return BAD if options.run is files.verify and isinstance(error, FormatError) else TROUBLE
+        return files.verdict(error) if options.run is files.verify else TROUBLE
     return code
 
 

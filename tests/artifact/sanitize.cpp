@@ -16,59 +16,97 @@ static void random_frequencies(int64_t f[256]) {
   }
 }
 
-// Decodes at both levels, from words with nothing behind them, and compares; returns the result of portable code.
-static int64_t decode(const int64_t f[256], int64_t steps, int64_t lanes, const Exactly<uint32_t> &states,
-                      const Exactly<uint8_t> &words, Exactly<uint8_t> &symbols, Exactly<uint32_t> &last) {
-  memcpy(last.get(), states.get(), size_t(lanes) * 4);
-  const int64_t read = muws_rans_decode(0, f, steps, lanes, last.get(), words.get(), words.n / 2, symbols.get());
+// Decodes at both levels, from bytes with nothing behind them, and compares; returns the result of portable code.
+static int64_t decode(const std::vector<uint8_t> &coded, int64_t steps, int64_t lanes, Exactly<uint8_t> &symbols) {
+  Exactly<uint8_t> stream(int64_t(coded.size()));
+  if (coded.size()) memcpy(stream.get(), coded.data(), coded.size());
+  Exactly<uint32_t> states(lanes);
+  const int64_t found = muws_rans_decode(0, stream.get(), stream.n, steps, lanes, states.get(), symbols.get());
+  CHECK(found <= 0 && found >= MUWS_LEFT);
   if (muws_coder_level()) {
-    Exactly<uint32_t> other(states);
+    Exactly<uint32_t> other(lanes);
     Exactly<uint8_t> others(steps * lanes);
-    CHECK(muws_rans_decode(1, f, steps, lanes, other.get(), words.get(), words.n / 2, others.get()) == read);
-    CHECK(read < 0 || !memcmp(other.get(), last.get(), size_t(lanes) * 4));
-    CHECK(read < 0 || !memcmp(others.get(), symbols.get(), size_t(steps * lanes)));
+    CHECK(muws_rans_decode(1, stream.get(), stream.n, steps, lanes, other.get(), others.get()) == found);
+    CHECK(found || !memcmp(others.get(), symbols.get(), size_t(steps * lanes)));
   }
-  return read;
+  return found;
+}
+
+static void add_number(std::vector<uint8_t> &coded, uint64_t value) {
+  for (; value > 127; value >>= 7) coded.push_back(uint8_t(value | 128));
+  coded.push_back(uint8_t(value));
+}
+
+static void add_table(std::vector<uint8_t> &coded, const int64_t f[256]) {
+  int first = 0, last = 255;
+  while (!f[first]) first++;
+  while (!f[last]) last--;
+  coded.push_back(uint8_t(first)), coded.push_back(uint8_t(last));
+  for (int s = first; s <= last; s++) add_number(coded, uint64_t(f[s]));
+}
+
+// Encodes the steps of one table at both levels, before the words that are there already.
+static void encode(const int64_t f[256], const uint8_t *symbols, int64_t steps, int64_t lanes, Exactly<uint32_t> &states,
+                   std::vector<uint8_t> &words) {
+  const int64_t n = steps * lanes;
+  Exactly<uint8_t> mine(n);
+  memcpy(mine.get(), symbols, size_t(n));
+  Exactly<uint32_t> others(states);
+  Exactly<uint16_t> found(n + 1), other_words(n + 1);
+  CHECK(muws_rans_encode(0, f, mine.get(), steps, lanes, others.get(), found.get(), n) == MUWS_WRONG);
+  const int64_t n_words = muws_rans_encode(0, f, mine.get(), steps, lanes, states.get(), found.get(), n + 1);
+  CHECK(n_words >= 0 && n_words <= n);
+  if (muws_coder_level()) {
+    CHECK(muws_rans_encode(1, f, mine.get(), steps, lanes, others.get(), other_words.get(), n + 1) == n_words);
+    CHECK(!memcmp(others.get(), states.get(), size_t(lanes) * 4));
+    CHECK(!memcmp(other_words.get() + n + 1 - n_words, found.get() + n + 1 - n_words, size_t(n_words) * 2));
+  }
+  const uint8_t *from = (const uint8_t *)(found.get() + n + 1 - n_words);
+  words.insert(words.begin(), from, from + 2 * n_words);
 }
 
 static void rans() {
-  const int64_t lanes = 1 + below(below(2) ? 40 : 3), steps = 1 + below(24), n = lanes * steps;
-  int64_t f[256];
-  random_frequencies(f);
-  std::vector<uint8_t> there;
-  for (int s = 0; s < 256; s++)
-    if (f[s]) there.push_back(uint8_t(s));
+  const int64_t lanes = 1 + below(below(2) ? 40 : 3), n_tables = 1 + below(below(2) ? 4 : 1);
+  Exactly<int64_t> f(256 * n_tables), stretches(n_tables);
+  int64_t steps = 0;
+  for (int64_t i = 0; i < n_tables; i++) {
+    random_frequencies(f.get() + 256 * i);
+    steps += stretches[i] = 1 + below(below(2) ? 24 : 2);
+  }
+  const int64_t n = lanes * steps;
   Exactly<uint8_t> symbols(n), decoded(n);
-  for (int64_t i = 0; i < n; i++) symbols[i] = there[size_t(below(int64_t(there.size())))];
-  Exactly<uint32_t> states(lanes), last(lanes);
+  Exactly<uint32_t> states(lanes);
   for (int64_t i = 0; i < lanes; i++) states[i] = 65536;
-  Exactly<uint32_t> others(states);
-  Exactly<uint16_t> words(n + 1), other_words(n + 1);
-  const int64_t n_words = muws_rans_encode(0, f, symbols.get(), steps, lanes, states.get(), words.get(), n + 1);
-  CHECK(n_words >= 0 && n_words <= n);
-  if (muws_coder_level()) {
-    CHECK(muws_rans_encode(1, f, symbols.get(), steps, lanes, others.get(), other_words.get(), n + 1) == n_words);
-    CHECK(!memcmp(others.get(), states.get(), size_t(lanes) * 4));
-    CHECK(!memcmp(other_words.get() + n + 1 - n_words, words.get() + n + 1 - n_words, size_t(n_words) * 2));
+  std::vector<uint8_t> coded, words;
+  add_number(coded, uint64_t(n_tables));
+  for (int64_t i = 0; i + 1 < n_tables; i++) add_number(coded, uint64_t(stretches[i]));
+  for (int64_t i = 0; i < n_tables; i++) add_table(coded, f.get() + 256 * i);
+  for (int64_t i = n_tables - 1, stop = steps; i >= 0; stop -= stretches[i--]) {
+    const int64_t *table = f.get() + 256 * i;
+    std::vector<uint8_t> there;
+    for (int s = 0; s < 256; s++)
+      if (table[s]) there.push_back(uint8_t(s));
+    uint8_t *mine = symbols.get() + (stop - stretches[i]) * lanes;
+    for (int64_t k = 0; k < stretches[i] * lanes; k++) mine[k] = there[size_t(below(int64_t(there.size())))];
+    encode(table, mine, stretches[i], lanes, states, words);
   }
-  CHECK(muws_rans_encode(0, f, symbols.get(), steps, lanes, states.get(), words.get(), n) == MUWS_WRONG);
-  Exactly<uint8_t> stream(2 * n_words);
-  memcpy(stream.get(), other_words.get() + n + 1 - n_words, size_t(2 * n_words));
-  if (!muws_coder_level()) memcpy(stream.get(), words.get() + n + 1 - n_words, size_t(2 * n_words));
-  CHECK(decode(f, steps, lanes, states, stream, decoded, last) == n_words);
+  const uint8_t *from = (const uint8_t *)states.get();
+  coded.insert(coded.end(), from, from + 4 * lanes);
+  coded.insert(coded.end(), words.begin(), words.end());
+  CHECK(decode(coded, steps, lanes, decoded) == 0);
   CHECK(!memcmp(decoded.get(), symbols.get(), size_t(n)));
-  for (int64_t i = 0; i < lanes; i++) CHECK(last[i] == 65536);
 
-  // lies: other states, words, tables, and fewer words than are needed
-  for (int64_t k = 1 + below(4); k > 0; k--) {
-    if (below(2)) states[below(lanes)] = uint32_t(random_bits() >> below(64));
-    if (n_words && below(2)) stream[below(2 * n_words)] = uint8_t(random_bits());
-    if (!below(4)) f[below(256)] = int64_t(random_bits()) >> below(64);
-    if (!below(4)) random_frequencies(f);
+  // lies: other bytes anywhere or in the tables, and fewer or more than are needed
+  for (int64_t k = 1 + below(4); k > 0 && coded.size(); k--) {
+    const int64_t size = int64_t(coded.size()), at = below(below(2) ? size : size < 20 ? size : 20);
+    if (below(4)) coded[size_t(at)] = uint8_t(random_bits() >> below(64));
+    else if (below(2)) coded.resize(size_t(below(size + 1)));
+    else coded.insert(coded.begin() + at, uint8_t(random_bits()));
   }
-  Exactly<uint8_t> cut(2 * below(n_words + 1));
-  memcpy(cut.get(), stream.get(), size_t(cut.n));
-  decode(f, steps, lanes, states, below(2) ? cut : stream, decoded, last);
+  decode(coded, steps, lanes, decoded);
+  const int64_t other_steps = 1 + below(2 * steps);
+  Exactly<uint8_t> other(other_steps);
+  decode(coded, other_steps, 1, other);
 }
 
 static uint32_t slow_crc(const uint8_t *data, int64_t n) {

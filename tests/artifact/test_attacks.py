@@ -57,6 +57,25 @@ def overlapping(spans):
     return spans
 
 
+def length_of(kind):
+    """Return an attack that gives the length of the first stream as another kind of number."""
+
+    def change(spans):
+        span = next(iter(spans.values()))
+        span["shape"] = [kind(*span["shape"])]
+        return spans
+
+    return change
+
+
+def of_one_byte(data: bytes) -> bytes:
+    """Return a file whose one stream has one byte, and ``true`` of them."""
+    tensor = {"name": "w", "dtype": "uint8", "shape": [1]}
+    chunk = {"until": [1, 0], "streams": {"other": ["raw", zlib.crc32(b"x")]}}
+    manifest = {"version": "1.0", "tensors": [tensor], "chunks": [chunk]}
+    return put_together(manifest, {"c0.other": b"x"}, spans=length_of(bool))
+
+
 def with_bomb(data: bytes) -> bytes:
     manifest, streams = take_apart(data)
     streams["c0.kinds"] = zlib.compress(bytes(1 << 28))
@@ -155,6 +174,8 @@ MORE = {
     "a safetensors file of others": (
         lambda d: struct.pack("<Q", 2) + b"{}", "its header does not name the format",
     ),
+    "a length of a float": (reframed(spans=length_of(float)), "should be U8 data at offset"),
+    "a length of true": (of_one_byte, "should be U8 data at offset"),
     "bytes after the end": (lambda d: d + b"x", "the file has"),
 }  # fmt: skip
 

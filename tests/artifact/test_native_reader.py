@@ -321,6 +321,14 @@ def test_lies_with_right_checksums_are_accepted_and_refused_as_in_python(tmp_pat
     assert 10 < compare_with_python(lies, path, 1 << 20) < 100
 
 
+def test_lies_in_the_header_are_accepted_and_refused_as_in_python(tmp_path):
+    small_model(tmp_path / "a.muws")
+    newer_model(tmp_path / "b.muws")
+    good = [(tmp_path / name).read_bytes() for name in ("a.muws", "b.muws")]
+    lies = (fuzz_streams.lie_in_header(good[seed % 2], random.Random(seed)) for seed in range(400))  # noqa: S311
+    assert 5 < compare_with_python(lies, tmp_path / "m.muws", 1 << 20) < 100
+
+
 def test_damaged_files_are_refused(tmp_path):
     small_model(tmp_path / "a.muws")
     newer_model(tmp_path / "b.muws")

@@ -41,6 +41,16 @@ def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path):
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["m.muws", "new.muws"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links need a right on Windows")
+def test_a_link_to_itself_is_refused_and_stays(tmp_path):
+    one, other = tmp_path / "one.muws", tmp_path / "other.muws"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(SettingError, match="it is a link to itself: give another name"):
+        save_compressed(STATE, one)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_symlink()) == ["one.muws", "other.muws"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
 def test_a_file_that_nobody_may_write_is_not_replaced(tmp_path):
     path = tmp_path / "m.muws"

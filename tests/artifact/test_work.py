@@ -15,6 +15,8 @@ from lightning_muws.artifact import rans
 from lightning_muws.artifact.chunk import ChunkReader
 from lightning_muws.artifact.streams import count_kinds, pack_kinds, unpack_kinds
 from lightning_muws.errors import FormatError
+from tests.support import many_tables
+from tests.support.coder import coder, levels
 from tests.support.forge import put_together
 
 
@@ -90,6 +92,23 @@ def outcome(run, stretches, x, words):
     except FormatError as error:
         return str(error)
     return out.tobytes(), states.tolist(), read
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("n", [1024, 40_000])
+def test_a_table_for_each_step_takes_no_more_time_than_its_bytes_are_worth(level, n, path):
+    with coder(level):
+        assert min(many_tables.seconds_a_megabyte(path, n, 500_000) for _ in range(3)) < 0.2
+
+
+def test_a_stream_of_as_many_tables_as_steps_is_read_alike(path):
+    found = []
+    for level in ("none", *levels()):
+        with coder(level):
+            many_tables.write(path, 1500, 1)
+            found.append(load_compressed(path)["w"].numpy().tobytes())
+    assert len(found[0]) == 8 * 1500
+    assert len(set(found)) == 1
 
 
 def test_a_file_of_more_chunks_than_its_tensors_need_is_refused_before_any_is_decoded(path, monkeypatch):

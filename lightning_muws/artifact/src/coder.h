@@ -10,21 +10,23 @@
 #ifndef MUWS_PUBLIC  // empty in libmuws, which has these functions for itself
 #define MUWS_PUBLIC __attribute__((visibility("default")))
 #endif
-#define MUWS_CODER_VERSION 1  // changes with any function below: Python ignores a library of another version
+#define MUWS_CODER_VERSION 2  // changes with any function below: Python ignores a library of another version
 
 extern "C" {
 
-enum { MUWS_SHORT = -1, MUWS_WRONG = -2 };  // more input is needed; the arguments contradict each other
+// More input is needed; the arguments contradict each other; input is left over.
+enum { MUWS_SHORT = -1, MUWS_WRONG = -2, MUWS_LEFT = -3 };
 
 MUWS_PUBLIC int64_t muws_coder_version();
 
 // What this CPU runs: 0 for portable code, 1 for AVX-512 as well.
 MUWS_PUBLIC int64_t muws_coder_level();
 
-// Decodes `steps` symbols of each lane with one table. `words` are 2 bytes each.
-// Returns how many of them were read, MUWS_SHORT, or MUWS_WRONG where the frequencies do not sum to 4096.
-MUWS_PUBLIC int64_t muws_rans_decode(int64_t level, const int64_t frequencies[256], int64_t steps, int64_t lanes,
-                                     uint32_t *states, const uint8_t *words, int64_t n_words, uint8_t *symbols);
+// Decodes a stream of `n` bytes to (steps, lanes) symbols; `states` is memory for one of each lane. Returns 0, MUWS_WRONG
+// where what stands before the words is not that of so many steps and lanes, MUWS_SHORT where more words are needed, or
+// MUWS_LEFT where the stream does not end where it should.
+MUWS_PUBLIC int64_t muws_rans_decode(int64_t level, const uint8_t *coded, int64_t n, int64_t steps, int64_t lanes,
+                                     uint32_t *states, uint8_t *symbols);
 
 // Encodes (steps, lanes) symbols, the last one first. Fills `words` from its end and returns how many there are;
 // MUWS_WRONG where `words` has no room for one more than there are symbols, or the frequencies do not sum to 4096.

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr uint32_t BITS = 12, TOTAL = 1 << BITS, LOW = 1 << 16, SHIFT = 44;
+constexpr int64_t MAX_TABLES = 1024;
 uint32_t load16(const uint8_t *from) {
   uint16_t value;
   memcpy(&value, from, 2);
@@ -27,10 +28,17 @@ int are_frequencies(const int64_t f[256]) {
 
 // ---- decoding
 
+// A table: `n` symbols from `first` on, and the sum of the frequencies below each.
+struct Table {
+  uint32_t first, n, starts[257];
+
+  uint32_t f(uint32_t i) const { return starts[i + 1] - starts[i]; }
+};
+
 // For each slot, from the lowest bit: 8 bits of its symbol, 12 of the frequency less one, 12 of the place in its range.
-void fill_slots(const int64_t f[256], uint32_t slots[TOTAL]) {
-  for (uint32_t s = 0, at = 0; s < 256; s++)
-    for (uint32_t i = 0; i < f[s]; i++) slots[at++] = s | (uint32_t)(f[s] - 1) << 8 | i << 20;
+void fill_slots(const Table &table, uint32_t slots[TOTAL]) {
+  for (uint32_t s = 0, at = 0; s < table.n; s++)
+    for (uint32_t i = 0, f = table.f(s); i < f; i++) slots[at++] = (table.first + s) | (f - 1) << 8 | i << 20;
 }
 
 uint32_t advanced(uint32_t x, uint32_t slot) { return ((slot >> 8 & (TOTAL - 1)) + 1) * (x >> BITS) + (slot >> 20); }
@@ -97,11 +105,30 @@ int64_t muws_coder_level() {
 #endif
 }
 
-int64_t muws_rans_decode(int64_t level, const int64_t frequencies[256], int64_t steps, int64_t lanes, uint32_t *states,
-                         const uint8_t *words, int64_t n_words, uint8_t *symbols) {
+namespace {
+
+// Few symbols, for which all slots would take longer to fill than to search; a file may have a table for each step.
+int64_t decode_few(const Table &table, int64_t n, int64_t lanes, uint32_t *states, const uint8_t *words, int64_t n_words,
+                   uint8_t *symbols) {
+  int64_t read = 0;
+  for (int64_t k = 0; k < n; k++) {
+    uint32_t &x = states[k % lanes], slot = x & (TOTAL - 1), i = 0;
+    while (slot >= table.starts[i + 1]) i++;
+    symbols[k] = (uint8_t)(table.first + i);
+    x = table.f(i) * (x >> BITS) + slot - table.starts[i];
+    if (x >= LOW) continue;
+    if (read == n_words) return MUWS_SHORT;
+    x = x << 16 | load16(words + 2 * read++);
+  }
+  return read;
+}
+
+// Decodes steps with one table; returns the words read, or MUWS_SHORT.
+int64_t decode_stretch(int64_t level, const Table &table, int64_t steps, int64_t lanes, uint32_t *states, const uint8_t *words,
+                       int64_t n_words, uint8_t *symbols) {
+  if (steps * lanes * table.n < TOTAL / 4) return decode_few(table, steps * lanes, lanes, states, words, n_words, symbols);
   uint32_t slots[TOTAL];
-  if (!are_frequencies(frequencies)) return MUWS_WRONG;
-  fill_slots(frequencies, slots);
+  fill_slots(table, slots);
   int64_t read = 0;
   for (int64_t t = 0; t < steps && read >= 0; t++, symbols += lanes) {
 #if defined(__x86_64__)
@@ -114,6 +141,78 @@ int64_t muws_rans_decode(int64_t level, const int64_t frequencies[256], int64_t 
   }
   (void)level;
   return read;
+}
+
+// Reads what stands before the states; `is_short` once more is needed than there is.
+struct Head {
+  const uint8_t *at, *end;
+  bool is_short = false;
+
+  uint32_t byte() {
+    if (at < end) return *at++;
+    is_short = true;
+    return 0;
+  }
+
+  // One of more than four bytes ends after the fourth.
+  uint32_t number() {
+    uint32_t value = 0;
+    for (int shift = 0;; shift += 7) {
+      const uint32_t one = byte();
+      if (one < 128 || shift == 21) return value | one << shift;
+      value |= (one & 127) << shift;
+    }
+  }
+
+  // Returns whether the frequencies sum to 4096.
+  bool read(Table *table) {
+    const uint32_t last = (table->first = byte(), byte());
+    table->n = last < table->first ? 0 : last - table->first + 1;
+    table->starts[0] = 0;
+    for (uint32_t i = 0; i < table->n; i++) {
+      const uint32_t f = number();
+      if (f > TOTAL - table->starts[i]) return false;
+      table->starts[i + 1] = table->starts[i] + f;
+    }
+    return !is_short && table->starts[table->n] == TOTAL;
+  }
+};
+
+}  // namespace
+
+int64_t muws_rans_decode(int64_t level, const uint8_t *coded, int64_t n, int64_t steps, int64_t lanes, uint32_t *states,
+                         uint8_t *symbols) {
+  Head head{coded, coded + n};
+  const int64_t n_tables = head.number();
+  if (lanes < 1 || n_tables < 1 || n_tables > (steps < MAX_TABLES ? steps : MAX_TABLES)) return MUWS_WRONG;
+  Head lengths = head;
+  int64_t left = steps;
+  for (int64_t i = 1; i < n_tables; i++) {
+    const int64_t some = head.number();
+    if (some < 1 || some >= left) return MUWS_WRONG;
+    left -= some;
+  }
+  Head tables = head;
+  Table table;
+  for (int64_t i = 0; i < n_tables; i++)
+    if (!head.read(&table)) return MUWS_WRONG;
+  const int64_t n_rest = head.end - head.at;
+  if (n_rest / 4 < lanes || n_rest % 2) return MUWS_WRONG;
+  memcpy(states, head.at, 4 * (size_t)lanes);
+  const uint8_t *words = head.at + 4 * lanes;
+  left = steps;
+  for (int64_t i = 1; i <= n_tables; i++) {
+    const int64_t some = i < n_tables ? lengths.number() : left;
+    tables.read(&table);
+    const int64_t read = decode_stretch(level, table, some, lanes, states, words, (head.end - words) / 2, symbols);
+    if (read < 0) return read;
+    words += 2 * read;
+    symbols += some * lanes;
+    left -= some;
+  }
+  for (int64_t i = 0; i < lanes; i++)
+    if (states[i] != LOW) return MUWS_LEFT;
+  return words < head.end ? MUWS_LEFT : 0;
 }
 
 // ---- encoding

@@ -8,7 +8,7 @@ uint64_t inflate_at_most(Span coded, uint8_t *out, uint64_t most);  // inflate.c
 
 namespace {
 
-constexpr uint64_t MAX_LANES = 8192, SYMBOLS_A_LANE = 2048, MAX_TABLES = 1024, TOTAL = 4096, LOW = 1 << 16;
+constexpr uint64_t MAX_LANES = 8192, SYMBOLS_A_LANE = 2048;
 constexpr uint64_t MAX_PARTS = 1024, PART = 1024, QUICK = 40960, LONGEST_NAME = 255;
 using Big = unsigned long long;
 
@@ -56,43 +56,15 @@ void check_lengths(Cursor cursor, uint64_t count, uint64_t whole, const char *wh
   if (is_wrong || sum >= whole) REFUSE("the %s are not for its %llu %s", what, (Big)whole, unit);
 }
 
-void read_table(Cursor &cursor, int64_t f[256]) {
-  memset(f, 0, 256 * sizeof *f);
-  const int first = cursor.byte(), last = cursor.byte();
-  int64_t sum = 0;
-  for (int symbol = first; symbol <= last; symbol++) sum += f[symbol] = cursor.number();
-  if (sum != int64_t(TOTAL)) REFUSE("the frequencies of a rans stream sum to %lld, they have to sum to 4096", (long long)sum);
-}
-
 void rans(Budget &budget, Span coded, uint8_t *out, uint64_t n) {
   const uint64_t lanes = lanes_of(n), steps = (n + lanes - 1) / lanes;
-  Cursor cursor{coded, "the tables of rans"};
-  const uint64_t n_tables = cursor.number();
-  if (n_tables < 1 || n_tables > std::min(steps, MAX_TABLES))
-    REFUSE("a rans stream of %llu steps declares %llu tables", (Big)steps, (Big)n_tables);
-  Cursor lengths = cursor;
-  check_lengths(cursor, n_tables, steps, "tables of a rans stream", "steps");
-  for (uint64_t i = 1; i < n_tables; i++) cursor.number();
-  Cursor tables = cursor;
-  int64_t f[256];
-  for (uint64_t i = 0; i < n_tables; i++) read_table(cursor, f);
-  if (cursor.rest().n < 4 * lanes || cursor.rest().n % 2) REFUSE("a rans stream ends within its states");
   List<uint32_t> states(lanes, budget);
-  memcpy(states.data(), cursor.take(4 * lanes).data, 4 * lanes);
-  Span words = cursor.rest();
-  const int64_t level = muws_coder_level();
-  uint64_t left = steps;
-  for (uint64_t i = 0; i < n_tables; i++) {
-    const uint64_t some = i + 1 < n_tables ? lengths.number() : left;
-    read_table(tables, f);
-    const int64_t read = muws_rans_decode(level, f, int64_t(some), int64_t(lanes), states.data(), words.data, int64_t(words.n / 2), out);
-    if (read < 0) REFUSE("a rans stream ends too early");
-    words = {words.data + 2 * read, words.n - 2 * uint64_t(read)};
-    out += some * lanes;
-    left -= some;
+  switch (muws_rans_decode(muws_coder_level(), coded.data, int64_t(coded.n), int64_t(steps), int64_t(lanes), states.data(), out)) {
+    case 0: return;
+    case MUWS_WRONG: REFUSE("the tables and states of a rans stream are not those of its %llu steps", (Big)steps);
+    case MUWS_SHORT: REFUSE("a rans stream ends too early");
+    default: REFUSE("a rans stream does not end where it should");
   }
-  if (words.n || std::any_of(states.begin(), states.end(), [](uint32_t x) { return x != LOW; }))
-    REFUSE("a rans stream does not end where it should");
 }
 
 void zlib_twice(Budget &budget, Span coded, uint8_t *out, uint64_t n) {
