@@ -31,9 +31,9 @@ def public_things():
 def test_the_public_names():
     assert lightning_muws.__all__ == [
         "Budget", "CompressionRun", "FineTuning", "FormatError", "LayerRule", "MicroStructure", "MuwsError",
-        "NMStructure", "Penalty", "Phases", "Retraining", "WeightUnificationCallback", "accelerate", "choose_steps", "compress", "dry_run",
-        "export", "export_onnx", "inspect_compressed", "layer_times", "load_compressed", "onnx_library",
-        "open_compressed", "save_compressed", "sensitivity", "verify_compressed",
+        "NMStructure", "Penalty", "Phases", "Retraining", "WeightUnificationCallback", "accelerate", "choose_steps",
+        "compress", "dry_run", "export", "export_onnx", "inspect_compressed", "layer_times", "load_compressed",
+        "onnx_library", "open_compressed", "save_compressed", "sensitivity", "verify_compressed",
     ]  # fmt: skip
     for name in lightning_muws.__all__:
         assert getattr(lightning_muws, name).__name__ == name
