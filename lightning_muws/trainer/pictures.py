@@ -41,13 +41,22 @@ def prepare(trainer: Any, most: int) -> None:
     if not loggers(trainer):
         rank_zero_warn(
             f"log_pictures={most} has no effect: none of the Trainer's loggers takes images; give it a "
-            "TensorBoardLogger, a WandbLogger, or another logger with log_image(key, images, step)"
+            "TensorBoardLogger, a WandbLogger, an MLFlowLogger, or another logger with "
+            "log_image(key, images, step)"
         )
 
 
 def loggers(trainer: Any) -> list[Any]:
     """Return the Trainer's loggers that take images."""
-    return [one for one in trainer.loggers if hasattr(one, "log_image") or hasattr(one.experiment, "add_image")]
+    return [
+        one
+        for one in trainer.loggers
+        if hasattr(one, "log_image") or hasattr(one.experiment, "add_image") or _is_mlflow(one)
+    ]
+
+
+def _is_mlflow(logger: Any) -> bool:
+    return hasattr(logger, "run_id") and hasattr(logger.experiment, "log_image")
 
 
 def log(trainer: Any, run: CompressionRun, drawer: Drawer, most: int, caption: str) -> None:
@@ -82,6 +91,9 @@ def _largest(run: CompressionRun, most: int) -> Sequence[str]:
 def _send(logger: Any, name: str, pixels: Any, weight: Any, step: int) -> None:
     if hasattr(logger, "log_image"):
         logger.log_image(key=f"muws/{name}", images=[pixels], step=step)
+        return
+    if _is_mlflow(logger):
+        logger.experiment.log_image(logger.run_id, pixels, key=f"muws/{name}", step=step)
         return
     logger.experiment.add_image(f"muws/{name}", pixels, step, dataformats="HWC")
     if hasattr(logger.experiment, "add_histogram"):

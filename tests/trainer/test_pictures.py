@@ -119,6 +119,23 @@ def test_tensorboard_gets_pictures_and_histograms(tmp_path):
     assert (picture.width, picture.height) == (1100, 750)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what mlflow warns of is its own affair
+def test_mlflow_gets_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from lightning.pytorch.loggers import MLFlowLogger
+    from PIL import Image
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(tracking_uri=tmp_path.as_uri())
+    fit(Sketching(log_pictures=1), logger)
+    files = sorted(tmp_path.glob(f"*/{logger.run_id}/artifacts/images/*.png"))
+    assert sorted(file.name.split("+")[:3] for file in files) == [
+        ["muws~layer.0.weight", "step", str(step)] for step in (2, 4, 6)
+    ]
+    assert sorted(Image.open(file).getpixel((0, 0))[0] for file in files) == [1, 2, 3]
+
+
 def events(file: Path, kind):
     """Yield the records of a TensorBoard file: 8 bytes length, 4 of checksum, the record, 4 of checksum."""
     data = file.read_bytes()
