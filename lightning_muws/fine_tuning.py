@@ -77,7 +77,8 @@ class FineTuning:
     def attach(self, optimizer: Optimizer) -> None:
         """Let each step of the optimizer end inside the blocks and on the steps.
 
-        Gradients are projected before each step; what the optimizer remembers of the weights is projected now.
+        Gradients are projected before each step; what the optimizer remembers of the weights is projected now. Attach it
+        once the model is on its device.
 
         Raises:
             SettingError: The optimizer holds no parameter of the model.
@@ -87,6 +88,8 @@ class FineTuning:
         weights: dict[str, Tensor] = {name: p for name, p in self.weights.items() if id(p) in held}
         if not parameters:
             raise SettingError("the optimizer holds no parameter of the model: make it of model.parameters()")
+        self.constraint.follow(self.weights)
+        self.rounding.follow(self.parameters, self.constraint.supports)
         self.constraint.project_moments(weights, optimizer)
         exact = {name: p for name, p in weights.items() if name not in self.rounding.steps}
 

@@ -7,11 +7,13 @@ from lightning.pytorch.demos.boring_classes import Net
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lightning_muws import Retraining, WeightUnificationCallback
+from lightning_muws import FineTuning, Retraining, WeightUnificationCallback
+from lightning_muws import compress as shrink
 from tests.support.ddp_worker import CASES
 from tests.support.explicit import PHASES, assert_same_after_admm
 from tests.support.modules import OPTIMIZERS, STRUCTURE, Probe, TwoLayers, fit
 from tests.support.strategies import same_bits
+from tests.test_fine_tuning import batches, network
 from tests.trainer.test_exactness import ExplicitGan, ExplicitLayers, Fused, Gan, of_one_step
 from tests.trainer.test_ranks import launch
 from tests.trainer.test_real import Classifier, Recurrent, compress, labelled
@@ -135,3 +137,21 @@ def test_two_ranks_over_nccl(tmp_path):
             assert same_bits(weight, two[case]["final"][name]), name
         assert one[case]["checked"] == two[case]["checked"] > 0
     assert one["apart"] == two["apart"]
+
+
+# ---- Fine-tuning
+
+
+def test_a_compressed_model_that_was_moved_stays_in_its_blocks_and_on_its_steps():
+    small, report = shrink(network(), 12, batches(4))
+    tuning = FineTuning(small, report)
+    small.cuda()
+    optimizer = torch.optim.Adam(small.parameters(), 1e-3)
+    tuning.attach(optimizer)
+    before = small[0].weight.detach().clone()
+    for x in batches(10):
+        optimizer.zero_grad()
+        small(x.cuda()).square().mean().backward()
+        optimizer.step()
+        tuning.verify()
+    assert not torch.equal(before, small[0].weight.detach())
