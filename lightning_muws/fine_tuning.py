@@ -77,7 +77,7 @@ class FineTuning:
     def attach(self, optimizer: Optimizer) -> None:
         """Let each step of the optimizer end inside the blocks and on the steps.
 
-        Gradients are projected before each step; what the optimizer remembers of the weights is projected now. Attach it
+        Gradients are projected before each step; what the optimizer remembers of the weights is projected now. Call it
         once the model is on its device.
 
         Raises:
