@@ -9,9 +9,11 @@ from torch import nn
 
 from lightning_muws import MicroStructure, accelerate
 from lightning_muws.errors import SettingError
+from lightning_muws.runtime.kernels import native, native_int8
 from lightning_muws.runtime.kernels.native_int8 import Activation, Int8Sparse
 from lightning_muws.runtime.kernels.reference import reference, relative_error
 from lightning_muws.runtime.measure.activations import Inputs, candidates, fit, rounded
+from lightning_muws.runtime.measure.layer import _fastest_step
 from lightning_muws.runtime.native import library
 from tests.support.strategies import normal
 
@@ -156,3 +158,12 @@ def test_inputs_keep_the_range_of_all_batches_and_few_numbers():
     assert (inputs.low, inputs.high) == (-39, 78)
     assert sum(k.numel() for k in inputs.kept) <= 1 << 20
     assert len(inputs.kept) > 4
+
+
+def test_a_chain_gets_the_form_in_8_bits_if_it_is_about_as_fast_as_the_fastest():
+    layer, x = nn.Linear(64, 64), normal(0, 8, 64, dtype=torch.float32)
+    modules = {"native": native.build(layer, (4, 4), x), "native_int8": native_int8.build(layer, (4, 4), x)}
+    for seconds, expected in ((1.2, "native_int8"), (1.3, "native")):
+        times = {"native": [1.0, 1.0], "native_int8": [seconds, seconds]}
+        assert _fastest_step(modules, times, list(modules)) == (expected, modules[expected])
+        assert _fastest_step(modules, times, ["native"]) == ("native", modules["native"])

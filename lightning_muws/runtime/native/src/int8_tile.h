@@ -237,7 +237,7 @@ static void dot8_of(const MuwsInt8& l, const uint8_t* x, int64_t b, int32_t (&su
   if constexpr (ROWS == 4) {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-      fetch<16, true>(w + 16 * i);
+      fetch<16>(w + 16 * i);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) sum[j] = dot4_short(sum[j], splat4(word(i + j)), load_int4(w + 16 * (i + j)));
     }
