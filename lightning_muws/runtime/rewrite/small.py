@@ -158,7 +158,8 @@ def small_step(node: fx.Node, children: Mapping[str, nn.Module], shapes: Mapping
         return _attention(node, shapes)
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    return _function(node) or _view(node, len(shapes[node.args[0].name]))
+    n_dims = len(shapes[node.args[0].name])
+    return _function(node, n_dims) or _view(node, n_dims)
 
 
 def _module(node: fx.Node, module: nn.Module) -> Small | None:
@@ -196,11 +197,13 @@ def _pool(
     return Small("pool", inputs, (*_pair(window), *strides, *_pair(border)))
 
 
-def _function(node: fx.Node) -> Small | None:
+def _function(node: fx.Node, n_dims: int) -> Small | None:
     """Return a step that computes."""
     x = cast("fx.Node", node.args[0])
     if node.target is F.gelu:
         return Small(_gelu(*_given(node, ("approximate",), 1)), (x,))
+    if node.target is F.adaptive_avg_pool2d and n_dims == 4:
+        return Small("mean", (x,)) if _given(node, ("output_size",), 1)[0] in (1, (1, 1)) else None
     if node.target is F.max_pool2d:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         window, stride, border, dilation, ceil, indices = _given(node, names, 1, (None, None, 0, 1, False, False))
