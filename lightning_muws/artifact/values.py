@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_muws.artifact.entropy import count, entropy_bytes
-from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, planes, sign_bit, slabs
+from lightning_muws.artifact.streams import Patterns, block_bits, is_unified, kinds_of, planes, sign_bit, slabs, split
 from lightning_muws.errors import FormatError, SettingError
 from lightning_muws.structure.grid import BlockGrid
 
@@ -192,7 +194,7 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
     low, high = (float(value) for value in torch.aminmax(x.view(-1)))
     top = max(-low, high)
     if not np.isfinite(top):
-        return _with_palette(x.view(-1), exact)
+        return _with_palette(x, grid, exact)
     if loss.value_dtype:
         rounded = Form(loss.value_dtype)
         return rounded if keeps_blocks(x, grid, rounded) else exact
@@ -206,7 +208,7 @@ def choose(x: Tensor, grid: BlockGrid | None, loss: Loss, largest: float) -> For
             coarse = _wide(x.dtype)(min(2 * room, room + _smallest_magnitude(x, grid), 4 * top))
             if coarse > step and top / coarse < MAX_STEPS - 1:
                 return Form(STEPS, float(coarse), is_lossy=True)
-    return _with_palette(x.view(-1), Form(STEPS, step) if step else exact)
+    return _with_palette(x, grid, Form(STEPS, step) if step else exact)
 
 
 def repeats(u: Patterns) -> bool:
@@ -215,8 +217,9 @@ def repeats(u: Patterns) -> bool:
     return len(u) >= SAMPLED // 4 and 5 * len(np.unique(few)) < 4 * len(few) and 4 * len(np.unique(more)) <= len(more)
 
 
-def _with_palette(flat: Tensor, other: Form) -> Form:
+def _with_palette(x: Tensor, grid: BlockGrid | None, other: Form) -> Form:
     """Return the form of indices into the magnitudes that occur, if they are few and it is smaller than the other."""
+    flat = x.view(-1)
     if len(flat) < SAMPLED:
         return other
     sample = flat if len(flat) == SAMPLED else flat[torch.from_numpy(_scattered(len(flat)))]
@@ -230,14 +233,33 @@ def _with_palette(flat: Tensor, other: Form) -> Form:
         if len(found) > MAX_PALETTE:
             return other
     form = Form(PALETTE, palette=tuple(found[1:].tolist()))
-    own, indices = (_plane_bytes(one.patterns(sample)) / len(few) for one in (other, form))
-    saved = (0.95 * own - indices) * len(flat) - 2 * few.itemsize * len(form.palette)
+    own, indices = (_value_bytes(x, grid, few, one) for one in (other, form))
+    saved = 0.95 * own - indices - few.itemsize * len(form.palette)  # hexadecimal digits, which zlib halves
     return form if saved > LEAST_SAVED else other
 
 
-def _plane_bytes(u: Patterns) -> float:
-    """Return the order-0 entropy of the byte planes of values."""
-    return sum(entropy_bytes(count(one)) for one in planes(u))
+def _value_bytes(x: Tensor, grid: BlockGrid | None, sample: Patterns, form: Form) -> float:
+    """Return about how many bytes the values of a tensor take in a form, of a flat one from a sample of its values.
+
+    In blocks most values that repeat are in no stream: pruned ones, and all but one of a unified block.
+    """
+    counts: dict[str, NDArray[np.int64]] = {}
+    for stream, u in _held(x, grid) if grid else [("free", sample)]:
+        if len(u):
+            found = np.array([count(one) for one in planes(form.patterns(from_bits(u, x.dtype)))])
+            counts[stream] = counts[stream] + found if stream in counts else found
+    n_bytes = math.fsum(entropy_bytes(plane) for found in counts.values() for plane in found)
+    return n_bytes * (1.0 if grid else x.numel() / len(sample))
+
+
+def _held(x: Tensor, grid: BlockGrid) -> Iterator[tuple[str, Patterns]]:
+    """Yield the patterns of a tensor in blocks that its streams hold, with the name of the stream."""
+    for slab in _slabs(x, grid):
+        parts = split(bits(slab), grid.block_shape)
+        yield "magnitudes", parts.magnitudes
+        yield "free", parts.free.reshape(-1)
+    for edge in grid.edges(grid.matrix(x)):
+        yield "free", bits(edge.reshape(-1).contiguous())
 
 
 def _scattered(n: int) -> NDArray[np.int64]:

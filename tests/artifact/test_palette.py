@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_muws import MicroStructure, inspect_compressed, load_compressed, save_compressed, verify_compressed
-from lightning_muws.artifact import writer
+from lightning_muws.artifact import values, writer
 from lightning_muws.errors import FormatError
 from lightning_muws.structure.grid import BlockGrid
 from tests.support import format_reader
@@ -65,6 +65,19 @@ def test_values_that_do_not_repeat_have_no_palette(tmp_path):
     save_compressed(state, tmp_path / "m.muws")
     assert "palette" not in {t.stored for t in inspect_compressed(tmp_path / "m.muws").tensors}
     assert inspect_compressed(tmp_path / "m.muws").version == "1.0"
+
+
+@pytest.mark.parametrize("ratios", [(0.9, 0.08), (0.5, 0.45), (0.95, 0.0), (0.0, 1.0), (0.5, 0.3)])
+@pytest.mark.parametrize("n", [20, 10**6])
+def test_a_palette_makes_no_file_of_blocks_larger(ratios, n, tmp_path, monkeypatch):
+    """Zeros of pruned blocks and equal magnitudes of unified ones repeat, but no stream holds them."""
+    w = MicroStructure((4, 4), *ratios).project(drawn(n, 256, 384))
+    with_palette = save_compressed({"w": w}, tmp_path / "m.muws", blocks=(4, 4))
+    monkeypatch.setattr(values, "_with_palette", lambda x, grid, other: other)
+    without = save_compressed({"w": w}, tmp_path / "m.muws", blocks=(4, 4))
+    assert with_palette.n_bytes <= without.n_bytes
+    if ratios == (0.0, 1.0) or n > 1000:
+        assert with_palette.tensors[0].stored == "float32"
 
 
 def test_all_palettes_together_stay_small(tmp_path, monkeypatch):
