@@ -75,7 +75,7 @@ def test_every_error_is_a_muws_error():
     from lightning_muws import errors
 
     kinds = [k for k in vars(errors).values() if inspect.isclass(k)]
-    assert len(kinds) == 5
+    assert len(kinds) == 6
     assert all(issubclass(kind, MuwsError) for kind in kinds)
 
 
