@@ -91,7 +91,7 @@ def _parsed(text: str) -> dict[str, Any]:
     return parsed
 
 
-_programs: OrderedDict[tuple[Any, ...], Program | Parts | None] = OrderedDict()
+_programs: OrderedDict[tuple[Any, ...], tuple[Program | Parts | None]] = OrderedDict()
 
 
 def program(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text: str) -> list[Tensor]:
@@ -113,12 +113,13 @@ def program(inputs: list[Tensor], large: list[Tensor], small: list[Tensor], text
             raise StateError(f"native layers compute in float32 on the CPU; got {x.dtype} on {x.device}: convert it")
     numbers = [tuple(t.flatten().tolist()) for t in small]
     key = (level(), text, *(x.shape for x in inputs), *map(Tensor.data_ptr, large), *numbers)
-    if key not in _programs:
-        _programs[key] = _prepared(inputs, large, [t.clone() for t in small], text)
+    found = _programs.get(key)
+    if found is None:
+        found = _programs[key] = (_prepared(inputs, large, [t.clone() for t in small], text),)
         while len(_programs) > PROGRAMS:
             _programs.popitem(last=False)
-    known = _programs[key]
-    results = None if known is None else known([x.contiguous() for x in inputs])
+    (prepared_program,) = found
+    results = None if prepared_program is None else prepared_program([x.contiguous() for x in inputs])
     return one_by_one(inputs, *read(text, large, small)) if results is None else results
 
 
