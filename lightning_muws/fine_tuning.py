@@ -59,6 +59,11 @@ class FineTuning:
         plan = make_plan(model, structure, rules, open_ratios=True)
         counts = {layer.name: layer.counts for layer in report.layers}
         entries = {name: _settled(entry, counts.get(name)) for name, entry in plan.covered.items()}
+        if left := {name for name, kinds in counts.items() if any(kinds)} - set(entries):
+            raise SettingError(
+                f"the report has blocks of {min(left)}, which is not covered here: give the structure and the rules of "
+                "compress, and a model whose parameters require gradients"
+            )
         self.parameters = {name: p for name, p, _ in named_weights(model)}
         self.weights = plan.weights(model)
         before = {name: p.detach().clone() for name, p in self.parameters.items()}

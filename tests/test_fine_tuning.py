@@ -188,6 +188,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
     with pytest.raises(SettingError, match="the report has no weight"):
         FineTuning(small, report, MicroStructure((8, 8), prune_ratio=0.5))
     assert all(torch.equal(before[n], x) for n, x in small.state_dict().items())
+    with pytest.raises(SettingError, match=r"the report has blocks of 0\.weight"):
+        FineTuning(small, report, structure, [LayerRule("0.*", skip=True)])
     tuning = FineTuning(small, report, structure)
     with pytest.raises(SettingError, match="holds no parameter"):
         tuning.attach(torch.optim.SGD(network().parameters(), 0.1))

@@ -482,3 +482,57 @@ def test_nan_passes_through_small_steps_as_through_torch():
         assert torch.equal(chained(bad).isnan(), fused(bad).isnan())
         assert chained(bad)[1].isnan().any()
         assert not chained(bad)[0].isnan().any()
+
+
+class ByName(nn.Module):
+    """Modules, functions and methods that are called by the names of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.drop, self.act = nn.Linear(24, 48), nn.Linear(24, 24), nn.Dropout(0.5), nn.GELU()
+
+    def forward(self, x):
+        a, b = torch.chunk(input=self.one(x), chunks=2, dim=-1)
+        return self.two(self.act(self.drop(input=a))) + torch.flatten(input=b.unsqueeze(1), start_dim=0, end_dim=1)
+
+
+@needs_kernels
+def test_calls_by_name_are_left_to_torch():
+    x = images(0, 5, 24)
+    root = swapped(ByName(), x, "f")
+    want = root(x)
+    chain(root, Example.of(x))
+    torch.testing.assert_close(root(x), want, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("between", [nn.GELU, nn.ReLU, nn.Identity, lambda: nn.LayerNorm(24), lambda: nn.Dropout(0.5)])
+def test_a_step_with_a_hook_stays_in_torch(between):
+    module = between().eval()
+    module.register_forward_hook(lambda module, inputs, y: 2 * y)
+    x = images(0, 5, 24)
+    root = swapped(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), module, nn.Linear(24, 24), nn.Linear(24, 24)), x)
+    want = root(x)
+    chain(root, Example.of(x))
+    torch.testing.assert_close(root(x), want)
+
+
+class Scalar(nn.Module):
+    """A value without dimensions among the inputs of a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x):
+        mean = F.gelu(x.mean())
+        return self.two(F.gelu(self.one(x))) * mean
+
+
+@needs_kernels
+def test_a_number_beside_a_batch_runs_as_in_torch():
+    x = images(0, 5, 24)
+    root = swapped(Scalar(), x, "f")
+    want = root(x)
+    chain(root, Example.of(x))
+    torch.testing.assert_close(root(x), want, rtol=1e-5, atol=1e-5)

@@ -145,3 +145,16 @@ def test_inputs_of_two_batches_are_not_cut():
     assert is_by_sample(ordered(calls, [(8, 4), (8, 4)], [2, 3]), 2)
     assert not is_by_sample(ordered(calls, [(8, 4), (4, 4)], [2, 3]), 2)
     assert not is_by_sample(ordered(calls[:1], [(8,)], [1]), 1)  # one row, whose numbers are no samples
+
+
+@pytest.mark.parametrize("batch", [0, -3])
+def test_a_size_that_counts_the_samples_mixes_them_however_it_is_named(batch, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    step = build_static(nn.Linear(24, 48), f32(0, 1, 96, 24), Activation.of(-2.0, 2.0)).step(24)
+    sizes = (0, 0, 1, 1, 0, batch, 1, 2, -1, 0, -1, 1)  # (n, n // 2, -1)
+    calls = chain_of(
+        step, Simple("reshape", sizes), Simple("transpose", (1, 2)), Simple("flatten", (1, 2)), Simple("gelu")
+    )
+    assert not is_by_sample(ordered(calls, [(64, 96, 24)], [5]), 1)
+    x = f32(1, 64, 96, 24)
+    assert torch.equal(prepared(calls, [x.shape], [5])([x])[0], Program(calls, [x.shape], [5])([x])[0])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_muws.errors import StateError
 from lightning_muws.runtime.native.program import Program
 from lightning_muws.runtime.native.steps import Call, Shape, Simple, Sparse
 from lightning_muws.runtime.native.views import SIZE, Ordered, is_view, ordered
@@ -58,6 +59,8 @@ def prepared(calls: Sequence[Call], shapes: Sequence[Shape], outputs: Sequence[i
         StateError: The kernels are not installed, or a step does not fit the shapes.
     """
     whole = Program(calls, shapes, outputs)
+    if not all(shapes):  # a number has no batch
+        return whole
     order, n = ordered(calls, shapes, outputs), shapes[0][0]
     if not is_by_sample(order, len(shapes)):
         return whole
@@ -67,7 +70,10 @@ def prepared(calls: Sequence[Call], shapes: Sequence[Shape], outputs: Sequence[i
         return whole
     ends = [n * (i + 1) // n_parts for i in range(n_parts)]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]  # at most two sizes
-    made = {size: Program(calls, [(size, *shape[1:]) for shape in shapes], outputs) for size in set(sizes)}
+    try:
+        made = {size: Program(calls, [(size, *shape[1:]) for shape in shapes], outputs) for size in set(sizes)}
+    except StateError:  # a view fits the whole batch alone
+        return whole
     return Parts([(made[size], size) for size in sizes], shapes, whole.output_shapes)
 
 
@@ -86,7 +92,7 @@ def is_by_sample(order: Ordered, n_inputs: int) -> bool:
         ranks = [len(order.layouts[i].shape) for i in call.inputs]
         axis: int | None = 0
         if is_view(call):
-            axis = _axis_of_view(call, axes, ranks[0])
+            axis = _axis_of_view(call, axes, ranks)
         elif any(axes[i] for i in call.inputs) or min(ranks) < 2:  # a row needs another dimension
             axis = None
         if axis is None or (isinstance(call.operation, Sparse) and call.operation.n_dims != 1):
@@ -95,13 +101,13 @@ def is_by_sample(order: Ordered, n_inputs: int) -> bool:
     return all(axes[value] == 0 and order.layouts[value].shape[0] == n for value in order.outputs)
 
 
-def _axis_of_view(call: Call, axes: Sequence[int], rank: int) -> int | None:
+def _axis_of_view(call: Call, axes: Sequence[int], ranks: Sequence[int]) -> int | None:
     """Return the dimension of a view that runs over samples, or None if there is none."""
     assert isinstance(call.operation, Simple)  # noqa: S101  for mypy
     kind, numbers, axis = call.operation.kind, call.operation.numbers, axes[call.inputs[0]]
     if kind == "reshape":
-        return _axis_of_sizes(numbers, [axes[i] for i in call.inputs])
-    dims = [d % rank for d in numbers]
+        return _axis_of_sizes(numbers, [axes[i] for i in call.inputs], ranks)
+    dims = [d % ranks[0] for d in numbers]
     if kind == "permute":
         return dims.index(axis)
     if kind == "transpose":
@@ -117,9 +123,10 @@ def _axis_of_view(call: Call, axes: Sequence[int], rank: int) -> int | None:
     return None if dim == axis else axis + (grows if dim < axis else 0)
 
 
-def _axis_of_sizes(numbers: Sequence[int], axes: Sequence[int]) -> int | None:
+def _axis_of_sizes(numbers: Sequence[int], axes: Sequence[int], ranks: Sequence[int]) -> int | None:
     """Return 0 if ``reshape`` keeps dimension 0 as it is, and no other size depends on it."""
-    sizes = [tuple(numbers[at : at + SIZE]) for at in range(0, len(numbers), SIZE)]
+    given = [numbers[at : at + SIZE] for at in range(0, len(numbers), SIZE)]
+    sizes = [(i, d if i < 0 else d % ranks[i], m, n) for i, d, m, n in given]
     of_samples = [(i, axis, 1, 1) for i, axis in enumerate(axes)]
     keeps = axes[0] == 0 and sizes[0] in of_samples
     return 0 if keeps and all(i < 0 or d != axes[i] for i, d, *_ in sizes[1:]) else None

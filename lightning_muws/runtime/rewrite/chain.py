@@ -93,7 +93,8 @@ class Chain(nn.Module):
         self.steps = fx.GraphModule(dict(children), graph)
         self.links, self.outputs = tuple(links), tuple(outputs)
         self.training = False
-        self.text = written(self._calls() or [], self.outputs)
+        calls = self._calls()
+        self.text = "" if calls is None else written(calls, self.outputs)
         self._forget()
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -110,7 +111,7 @@ class Chain(nn.Module):
     def _traced(self, inputs: Sequence[Tensor]) -> Any:
         """Return the output of one operator, for torch.compile and torch.export."""
         calls = self._calls() if all(map(_is_plain, inputs)) else None
-        if calls is None or (torch.compiler.is_exporting() and _wants_layers.get()):
+        if calls is None or not self.text or (torch.compiler.is_exporting() and _wants_layers.get()):
             return self.steps.forward(*inputs)
         large, small = tensors_of(calls)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*large, *small)):
@@ -323,7 +324,7 @@ def _kind(node: fx.Node, children: Mapping[str, nn.Module]) -> str | None:
         return "add" if not node.kwargs else None
     if is_relu(node, children):
         return "relu" if node.target is torch.relu_ or not _works_in_place(node, module) else None
-    if type(module) is nn.AdaptiveAvgPool2d:
+    if type(module) is nn.AdaptiveAvgPool2d and not has_hooks(module):
         return "mean" if module.output_size in (1, (1, 1)) else None
     return None
 

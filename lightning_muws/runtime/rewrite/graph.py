@@ -176,7 +176,8 @@ def fuse_graph(graph: fx.Graph, children: dict[str, nn.Module]) -> int:
     """Fuse in a graph and its children, in place; return how many steps were removed or work in place."""
     n_fused = 0
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(children[str(node.target)]) is nn.Identity:
+        child = children[str(node.target)] if node.op == "call_module" else None
+        if type(child) is nn.Identity and not has_hooks(child):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
@@ -238,7 +239,8 @@ def _add_onto(graph: fx.Graph, node: fx.Node, children: Mapping[str, nn.Module])
 def is_relu(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
     """Return whether a step is a ReLU, in place or not."""
     if node.op == "call_module":
-        return type(children[str(node.target)]) is nn.ReLU
+        child = children[str(node.target)]
+        return type(child) is nn.ReLU and not has_hooks(child)
     return (node.op == "call_function" and node.target in RELUS) or (
         node.op == "call_method" and node.target in ("relu", "relu_")
     )

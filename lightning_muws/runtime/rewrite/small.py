@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lightning_muws.runtime.native.views import VIEWS, target
+from lightning_muws.runtime.rewrite.observe import has_hooks
 
 SIZES = ("reshape", "view", "unflatten")  # methods whose sizes may be computed
 Dim = tuple[fx.Node | None, int, int, int]  # the size of a dimension of a value, times, divided by; or a number
@@ -49,8 +50,8 @@ def chunked(x: Tensor, n: int, dim: int, i: int) -> Tensor:
 def prepare(graph: fx.Graph, children: Mapping[str, nn.Module]) -> None:
     """Rewrite views in place, and remove dropout, which does nothing in eval mode."""
     for node in list(graph.nodes):
-        if _is_dropout(node, children) and isinstance(node.args[0], fx.Node):
-            node.replace_all_uses_with(node.args[0])
+        if _is_dropout(node, children) and isinstance(x := _first(node), fx.Node):
+            node.replace_all_uses_with(x)
             graph.erase_node(node)
         elif node.op == "call_method" and node.target in SIZES:
             _compute_sizes(graph, node)
@@ -61,16 +62,22 @@ def prepare(graph: fx.Graph, children: Mapping[str, nn.Module]) -> None:
             graph.erase_node(node)
 
 
+def _first(node: fx.Node) -> object:
+    """Return the first argument by position, or None if there is none."""
+    return node.args[0] if node.args else None
+
+
 def _is(node: fx.Node, method: str, *functions: Callable[..., Any]) -> bool:
     """Return whether a node calls this method of its first argument, or one of these functions."""
     called = node.op == "call_method" and node.target == method
-    return (called or (node.op == "call_function" and node.target in functions)) and isinstance(node.args[0], fx.Node)
+    return (called or (node.op == "call_function" and node.target in functions)) and isinstance(_first(node), fx.Node)
 
 
 def _is_dropout(node: fx.Node, children: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         child = children[str(node.target)]
-        return type(child) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d) and not child.training
+        is_one = type(child) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+        return is_one and not child.training and not has_hooks(child)
     return node.op == "call_function" and node.target is F.dropout and _given(node, ("training",), 2) == (False,)
 
 
@@ -84,11 +91,12 @@ def _is_size(node: fx.Node) -> bool:
     """Return whether a step computes sizes of tensors, and nothing else."""
     if node.op == "call_method":
         return node.target == "size"
-    if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
+    x = _first(node)
+    if node.op != "call_function" or not isinstance(x, fx.Node):
         return False
     if node.target is getattr:
         return node.args[1] == "shape"
-    return node.target in (operator.getitem, operator.mul, operator.floordiv) and _is_size(node.args[0])
+    return node.target in (operator.getitem, operator.mul, operator.floordiv) and _is_size(x)
 
 
 def _dim(value: object) -> Dim | None:
@@ -164,6 +172,8 @@ def small_step(node: fx.Node, children: Mapping[str, nn.Module], shapes: Mapping
 
 def _module(node: fx.Node, module: nn.Module) -> Small | None:
     inputs = (cast("fx.Node", node.args[0]),)
+    if has_hooks(module):
+        return None
     if type(module) is nn.GELU:
         return Small(_gelu(module.approximate), inputs)
     if type(module) is nn.LayerNorm:
@@ -219,7 +229,8 @@ def _attention(node: fx.Node, shapes: Mapping[str, torch.Size]) -> Small | None:
         return None
     if scale is not None and not (isinstance(scale, (int, float)) and scale):
         return None
-    if any(len(shapes[i.name]) != 4 for i in inputs if isinstance(i, fx.Node)):
+    found = [shapes[i.name] for i in inputs if isinstance(i, fx.Node)]
+    if any(len(shape) != 4 or shape[:2] != found[0][:2] for shape in found):
         return None
     return Small("attention", tuple(cast("list[fx.Node]", inputs)), (), 0.0 if scale is None else float(scale))
 

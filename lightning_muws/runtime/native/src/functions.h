@@ -46,7 +46,7 @@ MUWS_INLINE vf gelu_tanh(vf x) {
   return x * (u2 < splat(-87.0f) ? vf{} : share);
 }
 
-// The sum of all lanes, and the largest: V if one is NaN.
+// The sum of all lanes.
 MUWS_INLINE float total(vf v) {
   float lanes[V];
   store(lanes, v);
@@ -54,6 +54,7 @@ MUWS_INLINE float total(vf v) {
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
 }
+// The largest lane.
 MUWS_INLINE float greatest(vf v) {
   float lanes[V];
   store(lanes, v);
