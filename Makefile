@@ -35,7 +35,7 @@ help:
 	@echo "make bench-compress  compression without training of two pretrained networks (an hour)"
 	@echo "make bench-coder  MB a second that files are saved and loaded at, with and without the native coder, and by the reader in C; and its layers beside torch's (3 minutes)"
 	@echo "make bench-large  pack and verify a checkpoint of a billion weights (3 minutes and 8 GB of disk)"
-	@echo "make bench-trained  compress and fine-tune a denoiser and a sentence encoder (1 hour; it fetches their weights and photographs, 120 MB)"
+	@echo "make bench-trained  compress and fine-tune a denoiser and a sentence encoder (2 hours; it fetches their weights and photographs, 120 MB)"
 	@echo "make bench-peers  accuracy per byte against quantisation, Deep Compression, NNC and eight pruning tools (6 hours; it can be interrupted)"
 	@echo "make check-resume  kill and resume MiniLM in transformers.Trainer, and load its folder without Lightning (4 minutes)"
 	@echo "make sweep   the trials behind the defaults of Phases (40 minutes)"

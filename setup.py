@@ -90,7 +90,7 @@ kernels = Extension(
 coder = Extension(
     "lightning_muws.artifact.coder",
     sources=[str(path) for path in sorted(CODER.glob("*.cpp"))],
-    depends=[str(CODER / "coder.h")],
+    depends=[str(CODER / name) for name in ("coder.h", "varint.h")],
     optional=True,
 )
 setup(ext_modules=[kernels, coder], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})

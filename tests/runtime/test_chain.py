@@ -85,6 +85,15 @@ def chains_of(root: nn.Module) -> list[Chain]:
     return [m for forward in forwards for m in forward.modules() if isinstance(m, Chain)]
 
 
+def at_once(call, n):
+    """Call a function with 0 to n - 1, each in a thread of its own, and wait."""
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def images(seed, *shape):
     return normal(seed, *shape, dtype=torch.float32)
 
@@ -210,11 +219,7 @@ def test_threads_may_call_at_once():
             right = [torch.allclose(chained(x[i]), want[i], rtol=1e-5, atol=1e-5) for _ in range(30)]
             failed.extend([i] * right.count(False))
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(call, 4)
     assert not failed
 
 
@@ -463,11 +468,7 @@ def test_small_steps_are_copied_pickled_exported_and_called_at_once(kinds):
             with torch.no_grad():
                 wrong.extend(i for _ in range(20) if not torch.equal(chained(x[i]), want[i]))
 
-        threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(call, 3)
         assert not wrong
 
 

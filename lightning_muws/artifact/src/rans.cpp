@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "coder.h"
+#include "varint.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,bmi,bmi2,popcnt")))
@@ -154,15 +155,7 @@ struct Head {
     return 0;
   }
 
-  // One of more than four bytes ends after the fourth.
-  uint32_t number() {
-    uint32_t value = 0;
-    for (int shift = 0;; shift += 7) {
-      const uint32_t one = byte();
-      if (one < 128 || shift == 21) return value | one << shift;
-      value |= (one & 127) << shift;
-    }
-  }
+  uint32_t number() { return read_varint(*this); }
 
   // Returns whether the frequencies sum to 4096.
   bool read(Table *table) {

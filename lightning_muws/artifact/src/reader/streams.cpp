@@ -1,5 +1,7 @@
 #include "streams.h"
 
+#include "../varint.h"
+
 #include <algorithm>
 
 namespace muws {
@@ -25,15 +27,7 @@ struct Cursor {
     return coded.data[at++];
   }
 
-  // One of more than four bytes ends after the fourth.
-  uint32_t number() {
-    uint32_t value = 0;
-    for (int shift = 0;; shift += 7) {
-      const uint32_t one = byte();
-      if (one < 128 || shift == 21) return value | one << shift;
-      value |= (one & 127) << shift;
-    }
-  }
+  uint32_t number() { return read_varint(*this); }
 
   Span take(uint64_t n) {
     if (n > coded.n - at) REFUSE("a stream ends within %s", what);
